@@ -1,0 +1,23 @@
+"""Ground floor of astbench: tensors in, tensors out.
+
+Imports torch and nothing else of this project. Public names:
+
+* :class:`BlockLayout`: which key blocks each group of queries attends to.
+* :func:`block_sparse_attention`: attention over just those blocks, differentiable.
+* :func:`select_blocks`, :func:`soft_top_k`: from scores to a layout, and the gradient that goes with it.
+* :func:`backends`: what can run here, and why the rest cannot.
+"""
+
+from astbench_kernels.attention import Backend, backends, block_sparse_attention, choose_backend
+from astbench_kernels.layout import BlockLayout
+from astbench_kernels.select import select_blocks, soft_top_k
+
+__all__ = [
+    "Backend",
+    "BlockLayout",
+    "backends",
+    "block_sparse_attention",
+    "choose_backend",
+    "select_blocks",
+    "soft_top_k",
+]

@@ -1,0 +1,263 @@
+"""Block-sparse attention by gathering: for each query group, copy its key blocks together, then two matmuls.
+
+Plain torch on any device, written for the CPU, where a few MB of gathered keys stay in cache. The backward pass
+gathers again instead of saving the copies: autograd through the gather would keep `1/density` times the memory
+of the keys for every group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from astbench_kernels.layout import BlockLayout
+
+CHUNK_BYTES = 2 * 2**20
+"""Gathered keys held at a time; 1-4 MB is the flat bottom of the curve on the CPUs measured."""
+
+
+@dataclass
+class _Plan:
+    """Everything about a call but the tensors that need gradients."""
+
+    layout: BlockLayout
+    scale: float
+    causal: bool
+    batch: int
+    kv_heads: int
+    heads_per_list: int
+    blocks: Tensor  # int64 (units, width): rows of the flat block table; unit = (batch, list head, group)
+    slots: Tensor  # bool (units, width)
+    counts: list[int]
+    key_positions: Tensor  # int64 (units, width): position of each listed block's first key
+    row_positions: Tensor  # int64 (groups, rows): position of each query row of a unit
+    valid: Tensor | None  # bool (batch * kv_heads * blocks, block_size), None where every key may be seen
+
+    @property
+    def rows(self) -> int:
+        return self.heads_per_list * self.layout.query_group
+
+    def chunks(self, bytes_per_key: int) -> Iterator[tuple[slice, int]]:
+        """Runs of units with the width of the longest list among them; units without keys are left out."""
+        per_block = self.layout.block_size * bytes_per_key
+        start = 0
+        while start < len(self.counts):
+            width, stop = self.counts[start], start + 1
+            while stop < len(self.counts):
+                wider = max(width, self.counts[stop])
+                if (stop + 1 - start) * wider * per_block > CHUNK_BYTES:
+                    break
+                width, stop = wider, stop + 1
+            if width > 0:
+                yield slice(start, stop), width
+            start = stop
+
+    def hidden(self, units: slice, width: int) -> Tensor:
+        """Bool `(units, rows or 1, width * block_size)`: True where a pair must not be seen."""
+        size = self.layout.block_size
+        position = self.key_positions[units, :width, None] + torch.arange(size, device=self.blocks.device)
+        hidden = ~self.slots[units, :width, None] | (position >= self.layout.key_length)
+        if self.valid is not None:
+            hidden = hidden | ~self.valid[self.blocks[units, :width]]
+        hidden = hidden.flatten(1).unsqueeze(1)
+        if self.causal:
+            groups = torch.arange(units.start, units.stop, device=position.device) % self.layout.num_groups
+            rows = self.row_positions[groups]  # (units, rows)
+            hidden = hidden | (position.flatten(1).unsqueeze(1) > rows.unsqueeze(-1))
+        return hidden
+
+
+def gather_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    block_bias: Tensor | None,
+    scale: float,
+    causal: bool,
+    key_valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`astbench_kernels.block_sparse_attention`.
+
+    Cost: O(N x width x block_size) time; beside inputs and outputs O(CHUNK_BYTES) memory, in both directions.
+    """
+    if layout.indices.shape[1] not in (k.shape[1], q.shape[1]):
+        layout = layout.expand_heads(k.shape[1])
+    if block_bias is not None and block_bias.shape[1] != layout.indices.shape[1]:
+        block_bias = block_bias.repeat_interleave(layout.indices.shape[1] // block_bias.shape[1], 1)
+    out, lse = _GatherAttention.apply(q, k, v, block_bias, layout, scale, causal, key_valid)
+    return out, lse
+
+
+def _plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: bool, key_valid: Tensor | None) -> _Plan:
+    batch, num_heads, _, _ = q.shape
+    kv_heads, lists, groups = k.shape[1], layout.indices.shape[1], layout.num_groups
+    width = layout.indices.shape[-1]
+    slots = layout.slots.reshape(-1, width)
+    listed = layout.indices.long().masked_fill(~layout.slots, 0)
+    kv_head_of_list = torch.arange(lists, device=q.device) * kv_heads // lists
+    row = torch.arange(batch, device=q.device)[:, None] * kv_heads + kv_head_of_list
+    first = (layout.first_group + torch.arange(groups, device=q.device)) * layout.query_group
+    rows = first[:, None] + torch.arange(layout.query_group, device=q.device)
+    valid = None
+    if key_valid is not None:
+        padded = torch.nn.functional.pad(key_valid, (0, layout.num_blocks * layout.block_size - layout.key_length))
+        valid = padded.view(batch, 1, layout.num_blocks, layout.block_size).expand(-1, kv_heads, -1, -1)
+        valid = valid.reshape(-1, layout.block_size)
+    return _Plan(
+        layout=layout,
+        scale=scale,
+        causal=causal,
+        batch=batch,
+        kv_heads=kv_heads,
+        heads_per_list=num_heads // lists,
+        blocks=(listed + row[:, :, None, None] * layout.num_blocks).reshape(-1, width),
+        slots=slots,
+        counts=layout.counts.flatten().tolist(),
+        key_positions=(listed * layout.block_size).reshape(-1, width),
+        row_positions=rows.repeat(1, num_heads // lists),
+        valid=valid,
+    )
+
+
+def _to_units(x: Tensor, plan: _Plan) -> Tensor:
+    """`(batch, heads, query_length, d)` -> `(units, rows, d)`, zeros where a group sticks out of the queries."""
+    layout, lists = plan.layout, plan.layout.indices.shape[1]
+    lead = layout.query_offset % layout.query_group
+    tail = layout.num_groups * layout.query_group - lead - layout.query_length
+    x = torch.nn.functional.pad(x, (0, 0, lead, tail))
+    x = x.view(plan.batch, lists, plan.heads_per_list, layout.num_groups, layout.query_group, x.shape[-1])
+    return x.transpose(2, 3).reshape(-1, plan.rows, x.shape[-1])
+
+
+def _from_units(x: Tensor, plan: _Plan) -> Tensor:
+    """The inverse of :func:`_to_units`."""
+    layout, lists = plan.layout, plan.layout.indices.shape[1]
+    lead = layout.query_offset % layout.query_group
+    x = x.view(plan.batch, lists, layout.num_groups, plan.heads_per_list, layout.query_group, x.shape[-1])
+    x = x.transpose(2, 3).reshape(plan.batch, lists * plan.heads_per_list, -1, x.shape[-1])
+    return x[:, :, lead : lead + layout.query_length]
+
+
+def _to_blocks(x: Tensor, key_valid: Tensor | None, plan: _Plan) -> Tensor:
+    """`(batch, kv_heads, key_length, d)` -> `(batch * kv_heads * blocks, block_size * d)`, unseen keys zeroed."""
+    layout = plan.layout
+    if key_valid is not None:
+        # Padding may hold NaN; a zero weight would keep it.
+        x = x.masked_fill(~key_valid[:, None, :, None], 0.0)
+    x = torch.nn.functional.pad(x, (0, 0, 0, layout.num_blocks * layout.block_size - layout.key_length))
+    return x.reshape(-1, layout.block_size * x.shape[-1])
+
+
+class _GatherAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_bias: Tensor | None,
+        layout: BlockLayout,
+        scale: float,
+        causal: bool,
+        key_valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        plan = _plan(q, k, layout, scale, causal, key_valid)
+        compute = torch.promote_types(q.dtype, torch.float32)
+        queries = _to_units(q, plan)
+        keys, values = _to_blocks(k, key_valid, plan), _to_blocks(v, key_valid, plan)
+        bias = None if block_bias is None else block_bias.detach().reshape(len(plan.counts), -1).to(compute)
+        out = queries.new_zeros(len(queries), plan.rows, v.shape[-1])
+        lse = torch.full(queries.shape[:2], -torch.inf, dtype=compute, device=q.device)
+        for units, width in plan.chunks(k.shape[-1] * k.element_size()):
+            index = plan.blocks[units, :width].reshape(-1)
+            count = units.stop - units.start
+            logits = _logits(queries[units], keys, index, bias, plan, units, width, compute)
+            lse[units] = torch.logsumexp(logits, -1)
+            weights = _weights(logits, lse[units])
+            gathered = values.index_select(0, index).view(count, -1, v.shape[-1])
+            torch.bmm(weights.to(v.dtype), gathered, out=out[units])
+        result, lse_rows = _from_units(out, plan), _from_units(lse.unsqueeze(-1), plan).squeeze(-1)
+        ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
+        ctx.plan = plan
+        return result, lse_rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse = grads
+        q, k, v, block_bias, key_valid, out, lse = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        compute = lse.dtype
+        queries, d_out = _to_units(q, plan), _to_units(grad_out, plan)
+        d_lse = _to_units(grad_lse.unsqueeze(-1), plan)
+        keys, values = _to_blocks(k, key_valid, plan), _to_blocks(v, key_valid, plan)
+        bias = None if block_bias is None else block_bias.reshape(len(plan.counts), -1).to(compute)
+        d_queries = torch.zeros_like(queries)
+        # Many groups add to one block: sum in float32 whatever the inputs are.
+        d_keys, d_values = torch.zeros_like(keys, dtype=compute), torch.zeros_like(values, dtype=compute)
+        d_bias = None if bias is None else torch.zeros_like(bias)
+        # d logits = P * (dP - delta + d lse), delta = rowsum(dO * O)
+        shift = (d_out.to(compute) * out.to(compute)).sum(-1, keepdim=True) - d_lse
+        size = plan.layout.block_size
+        for units, width in plan.chunks(k.shape[-1] * k.element_size()):
+            index = plan.blocks[units, :width].reshape(-1)
+            count = units.stop - units.start
+            logits = _logits(queries[units], keys, index, bias, plan, units, width, compute)
+            weights = _weights(logits, lse[units])
+            key = keys.index_select(0, index).view(count, -1, k.shape[-1])
+            value = values.index_select(0, index).view(count, -1, v.shape[-1])
+            d_value = torch.bmm(weights.to(v.dtype).transpose(1, 2), d_out[units])
+            d_values.index_add_(0, index, d_value.view(len(index), -1).to(compute))
+            d_weights = torch.bmm(d_out[units], value.transpose(1, 2)).to(compute)
+            d_logits = weights * (d_weights - shift[units])
+            if d_bias is not None:
+                d_bias[units, :width] = d_logits.view(count, plan.rows, width, size).sum((1, 3))
+            d_logits = (d_logits * plan.scale).to(q.dtype)
+            torch.bmm(d_logits, key, out=d_queries[units])
+            d_key = torch.bmm(d_logits.transpose(1, 2), queries[units])
+            d_keys.index_add_(0, index, d_key.view(len(index), -1).to(compute))
+        return (
+            _from_units(d_queries, plan),
+            _from_blocks(d_keys, k, key_valid),
+            _from_blocks(d_values, v, key_valid),
+            None if d_bias is None else d_bias.view_as(block_bias).to(block_bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _logits(
+    queries: Tensor,
+    keys: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    plan: _Plan,
+    units: slice,
+    width: int,
+    compute: torch.dtype,
+) -> Tensor:
+    """`(units, rows, width * block_size)` in the compute dtype, -inf where nothing may be seen."""
+    gathered = keys.index_select(0, index).view(len(queries), -1, queries.shape[-1])
+    logits = torch.bmm(queries, gathered.transpose(1, 2)).to(compute) * plan.scale
+    if bias is not None:
+        logits = logits + bias[units, :width].repeat_interleave(plan.layout.block_size, 1).unsqueeze(1)
+    return logits.masked_fill_(plan.hidden(units, width), -torch.inf)
+
+
+def _weights(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse); rows that see nothing (lse = -inf) are zero, not NaN."""
+    return torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
+
+
+def _from_blocks(x: Tensor, like: Tensor, key_valid: Tensor | None) -> Tensor:
+    """The inverse of :func:`_to_blocks`, in the dtype of `like`; padding gets no gradient."""
+    batch, heads, length, dim = like.shape
+    x = x.view(batch, heads, -1, dim)[:, :, :length].to(like.dtype)
+    return x if key_valid is None else x.masked_fill(~key_valid[:, None, :, None], 0.0)

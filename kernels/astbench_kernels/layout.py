@@ -1,0 +1,201 @@
+"""Which key blocks each group of queries attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Integer division, rounded up."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Lists of chosen key blocks, one list per (batch, list head, query group).
+
+    Positions are absolute: query row `i` stands at position `query_offset + i`, key row `j` at `j`. Query
+    groups are aligned to absolute positions too (group of a row = position // query_group), so a decoding step
+    that starts in the middle of a group still finds its own list.
+
+    Attributes:
+        indices: int32 `(batch, list_heads, groups, width)`; the first `counts` entries of a row are distinct
+            block numbers, the rest are padding and never read as blocks.
+        counts: int32 `(batch, list_heads, groups)`.
+        block_size: Keys per block; the last block may be shorter.
+        query_group: Consecutive query positions that share a list.
+        query_length: Number of query rows.
+        key_length: Number of key rows.
+        query_offset: Absolute position of query row 0.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    block_size: int
+    query_group: int
+    query_length: int
+    key_length: int
+    query_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.indices.dim() != 4 or self.counts.shape != self.indices.shape[:3]:
+            raise ValueError(
+                "indices must be (batch, list_heads, groups, width) and counts (batch, list_heads, groups), "
+                f"got {tuple(self.indices.shape)} and {tuple(self.counts.shape)}"
+            )
+        if self.indices.shape[2] != self.num_groups:
+            raise ValueError(
+                f"expected {self.num_groups} query groups of {self.query_group} for queries "
+                f"{self.query_offset}..{self.query_offset + self.query_length - 1}, got {self.indices.shape[2]}"
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of key blocks, the last perhaps short."""
+        return ceil_div(self.key_length, self.block_size)
+
+    @property
+    def first_group(self) -> int:
+        """Absolute number of the group of query row 0."""
+        return self.query_offset // self.query_group
+
+    @property
+    def num_groups(self) -> int:
+        """Query groups touched by the rows."""
+        return ceil_div(self.query_offset + self.query_length, self.query_group) - self.first_group
+
+    @property
+    def slots(self) -> Tensor:
+        """Bool `(batch, list_heads, groups, width)`: which entries of `indices` are blocks."""
+        width = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        return width < self.counts.unsqueeze(-1)
+
+    @staticmethod
+    def from_mask(
+        keep: Tensor,
+        *,
+        block_size: int,
+        query_group: int,
+        query_length: int,
+        key_length: int,
+        query_offset: int = 0,
+    ) -> BlockLayout:
+        """Build lists from a bool `(batch, list_heads, groups, key_blocks)`; blocks in ascending order.
+
+        Cost: O(groups x key_blocks) time and memory.
+        """
+        counts = keep.sum(-1, dtype=torch.int32)
+        width = max(1, int(counts.max())) if counts.numel() else 1
+        # A stable sort on "not kept" brings the kept blocks to the front in ascending order.
+        order = torch.sort((~keep).to(torch.uint8), dim=-1, stable=True).indices[..., :width]
+        return BlockLayout(
+            order.to(torch.int32), counts, block_size, query_group, query_length, key_length, query_offset
+        )
+
+    def to_mask(self) -> Tensor:
+        """Bool `(batch, list_heads, groups, key_blocks)`, the inverse of :meth:`from_mask`."""
+        keep = torch.zeros(
+            *self.counts.shape, self.num_blocks + 1, dtype=torch.bool, device=self.indices.device
+        )
+        index = torch.where(self.slots, self.indices, self.num_blocks).long()
+        return keep.scatter_(-1, index, True)[..., :-1]
+
+    def row_groups(self) -> Tensor:
+        """int64 `(query_length,)`: which group (counted from 0 in this layout) each query row belongs to."""
+        position = torch.arange(self.query_length, device=self.indices.device) + self.query_offset
+        return position // self.query_group - self.first_group
+
+    def token_mask(self, *, causal: bool, key_valid: Tensor | None = None) -> Tensor:
+        """Bool `(batch, list_heads, query_length, key_length)`: the exact pairs this layout attends to.
+
+        Cost: O(query_length x key_length); for tests, pictures and the reference.
+        """
+        device = self.indices.device
+        block_of_key = torch.arange(self.key_length, device=device) // self.block_size
+        keep = self.to_mask()[:, :, self.row_groups()][..., block_of_key]
+        if causal:
+            row = torch.arange(self.query_length, device=device)[:, None] + self.query_offset
+            keep = keep & (torch.arange(self.key_length, device=device) <= row)
+        if key_valid is not None:
+            keep = keep & key_valid[:, None, None, :]
+        return keep
+
+    def attended_pairs(self, *, causal: bool, key_valid: Tensor | None = None) -> Tensor:
+        """float64 `(batch, list_heads)`: how many (query, key) pairs are attended to.
+
+        Cost: O(query_length x width) time, no `N x M` tensor.
+        """
+        device = self.indices.device
+        batch = self.indices.shape[0]
+        valid = (
+            torch.ones(batch, self.key_length, device=device, dtype=torch.int64)
+            if key_valid is None
+            else key_valid.long().expand(batch, -1)
+        )
+        # seen[b, j] = valid keys before position j
+        seen = torch.cat([torch.zeros(batch, 1, dtype=torch.int64, device=device), valid.cumsum(1)], dim=1)
+        start = self.indices.long() * self.block_size  # (batch, list_heads, groups, width)
+        stop = (start + self.block_size).clamp(max=self.key_length)
+        total = torch.zeros(self.counts.shape[:2], dtype=torch.float64, device=device)
+        groups = self.row_groups()
+        position = torch.arange(self.query_length, device=device) + self.query_offset
+        rows_per_step = max(1, 2**22 // max(1, start[:, :, 0].numel()))
+        for rows in torch.arange(self.query_length, device=device).split(rows_per_step):
+            begin, end = start[:, :, groups[rows]], stop[:, :, groups[rows]]
+            if causal:
+                end = torch.minimum(end, position[rows, None] + 1).maximum(begin)
+            begin = begin.clamp(max=self.key_length)
+            end = end.clamp(max=self.key_length)
+            per_slot = _look_up(seen, end) - _look_up(seen, begin)
+            total += (per_slot * self.slots[:, :, groups[rows]]).sum((-1, -2), dtype=torch.float64)
+        return total
+
+    def density(self, *, causal: bool, key_valid: Tensor | None = None) -> Tensor:
+        """float64 `(batch, list_heads)`: attended pairs over visible pairs, 1.0 where nothing is visible."""
+        everything = visible_pairs(
+            self.query_length,
+            self.key_length,
+            causal=causal,
+            query_offset=self.query_offset,
+            key_valid=key_valid,
+            batch=self.indices.shape[0],
+            device=self.indices.device,
+        )
+        pairs = self.attended_pairs(causal=causal, key_valid=key_valid)
+        return torch.where(everything[:, None] > 0, pairs / everything[:, None].clamp(min=1), 1.0)
+
+    def expand_heads(self, num_heads: int) -> BlockLayout:
+        """Repeat each list for the consecutive heads that share it."""
+        repeats = num_heads // self.indices.shape[1]
+        return replace(
+            self,
+            indices=self.indices.repeat_interleave(repeats, 1),
+            counts=self.counts.repeat_interleave(repeats, 1),
+        )
+
+
+def visible_pairs(
+    query_length: int,
+    key_length: int,
+    *,
+    causal: bool,
+    query_offset: int,
+    key_valid: Tensor | None,
+    batch: int,
+    device: torch.device,
+) -> Tensor:
+    """float64 `(batch,)`: the (query, key) pairs that a dense attention would compute."""
+    position = torch.arange(query_length, device=device) + query_offset
+    last = (position + 1).clamp(max=key_length) if causal else torch.full_like(position, key_length)
+    if key_valid is None:
+        return last.sum(dtype=torch.float64).expand(batch)
+    seen = torch.nn.functional.pad(key_valid.long().cumsum(1), (1, 0))
+    return seen[:, last].sum(1, dtype=torch.float64)
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table `(batch, n)` read at index `(batch, ...)`."""
+    return table.gather(1, index.flatten(1)).view(index.shape)

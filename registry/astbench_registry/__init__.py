@@ -1,0 +1,69 @@
+"""First floor of astbench: the attention interface, the registry, one file per variant.
+
+What a variant's author needs is importable from here; torch is loaded only when a name that needs it is used.
+
+>>> from astbench_registry import registered
+>>> "ast" in registered()
+True
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from astbench_registry.capabilities import AttentionConfig, Capabilities, Pattern
+from astbench_registry.errors import CapabilityError, PluginError, RegistryError, UnknownAttentionError
+from astbench_registry.registry import (
+    attention_class,
+    build_attention,
+    config_class,
+    load_plugin,
+    register_attention,
+    registered,
+)
+
+if TYPE_CHECKING:
+    from astbench_registry.interface import (
+        Attention,
+        AttentionContext,
+        AttentionMask,
+        AttentionOutput,
+        AttentionShape,
+        AttentionStats,
+    )
+
+_LAZY = (
+    "Attention",
+    "AttentionContext",
+    "AttentionMask",
+    "AttentionOutput",
+    "AttentionShape",
+    "AttentionStats",
+)
+
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "AttentionContext",
+    "AttentionMask",
+    "AttentionOutput",
+    "AttentionShape",
+    "AttentionStats",
+    "Capabilities",
+    "CapabilityError",
+    "Pattern",
+    "PluginError",
+    "RegistryError",
+    "UnknownAttentionError",
+    "attention_class",
+    "build_attention",
+    "config_class",
+    "load_plugin",
+    "register_attention",
+    "registered",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module("astbench_registry.interface"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,271 @@
+"""What the variants that pick key blocks share: groups, budgets, always-kept blocks, layout, kernel call.
+
+A variant fills in one method, :meth:`BlockSelectingAttention.scores`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, select_blocks
+from astbench_kernels.layout import ceil_div, visible_pairs
+from torch import Tensor
+from torch.nn.functional import pad
+
+from astbench_registry.interface import (
+    Attention,
+    AttentionContext,
+    AttentionMask,
+    AttentionOutput,
+    AttentionStats,
+)
+from astbench_registry.table import BlockSelectionConfig
+
+BIDIRECTIONAL_GROUP = 64
+"""Default queries per choice where a group may be pooled; under sequential masks it is 1."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Who chooses among what, in one call.
+
+    Attributes:
+        block_size: Keys per block.
+        query_group: Queries per group.
+        num_blocks: Key blocks.
+        num_groups: Query groups.
+        first: int64 `(groups,)`: position of each group's first query.
+        visible: Bool `(batch or 1, 1, groups, blocks)`: holds a key that some row of the group may see.
+        forced: Bool, as `visible`: always kept.
+        candidates: Bool, as `visible`: may be kept.
+    """
+
+    block_size: int
+    query_group: int
+    num_blocks: int
+    num_groups: int
+    first: Tensor
+    visible: Tensor
+    forced: Tensor
+    candidates: Tensor
+
+    @property
+    def free(self) -> Tensor:
+        """Candidates that are not forced: where there is a choice."""
+        return self.candidates & ~self.forced
+
+
+class BlockSelectingAttention(Attention):
+    """Scores key blocks per query group, keeps the best within a budget, attends to nothing else.
+
+    Under a sequential mask (causal self-attention, or cross-attention from a decoder) a group's first token
+    speaks for it, and only completed blocks, all of whose keys precede that token, compete; the blocks that
+    the group itself stands in are always kept and masked per token. So no choice depends on the future.
+    Pooling a causal group's queries would leak it. Without such a mask the group's mean query speaks.
+    """
+
+    config: BlockSelectionConfig
+
+    @abstractmethod
+    def scores(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        selection: Selection,
+        scale: float,
+    ) -> Tensor:
+        """Score every block for every group: `(batch, num_heads, groups, blocks)`, float32 or float64.
+
+        Scores of blocks that are no candidates are never looked at, but must be finite.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> AttentionOutput:
+        """See the base class. Time O(N x kept keys), and O(groups x blocks) for the choice."""
+        context = context or AttentionContext()
+        scale = self.shape.head_dim**-0.5 if scale is None else scale
+        selection = self.selection(q, k, mask)
+        with torch.autocast(q.device.type, enabled=False):
+            if mask.key_valid is not None:
+                # Padding may hold NaN; pooling would keep it.
+                hidden = ~mask.key_valid[:, None, :, None]
+                k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+            scores = self.scores(q, k, v, mask, selection, scale)
+            keep = self.choose(scores.detach(), selection, context)
+            layout = BlockLayout.from_mask(
+                keep,
+                block_size=selection.block_size,
+                query_group=selection.query_group,
+                query_length=q.shape[2],
+                key_length=k.shape[2],
+                query_offset=mask.query_offset,
+            )
+            bias, losses = self.teach(scores, keep, layout, q, k, v, mask, selection, scale, context)
+        backend = choose_backend(self.config.backend, q.device)
+        out, _ = block_sparse_attention(
+            q,
+            k,
+            v,
+            layout,
+            block_bias=bias,
+            scale=scale,
+            causal=mask.causal,
+            key_valid=mask.key_valid,
+            backend=backend,
+        )
+        stats = self._stats(q, k, mask, layout, backend) if context.listen else None
+        return AttentionOutput(out, losses, stats)
+
+    def selection(self, q: Tensor, k: Tensor, mask: AttentionMask) -> Selection:
+        """Groups, blocks and what each group may, must and need not see."""
+        config, device = self.config, q.device
+        size = config.block_size
+        group = config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)
+        if mask.query_offset % group:
+            raise ValueError(
+                f"decoding from position {mask.query_offset} needs the first query of its group of {group}, "
+                "which is no longer there; set --attention.query_group=1 to decode"
+            )
+        blocks = ceil_div(k.shape[2], size)
+        groups = ceil_div(q.shape[2], group)
+        first = torch.arange(groups, device=device) * group + mask.query_offset
+        last = (first + group - 1).clamp(max=mask.query_offset + q.shape[2] - 1)
+        start = torch.arange(blocks, device=device) * size
+        stop = start + size
+        visible = torch.ones(groups, blocks, dtype=torch.bool, device=device)
+        complete, forced = visible, torch.zeros_like(visible)
+        if mask.causal:
+            visible = start <= last[:, None]
+            complete = stop <= first[:, None]
+        if not mask.cross:
+            reach = config.local_blocks * size
+            forced = (start <= last[:, None] + reach) & (stop > first[:, None] - reach)
+        if config.first_block:
+            forced = forced | (start == 0)
+        visible = visible[None, None]
+        if mask.key_valid is not None:
+            seen = pad(mask.key_valid, (0, blocks * size - k.shape[2])).unflatten(1, (blocks, size)).any(-1)
+            visible = visible & seen[:, None, None, :]
+        return Selection(
+            block_size=size,
+            query_group=group,
+            num_blocks=blocks,
+            num_groups=groups,
+            first=first,
+            visible=visible,
+            forced=forced & visible,
+            candidates=complete & visible,
+        )
+
+    def budget(self, visible_blocks: Tensor, context: AttentionContext) -> Tensor:
+        """int64, as `visible_blocks`: how many blocks a row with that many visible ones keeps."""
+        config = self.config
+        if config.top_k is not None:
+            wanted = torch.full_like(visible_blocks, config.top_k)
+        else:
+            # The small term keeps 0.25 * 8 at 2, whatever floating point makes of it.
+            wanted = torch.ceil(visible_blocks * self.density_at(context.step) - 1e-6).long()
+        return torch.minimum(wanted.clamp(min=config.min_blocks), visible_blocks)
+
+    def density_at(self, step: int) -> float:
+        """Density to keep after `step` optimizer steps."""
+        return self.config.density
+
+    def choose(self, scores: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
+        """Bool `(batch, num_heads, groups, blocks)`: the blocks to keep."""
+        budget = self.budget(selection.visible.sum(-1), context)
+        return select_blocks(scores, forced=selection.forced, candidates=selection.candidates, budget=budget)
+
+    def teach(
+        self,
+        scores: Tensor,
+        keep: Tensor,
+        layout: BlockLayout,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        selection: Selection,
+        scale: float,
+        context: AttentionContext,
+    ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+        """A block bias for the kernel and auxiliary losses, for variants that learn to choose."""
+        return None, MappingProxyType({})
+
+    def speaker(self, q: Tensor, mask: AttentionMask, selection: Selection) -> Tensor:
+        """`(batch, num_heads, groups, head_dim)`, float32 or more: the query that speaks for each group."""
+        group = selection.query_group
+        wide = q.to(torch.promote_types(q.dtype, torch.float32))
+        if mask.sequential or group == 1:
+            return wide[:, :, ::group]
+        valid = mask.valid_queries(q.shape[2])
+        if valid is None:
+            valid = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
+        return masked_mean(wide, valid, selection.num_groups, group)
+
+    def _stats(
+        self, q: Tensor, k: Tensor, mask: AttentionMask, layout: BlockLayout, backend: str
+    ) -> AttentionStats:
+        visible = visible_pairs(
+            q.shape[2],
+            k.shape[2],
+            causal=mask.causal,
+            query_offset=mask.query_offset,
+            key_valid=mask.key_valid,
+            batch=q.shape[0],
+            device=q.device,
+        )
+        attended = layout.attended_pairs(causal=mask.causal, key_valid=mask.key_valid)
+        return AttentionStats(attended, visible, backend, layout)
+
+    def kept_keys(self, query_length: int, key_length: int, mask: AttentionMask) -> int:
+        """Keys gathered over all rows of one head under the fixed budget."""
+        group = self.config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)
+        first = torch.arange(ceil_div(query_length, group)) * group + mask.query_offset
+        blocks = torch.full_like(first, ceil_div(key_length, self.config.block_size))
+        if mask.causal:
+            last = (first + group).clamp(max=mask.query_offset + query_length)
+            blocks = -(-last // self.config.block_size)
+        return int(self.budget(blocks, AttentionContext()).sum()) * group * self.config.block_size
+
+    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
+        """The kept blocks' two matmuls (fixed budget), without the scores; variants add theirs."""
+        kept = self.kept_keys(query_length, key_length, mask)
+        return 4 * batch * self.shape.num_heads * kept * self.shape.head_dim
+
+    def state_size(self, key_length: int) -> int:
+        """The KV cache: any block may be chosen later."""
+        return self.kv_cache_size(key_length)
+
+
+def masked_mean(x: Tensor, valid: Tensor, blocks: int, size: int) -> Tensor:
+    """Mean over the valid rows of each block: `(batch, heads, length, d)` -> `(batch, heads, blocks, d)`.
+
+    Blocks without a valid row are zero.
+    """
+    missing = blocks * size - x.shape[2]
+    weight = pad(valid, (0, missing)).unflatten(1, (blocks, size)).to(x.dtype)[:, None, :, :, None]
+    total = (pad(x, (0, 0, 0, missing)).unflatten(2, (blocks, size)) * weight).sum(3)
+    return total / weight.sum(3).clamp(min=1)
+
+
+def block_scores(query: Tensor, key: Tensor) -> Tensor:
+    """`query (batch, heads, groups, d) . key (batch, kv_heads, blocks, d)` -> `(batch, heads, groups, blocks)`."""
+    batch, heads, groups, _ = query.shape
+    grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1])).flatten(2, 3)
+    return torch.matmul(grouped, key.transpose(-1, -2)).view(batch, heads, groups, -1)

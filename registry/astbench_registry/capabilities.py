@@ -1,0 +1,99 @@
+"""What a variant can do, and the base of its options. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from astbench_registry.errors import CapabilityError
+
+Pattern = Literal["bidirectional_self", "causal_self", "bidirectional_cross", "causal_cross"]
+"""The four ways attention is used: does a token see later ones, and are keys the queries' own sequence."""
+
+PATTERNS: tuple[Pattern, ...] = ("bidirectional_self", "causal_self", "bidirectional_cross", "causal_cross")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Declared once per variant, checked in one place (:meth:`check`), before any data is loaded.
+
+    Attributes:
+        patterns: Which of the four patterns it computes.
+        gqa: Accepts fewer key/value heads than query heads.
+        padding: Honours a key padding mask.
+        decode: One step at a time with a KV cache equals one full pass (query offset > 0).
+        strictly_causal: Under a causal mask no output depends on the future, not even through a choice of keys.
+        exact_at_full_density: Has a setting at which it equals dense attention.
+        yields_layout: Reports which key blocks it attends to.
+        owns_parameters: Has trainable parameters of its own.
+        needs_hidden_states: Reads the layer's input, not only q, k and v.
+        dtypes: Floating-point types it computes in.
+        head_dims: Head sizes it accepts; empty for any.
+        length_multiple: Lengths must be multiples of this; 1 for any.
+    """
+
+    patterns: tuple[Pattern, ...]
+    gqa: bool = True
+    padding: bool = True
+    decode: bool = False
+    strictly_causal: bool = True
+    exact_at_full_density: bool = False
+    yields_layout: bool = False
+    owns_parameters: bool = False
+    needs_hidden_states: bool = False
+    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
+    head_dims: tuple[int, ...] = ()
+    length_multiple: int = 1
+
+    def problems(
+        self,
+        pattern: Pattern,
+        *,
+        num_heads: int = 1,
+        num_kv_heads: int = 1,
+        head_dim: int | None = None,
+        dtype: str | None = None,
+    ) -> list[str]:
+        """Every reason why the variant cannot serve such a layer; empty when it can."""
+        reasons = []
+        if pattern not in self.patterns:
+            reasons.append(f"no {pattern.replace('_', ' ')} attention (it has: {', '.join(self.patterns)})")
+        if num_heads != num_kv_heads and not self.gqa:
+            reasons.append(f"needs as many key as query heads, got {num_kv_heads} and {num_heads}")
+        if self.head_dims and head_dim is not None and head_dim not in self.head_dims:
+            reasons.append(f"head_dim must be one of {self.head_dims}, got {head_dim}")
+        if dtype is not None and dtype not in self.dtypes:
+            reasons.append(f"computes in {', '.join(self.dtypes)}, not {dtype}")
+        return reasons
+
+    def check(self, name: str, pattern: Pattern, **layer: Any) -> None:
+        """Raise :class:`CapabilityError` with every reason, or return."""
+        reasons = self.problems(pattern, **layer)
+        if reasons:
+            raise CapabilityError(f"attention '{name}' cannot serve this model: {'; '.join(reasons)}")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Base of every variant's options: a frozen dataclass of plain values with defaults.
+
+    Subclasses set the class attributes below, and check their fields in `__post_init__` with messages that
+    name the flag (:meth:`require`).
+    """
+
+    capabilities: ClassVar[Capabilities]
+    paper: ClassVar[str] = ""
+
+    @property
+    def can(self) -> Capabilities:
+        """The capability record for these very options (most variants: the class's own)."""
+        return self.capabilities
+
+    def require(self, condition: bool, field: str, expected: str) -> None:
+        """Raise `ValueError` naming the option, what was expected and what was given."""
+        if not condition:
+            raise ValueError(f"--attention.{field} must be {expected}, got {getattr(self, field)!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data: what checkpoints and records hold."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}

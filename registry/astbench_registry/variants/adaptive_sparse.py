@@ -1,0 +1,281 @@
+"""Adaptive Sparse Transformer attention: a small learned predictor picks each query group's key blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from astbench_kernels import BlockLayout, select_blocks, soft_top_k
+from torch import Tensor, nn
+from torch.nn.functional import pad, rms_norm
+
+from astbench_registry.block_selection import (
+    BIDIRECTIONAL_GROUP,
+    BlockSelectingAttention,
+    Selection,
+    block_scores,
+    masked_mean,
+)
+from astbench_registry.interface import AttentionContext, AttentionMask, AttentionShape
+from astbench_registry.table import ASTConfig
+
+
+class AdaptiveSparseAttention(BlockSelectingAttention):
+    """Score = pooled score + learned low-rank term; top-k blocks; trained by task loss and distillation.
+
+    For query group i and key block j of one head:
+
+        s_ij = exp(g) * scale * q_i . mean(k_j) + u_i . w_j
+        u_i = W_u [q_i ; c_i],   w_j = W_w [mean(k_j) ; max(k_j) ; min(k_j) ; mean(v_j)]
+
+    q_i is the query that speaks for the group; c_i, the global context, is the mean of the values over what
+    may be known: everything visible, or under a causal mask the completed blocks before the group. Local token
+    features are read from keys and values, not from hidden states: they are linear maps of them, they lie in
+    the KV cache already, and so decoding needs no state of its own.
+
+    W_w and g start at zero, so the untrained predictor is `pooled_topk` exactly, and a pretrained dense model
+    runs before any training. With estimator "straight_through" each kept block carries `log p - stop(log p)`
+    as a logit bias, p from :func:`astbench_kernels.soft_top_k`: zero in value, it lets the task loss raise the
+    scores of blocks that help. While training, a distillation loss moves the scores towards the layer's own
+    dense attention, pooled over blocks, on a sample of query rows.
+    """
+
+    config: ASTConfig
+
+    def __init__(self, config: ASTConfig, shape: AttentionShape) -> None:
+        super().__init__(config, shape)
+        dim, rank = shape.head_dim, config.rank
+        self.gain = nn.Parameter(torch.zeros(shape.num_heads))
+        self.query_weight = nn.Parameter(torch.empty(shape.num_heads, 2 * dim, rank))
+        self.key_weight = nn.Parameter(torch.zeros(shape.num_kv_heads, 4 * dim, rank))
+        nn.init.normal_(self.query_weight, std=(2 * dim) ** -0.5)
+
+    def scores(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
+    ) -> Tensor:
+        """See the base class. Time O(M) for the features, O(groups x blocks) for the scores."""
+        blocks, size = selection.num_blocks, selection.block_size
+        compute = torch.promote_types(q.dtype, torch.float32)
+        key, value = k.to(compute), v.to(compute)
+        valid = mask.key_valid
+        if valid is None:
+            valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
+        mean_key, mean_value = (masked_mean(x, valid, blocks, size) for x in (key, value))
+        speaker = self.speaker(q, mask, selection)
+        pooled = block_scores(speaker, mean_key) * scale * self.gain.to(compute).exp()[:, None, None]
+
+        local = torch.cat([mean_key, *_extremes(key, valid, blocks, size), mean_value], -1)
+        context = _global_context(mean_value, valid, mask, selection)
+        context = context.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
+        query_side = torch.cat([speaker, context], -1)
+        # Normalised, so that one learning rate serves every layer of every backbone.
+        w = torch.matmul(rms_norm(local, local.shape[-1:]), self.key_weight.to(compute))
+        u = torch.matmul(rms_norm(query_side, query_side.shape[-1:]), self.query_weight.to(compute))
+        return pooled + block_scores(u, w)
+
+    def density_at(self, step: int) -> float:
+        """The scheduled density while training, the final one otherwise."""
+        config = self.config
+        if config.density_start is None or not self.training or step >= config.density_steps:
+            return config.density
+        done = step / config.density_steps
+        return config.density_start + (config.density - config.density_start) * done
+
+    def choose(self, scores: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
+        """Fixed budget as the base class; adaptive: the fewest blocks whose predicted mass reaches `mass`."""
+        if self.config.budget == "fixed":
+            return super().choose(scores, selection, context)
+        mass = _block_probabilities(scores, selection)
+        ranked, order = torch.sort(mass, dim=-1, descending=True, stable=True)
+        needed = ranked.cumsum(-1) - ranked < self.config.mass
+        enough = torch.zeros_like(needed).scatter_(-1, order, needed)
+        wanted = (enough & selection.visible) | selection.forced
+        floor = torch.minimum(
+            torch.maximum(wanted.sum(-1), torch.tensor(self.config.min_blocks, device=scores.device)),
+            selection.visible.sum(-1),
+        )
+        return select_blocks(
+            scores, forced=selection.forced, candidates=selection.candidates, budget=floor
+        )
+
+    def teach(
+        self,
+        scores: Tensor,
+        keep: Tensor,
+        layout: BlockLayout,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        selection: Selection,
+        scale: float,
+        context: AttentionContext,
+    ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+        """The bias that carries the task's gradient, and the losses of distillation and regularisation."""
+        config = self.config
+        bias, losses = None, {}
+        free = selection.free.expand_as(keep)
+        learning = self.training and torch.is_grad_enabled()
+        wants_bias = config.estimator == "soft" or (config.estimator == "straight_through" and learning)
+        if wants_bias or (learning and config.lambda_entropy):
+            log_p = soft_top_k(scores, (keep & free).sum(-1), free, config.temperature)
+            if wants_bias:
+                carried = log_p if config.estimator == "soft" else log_p - log_p.detach()
+                bias = carried.gather(-1, layout.indices.long()).masked_fill(~layout.slots, 0.0)
+            if learning and config.lambda_entropy:
+                losses["entropy"] = config.lambda_entropy * _binary_entropy(log_p, free)
+        if learning and config.lambda_density:
+            losses["density"] = config.lambda_density * self._density_error(scores, keep, selection, context)
+        weight = self._distill_weight(context.step)
+        if learning and weight:
+            losses["distill"] = weight * self._distill(scores, q, k, v, mask, selection, scale)
+        return bias, losses
+
+    def _distill_weight(self, step: int) -> float:
+        config = self.config
+        if not config.distill_decay_steps:
+            return config.distill_weight
+        return config.distill_weight * max(0.0, 1.0 - step / config.distill_decay_steps)
+
+    def _density_error(
+        self, scores: Tensor, keep: Tensor, selection: Selection, context: AttentionContext
+    ) -> Tensor:
+        """(predicted density - target)^2; the prediction is exp(entropy of the predicted mass) / visible.
+
+        That effective number of blocks is what the adaptive budget follows; under a fixed budget it sharpens.
+        """
+        p = _block_probabilities(scores, selection)
+        entropy = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
+        visible = selection.visible.sum(-1).expand_as(entropy)
+        live = visible > 0
+        predicted = (entropy.exp() / visible.clamp(min=1))[live].mean()
+        return (predicted - self.density_at(context.step)) ** 2
+
+    def _distill(
+        self,
+        scores: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        selection: Selection,
+        scale: float,
+    ) -> Tensor:
+        """KL(target || softmax of the scores over the free blocks), mean over the sampled groups that choose.
+
+        Target: the rows' dense attention times the values' norms (mass on a value of no weight does not
+        matter), maximum over the block's keys and the group's sampled rows, without gradient.
+        """
+        groups, rows = _sample_rows(selection, self.config.distill_fraction, q.device)
+        free = selection.free[:, :, groups]
+        with torch.no_grad():
+            position = rows.flatten()
+            index = position.clamp(max=q.shape[2] - 1)
+            target = _pooled_attention(q[:, :, index], index, k, v, mask, selection, scale)
+            target = target.unflatten(2, rows.shape)  # (batch, heads, sampled groups, rows each, blocks)
+            real = (position < q.shape[2]).expand(q.shape[0], -1)
+            queries = mask.valid_queries(q.shape[2])
+            if queries is not None:
+                real = real & queries[:, index]
+            target = target * real.unflatten(1, rows.shape)[:, None, :, :, None]
+            target = target.amax(3).masked_fill(~free, 0.0)
+            total = target.sum(-1, keepdim=True)
+            live = (total.squeeze(-1) > 0) & (free.sum(-1) > 1)
+            target = target / total.clamp(min=torch.finfo(target.dtype).tiny)
+        predicted = scores[:, :, groups].masked_fill(~free, -torch.inf)
+        predicted = predicted.masked_fill(~live.unsqueeze(-1), 0.0).log_softmax(-1)
+        predicted = predicted.masked_fill(~(free & live.unsqueeze(-1)), 0.0)
+        divergence = torch.special.xlogy(target, target).sum(-1) - (target * predicted).sum(-1)
+        return (divergence * live).sum() / live.sum().clamp(min=1)
+
+    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
+        """Kept blocks (fixed budget), scores and features, without the training-only distillation."""
+        shape, rank = self.shape, self.config.rank
+        group = self.config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)
+        groups, blocks = -(-query_length // group), -(-key_length // self.config.block_size)
+        per_head = 2 * groups * blocks * (shape.head_dim + rank) + 2 * groups * 2 * shape.head_dim * rank
+        features = 2 * blocks * 4 * shape.head_dim * rank
+        predictor = batch * (shape.num_heads * per_head + shape.num_kv_heads * features)
+        return super().flops(batch, query_length, key_length, mask) + predictor
+
+
+def _extremes(x: Tensor, valid: Tensor, blocks: int, size: int) -> tuple[Tensor, Tensor]:
+    """Maximum and minimum over each block's valid rows, zero where there is none."""
+    missing = blocks * size - x.shape[2]
+    rows = pad(x, (0, 0, 0, missing)).unflatten(2, (blocks, size))
+    hidden = ~pad(valid, (0, missing)).unflatten(1, (blocks, size))[:, None, :, :, None]
+    empty = hidden.all(3)
+    high = rows.masked_fill(hidden, -torch.inf).amax(3).masked_fill(empty, 0.0)
+    low = rows.masked_fill(hidden, torch.inf).amin(3).masked_fill(empty, 0.0)
+    return high, low
+
+
+def _global_context(mean_value: Tensor, valid: Tensor, mask: AttentionMask, selection: Selection) -> Tensor:
+    """`(batch, kv_heads, groups, d)`: mean of the values that each group may know of."""
+    blocks, size = selection.num_blocks, selection.block_size
+    count = pad(valid, (0, blocks * size - valid.shape[1])).unflatten(1, (blocks, size)).sum(-1)
+    count = count[:, None, :, None].to(mean_value.dtype)  # (batch or 1, 1, blocks, 1)
+    total = (mean_value * count).cumsum(2)
+    seen = count.cumsum(2)
+    mean = pad(total / seen.clamp(min=1), (0, 0, 1, 0))  # entry n: over the first n blocks
+    if mask.causal:
+        known = (selection.first // size).clamp(max=blocks)
+    else:
+        known = torch.full_like(selection.first, blocks)
+    return mean[:, :, known]
+
+
+def _block_probabilities(scores: Tensor, selection: Selection) -> Tensor:
+    """Softmax over the visible blocks; zero rows where nothing is visible.
+
+    Blocks that are visible but no candidates (the group's own, under a causal mask) are always kept and hold
+    no score that may be looked at: they take no part.
+    """
+    part = selection.candidates.expand_as(scores)
+    p = scores.masked_fill(~part, -torch.inf)
+    p = p.masked_fill(~part.any(-1, keepdim=True), 0.0).softmax(-1)
+    return p.masked_fill(~part, 0.0)
+
+
+def _binary_entropy(log_p: Tensor, free: Tensor) -> Tensor:
+    """Mean over the free blocks of the entropy of keep-or-not, in nats."""
+    live = free & (log_p < 0)
+    p = log_p.exp()
+    rest = (1 - p).clamp(min=torch.finfo(p.dtype).eps)
+    entropy = -(p * log_p + rest * rest.log())
+    return entropy.masked_fill(~live, 0.0).sum() / live.sum().clamp(min=1)
+
+
+def _sample_rows(selection: Selection, fraction: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Groups to teach, and query rows `(sampled groups, rows each)` within them: about `fraction` of all rows."""
+    group, groups = selection.query_group, selection.num_groups
+    rows = max(1, round(group * fraction))
+    sampled = min(groups, max(1, round(groups * group * fraction / rows)))
+    chosen = torch.randperm(groups, device=device)[:sampled].sort().values
+    within = torch.rand(sampled, group, device=device).argsort(-1)[:, :rows]
+    return chosen, chosen[:, None] * group + within
+
+
+def _pooled_attention(
+    q: Tensor,
+    index: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    selection: Selection,
+    scale: float,
+) -> Tensor:
+    """Dense attention of some rows times value norms, maximum over each block: `(batch, heads, rows, blocks)`."""
+    heads = q.shape[1]
+    compute = torch.promote_types(q.dtype, torch.float32)
+    repeats = heads // k.shape[1]
+    logits = torch.matmul(q, k.repeat_interleave(repeats, 1).transpose(-1, -2)).to(compute) * scale
+    if mask.key_valid is not None:
+        logits = logits.masked_fill(~mask.key_valid[:, None, None, :], -torch.inf)
+    if mask.causal:
+        future = torch.arange(k.shape[2], device=q.device) > (index + mask.query_offset)[:, None]
+        logits = logits.masked_fill(future, -torch.inf)
+    norm = v.to(compute).norm(dim=-1).repeat_interleave(repeats, 1)[:, :, None, :]
+    weights = logits.softmax(-1).nan_to_num(0.0) * norm  # rows that see nothing teach nothing
+    missing = selection.num_blocks * selection.block_size - k.shape[2]
+    return pad(weights, (0, missing)).unflatten(-1, (selection.num_blocks, -1)).amax(-1)

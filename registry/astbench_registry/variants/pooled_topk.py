@@ -1,0 +1,33 @@
+"""Control: blocks by query times mean key, no parameters (cf. MoBA, Lu et al. 2025, arXiv 2502.13189, eq. 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from astbench_registry.block_selection import (
+    BlockSelectingAttention,
+    Selection,
+    block_scores,
+    masked_mean,
+)
+from astbench_registry.interface import AttentionMask
+
+
+class PooledTopKAttention(BlockSelectingAttention):
+    """`s_ij = scale * q_i . mean(k in block j)`: what the untrained AST predictor is.
+
+    Unlike MoBA, the budget, the always-kept blocks and the groups are AST's, so that the two differ in the
+    learned term alone.
+    """
+
+    def scores(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
+    ) -> Tensor:
+        """See the base class."""
+        valid = mask.key_valid
+        if valid is None:
+            valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
+        keys = k.to(torch.promote_types(k.dtype, torch.float32))
+        pooled = masked_mean(keys, valid, selection.num_blocks, selection.block_size)
+        return block_scores(self.speaker(q, mask, selection), pooled) * scale

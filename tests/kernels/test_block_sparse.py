@@ -1,0 +1,189 @@
+"""The gather path against the float64 oracle; the oracle against masked softmax written out."""
+
+import pytest
+import torch
+from astbench_kernels import BlockLayout, block_sparse_attention, select_blocks, soft_top_k
+
+# Distinct primes, so that a swapped axis cannot pass.
+BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
+
+CASES = [
+    # query_length, key_length, block_size, query_group, query_offset, causal
+    pytest.param(1, 1, 16, 16, 0, False, id="one-token"),
+    pytest.param(63, 63, 16, 8, 0, True, id="causal-63-group8"),
+    pytest.param(127, 127, 16, 1, 0, True, id="causal-127-per-token"),
+    pytest.param(101, 73, 8, 32, 0, False, id="cross-101x73"),
+    pytest.param(1, 97, 16, 1, 96, True, id="decode-last"),
+    pytest.param(11, 97, 16, 4, 85, True, id="decode-chunk-mid-group"),
+    pytest.param(1000, 1000, 64, 128, 0, False, id="long-1000"),
+]
+
+
+def random_case(query_length, key_length, block_size, query_group, offset, lists=HEADS, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(BATCH, HEADS, query_length, DIM, generator=g, dtype=torch.float64)
+    k = torch.randn(BATCH, KV_HEADS, key_length, DIM, generator=g, dtype=torch.float64)
+    v = torch.randn(BATCH, KV_HEADS, key_length, DIM, generator=g, dtype=torch.float64)
+    groups = (offset + query_length + query_group - 1) // query_group - offset // query_group
+    keep = torch.rand(BATCH, lists, groups, -(-key_length // block_size), generator=g) < 0.4
+    layout = BlockLayout.from_mask(
+        keep, block_size=block_size, query_group=query_group, query_length=query_length,
+        key_length=key_length, query_offset=offset,
+    )  # fmt: skip
+    bias = torch.randn(layout.indices.shape, generator=g, dtype=torch.float64)
+    valid = torch.rand(BATCH, key_length, generator=g) < 0.8
+    return [x.to(dtype).requires_grad_() for x in (q, k, v, bias)], layout, valid
+
+
+def brute_force(q, k, v, bias, layout, causal, valid):
+    """Row by row, no broadcasting tricks: the definition."""
+    out, lse = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype), torch.full(q.shape[:3], -torch.inf).to(q)
+    lists, repeats = layout.indices.shape[1], q.shape[1] // k.shape[1]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                position = i + layout.query_offset
+                group = position // layout.query_group - layout.first_group
+                listing = h * lists // q.shape[1]
+                keys, biases = [], []
+                for slot in range(int(layout.counts[b, listing, group])):
+                    block = int(layout.indices[b, listing, group, slot])
+                    for j in range(block * layout.block_size, min((block + 1) * layout.block_size, k.shape[2])):
+                        if valid[b, j] and (not causal or j <= position):
+                            keys.append(j)
+                            biases.append(bias[b, listing, group, slot])
+                if keys:
+                    logits = k[b, h // repeats, keys] @ q[b, h, i] * q.shape[-1] ** -0.5 + torch.stack(biases)
+                    lse[b, h, i] = logits.logsumexp(0)
+                    out[b, h, i] = logits.softmax(0) @ v[b, h // repeats, keys]
+    return out, lse
+
+
+@pytest.mark.parametrize("lists", [1, KV_HEADS, HEADS])
+def test_reference_is_the_definition(lists):
+    (q, k, v, bias), layout, valid = random_case(13, 29, 4, 3, 2, lists)
+    with torch.no_grad():
+        expected = brute_force(q, k, v, bias, layout, True, valid)
+        got = block_sparse_attention(
+            q, k, v, layout, block_bias=bias, causal=True, key_valid=valid, backend="reference"
+        )
+    assert (expected[1] == -torch.inf).any(), "the case must hold rows that see nothing"
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("lists", [1, KV_HEADS, HEADS])
+@pytest.mark.parametrize(("n", "m", "block", "group", "offset", "causal"), CASES)
+def test_gather_matches_reference_with_gradients(n, m, block, group, offset, causal, lists):
+    results = {}
+    for backend in ("reference", "gather"):
+        inputs, layout, valid = random_case(n, m, block, group, offset, lists)
+        q, k, v, bias = inputs
+        out, lse = block_sparse_attention(
+            q, k, v, layout, block_bias=bias, causal=causal, key_valid=valid, backend=backend
+        )
+        seen = lse > -torch.inf
+        g = torch.Generator().manual_seed(1)
+        loss = (out * torch.randn(out.shape, generator=g, dtype=out.dtype)).sum()
+        loss = loss + (lse.masked_fill(~seen, 0) * torch.randn(lse.shape, generator=g, dtype=out.dtype)).sum()
+        results[backend] = (out, lse, *torch.autograd.grad(loss, inputs))
+    for got, expected in zip(results["gather"], results["reference"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_gather_gradcheck():
+    inputs, layout, valid = random_case(7, 11, 4, 2, 0, KV_HEADS)
+
+    def run(q, k, v, bias):
+        out, lse = block_sparse_attention(
+            q, k, v, layout, block_bias=bias, causal=True, key_valid=valid, backend="gather"
+        )
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "gather"])
+def test_padding_may_hold_nan(backend):
+    inputs, layout, valid = random_case(33, 33, 8, 4, 0)
+    clean = block_sparse_attention(*inputs[:3], layout, causal=True, key_valid=valid, backend=backend)
+    q, k, v, _ = (x.detach().clone() for x in inputs)
+    k.masked_fill_(~valid[:, None, :, None], torch.nan)
+    v.masked_fill_(~valid[:, None, :, None], torch.nan)
+    poisoned = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = block_sparse_attention(*poisoned, layout, causal=True, key_valid=valid, backend=backend)
+    torch.testing.assert_close((out, lse), clean, rtol=0, atol=0)
+    for grad in torch.autograd.grad(out.sum(), poisoned):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("backend", ["reference", "gather"])
+def test_low_precision_forward(backend, dtype, tolerance):
+    inputs, layout, valid = random_case(300, 300, 16, 16, 0, dtype=dtype)
+    q, k, v, bias = (x.detach() for x in inputs)
+    got, _ = block_sparse_attention(q, k, v, layout, block_bias=bias, key_valid=valid, backend=backend)
+    expected, _ = block_sparse_attention(
+        q.double(), k.double(), v.double(), layout, block_bias=bias.double(), key_valid=valid, backend="reference"
+    )
+    error = (got.double() - expected).norm() / expected.norm()
+    assert error < tolerance
+
+
+def test_pattern_is_exact():
+    """With value = identity the support of the output is the pattern, without any tolerance."""
+    (q, k, _, _), layout, valid = random_case(48, 48, 8, 4, 0)
+    eye = torch.eye(48, dtype=torch.float64).expand(BATCH, KV_HEADS, 48, 48)
+    out, _ = block_sparse_attention(q, k, eye, layout, causal=True, key_valid=valid)
+    pattern = layout.token_mask(causal=True, key_valid=valid)
+    assert torch.equal(out > 0, pattern)
+    pairs = layout.attended_pairs(causal=True, key_valid=valid)
+    assert torch.equal(pairs, pattern.sum((-1, -2)).double())
+    dense = valid[:, None, :] & torch.ones(48, 48, dtype=torch.bool).tril()
+    expected = pairs / dense.sum((-1, -2))[:, None]
+    torch.testing.assert_close(layout.density(causal=True, key_valid=valid), expected)
+
+
+def test_layout_round_trip():
+    keep = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    layout = BlockLayout.from_mask(keep, block_size=4, query_group=3, query_length=15, key_length=26)
+    assert torch.equal(layout.to_mask(), keep)
+    for b, h, g in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(5)).tolist():
+        listed = layout.indices[b, h, g, : layout.counts[b, h, g]]
+        assert listed.tolist() == keep[b, h, g].nonzero().flatten().tolist()
+
+
+def test_errors_name_what_to_change():
+    (q, k, v, _), layout, _ = random_case(8, 8, 4, 4, 0)
+    with pytest.raises(ValueError, match="layout is for 8 queries and 8 keys, got 8 and 7"):
+        block_sparse_attention(q, k[:, :, :7], v[:, :, :7], layout)
+    with pytest.raises(ValueError, match="share a dtype"):
+        block_sparse_attention(q.float(), k, v, layout)
+    with pytest.raises(ValueError, match="unknown backend 'tritn'"):
+        block_sparse_attention(q, k, v, layout, backend="tritn")
+
+
+def test_select_blocks_fills_the_budget():
+    scores = torch.tensor([[[[5.0, 4.0, 3.0, 2.0, 1.0]]]])
+    forced = torch.tensor([False, False, False, False, True])
+    candidates = torch.tensor([True, False, True, True, True])
+    keep = select_blocks(scores, forced=forced, candidates=candidates, budget=torch.tensor([[[3]]]))
+    assert keep.flatten().tolist() == [True, False, True, False, True]
+    everything = select_blocks(scores, forced=forced, candidates=candidates, budget=torch.tensor([[[9]]]))
+    assert everything.flatten().tolist() == [True, False, True, True, True]
+
+
+def test_soft_top_k_sums_to_k_and_its_gradient_is_right():
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 4, 9, generator=g, dtype=torch.float64, requires_grad=True)
+    candidates = torch.rand(3, 4, 9, generator=g) < 0.7
+    k = torch.full((3, 4), 2)
+    k[0, 0], k[0, 1] = 0, 9  # no choice: no gradient
+    p = soft_top_k(scores, k, candidates, 0.5).exp() * candidates
+    live = (k > 0) & (k < candidates.sum(-1))
+    torch.testing.assert_close(p.sum(-1)[live], k[live].double(), rtol=0, atol=1e-9)
+    weight = torch.randn(p.shape, generator=g, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda s: (soft_top_k(s, k, candidates, 0.5) * weight).sum(), (scores,), atol=1e-6
+    )
+    grad = torch.autograd.grad((soft_top_k(scores, k, candidates, 0.5) * weight).sum(), scores)[0]
+    assert (grad[~live] == 0).all() and (grad[~candidates] == 0).all()
