@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, select_blocks
-from astbench_kernels.layout import ceil_div, visible_pairs
 from torch import Tensor
 from torch.nn.functional import pad
 
+from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, select_blocks
+from astbench_kernels.layout import ceil_div, visible_pairs
 from astbench_registry.interface import (
     Attention,
     AttentionContext,
@@ -63,9 +63,10 @@ class BlockSelectingAttention(Attention):
     """Scores key blocks per query group, keeps the best within a budget, attends to nothing else.
 
     Under a sequential mask (causal self-attention, or cross-attention from a decoder) a group's first token
-    speaks for it, and only completed blocks, all of whose keys precede that token, compete; the blocks that
-    the group itself stands in are always kept and masked per token. So no choice depends on the future.
-    Pooling a causal group's queries would leak it. Without such a mask the group's mean query speaks.
+    (the first that is no padding) speaks for it, and only completed blocks, all of whose keys precede the
+    group, compete; the blocks that the group itself stands in are always kept and masked per token. So no
+    choice depends on the future. Pooling a causal group's queries would leak it. Without such a mask the
+    group's mean query speaks.
     """
 
     config: BlockSelectionConfig
@@ -211,11 +212,14 @@ class BlockSelectingAttention(Attention):
         """`(batch, num_heads, groups, head_dim)`, float32 or more: the query that speaks for each group."""
         group = selection.query_group
         wide = q.to(torch.promote_types(q.dtype, torch.float32))
-        if mask.sequential or group == 1:
-            return wide[:, :, ::group]
         valid = mask.valid_queries(q.shape[2])
+        if group == 1 or (mask.sequential and valid is None):
+            return wide[:, :, ::group]
         if valid is None:
             valid = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
+        if mask.sequential:
+            rows = first_valid(valid, selection.num_groups, group)[:, None, :, None]
+            return wide.take_along_dim(rows, 2)
         return masked_mean(wide, valid, selection.num_groups, group)
 
     def _stats(
@@ -259,13 +263,20 @@ def masked_mean(x: Tensor, valid: Tensor, blocks: int, size: int) -> Tensor:
     Blocks without a valid row are zero.
     """
     missing = blocks * size - x.shape[2]
-    weight = pad(valid, (0, missing)).unflatten(1, (blocks, size)).to(x.dtype)[:, None, :, :, None]
-    total = (pad(x, (0, 0, 0, missing)).unflatten(2, (blocks, size)) * weight).sum(3)
-    return total / weight.sum(3).clamp(min=1)
+    hidden = ~pad(valid, (0, missing)).unflatten(1, (blocks, size))[:, None, :, :, None]
+    # Not a product with zero: padding may hold NaN.
+    total = pad(x, (0, 0, 0, missing)).unflatten(2, (blocks, size)).masked_fill(hidden, 0.0).sum(3)
+    return total / (~hidden).sum(3).clamp(min=1)
+
+
+def first_valid(valid: Tensor, groups: int, size: int) -> Tensor:
+    """int64 `(batch, groups)`: row of each group's first valid query; its first row where there is none."""
+    grouped = pad(valid, (0, groups * size - valid.shape[1])).unflatten(1, (groups, size))
+    return torch.arange(groups, device=valid.device) * size + grouped.to(torch.uint8).argmax(-1)
 
 
 def block_scores(query: Tensor, key: Tensor) -> Tensor:
-    """`query (batch, heads, groups, d) . key (batch, kv_heads, blocks, d)` -> `(batch, heads, groups, blocks)`."""
+    """`(batch, heads, groups, d) . (batch, kv_heads, blocks, d)` -> `(batch, heads, groups, blocks)`."""
     batch, heads, groups, _ = query.shape
     grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1])).flatten(2, 3)
     return torch.matmul(grouped, key.transpose(-1, -2)).view(batch, heads, groups, -1)

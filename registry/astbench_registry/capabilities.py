@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from astbench_registry.errors import CapabilityError
@@ -22,7 +24,7 @@ class Capabilities:
         gqa: Accepts fewer key/value heads than query heads.
         padding: Honours a key padding mask.
         decode: One step at a time with a KV cache equals one full pass (query offset > 0).
-        strictly_causal: Under a causal mask no output depends on the future, not even through a choice of keys.
+        strictly_causal: Under a causal mask no output depends on the future, nor does any choice of keys.
         exact_at_full_density: Has a setting at which it equals dense attention.
         yields_layout: Reports which key blocks it attends to.
         owns_parameters: Has trainable parameters of its own.
@@ -79,10 +81,20 @@ class AttentionConfig:
 
     Subclasses set the class attributes below, and check their fields in `__post_init__` with messages that
     name the flag (:meth:`require`).
+
+    Attributes:
+        capabilities: What the variant can do.
+        paper: Where it comes from.
+        conformance_options: Options under which the conformance suite's short inputs (tens of tokens) show
+            what the variant does: with a window or a budget wider than they are, it would be dense there.
+        full_density_options: Options at which it equals dense attention, whatever the others are; read when
+            `capabilities.exact_at_full_density`.
     """
 
     capabilities: ClassVar[Capabilities]
     paper: ClassVar[str] = ""
+    conformance_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    full_density_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @property
     def can(self) -> Capabilities:

@@ -1,4 +1,4 @@
-"""The one interface of every attention here: called after the backbone's projections and position encoding."""
+"""The one interface of every attention: called after the backbone's projections and position encoding."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import torch
-from astbench_kernels import BlockLayout
 from torch import Tensor, nn
 
+from astbench_kernels import BlockLayout
 from astbench_registry.capabilities import AttentionConfig, Pattern
 
 
@@ -42,8 +42,8 @@ class AttentionMask:
 
     Attributes:
         pattern: One of the four patterns. Under "causal_self" query row i stands at position
-            `query_offset + i` and sees keys at positions up to its own. Under "causal_cross" it sees all keys,
-            but the queries arrive one after the other, so none may use what a later one says.
+            `query_offset + i` and sees keys at positions up to its own. Under "causal_cross" it sees all
+            keys, but the queries arrive one after the other, so none may use what a later one says.
         query_offset: Position of query row 0 (> 0 while decoding with a cache).
         key_valid: Bool `(batch, key_length)`, False for padding; None when every key is real.
         query_valid: Bool `(batch, query_length)`; for self-attention it follows from `key_valid`.
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int | None:
-        """Floating-point operations of one forward call (a multiply-add is 2), matmuls only; None: not declared."""
+        """Operations of one forward call's matmuls (a multiply-add is 2); None: not declared."""
         return None
 
     def state_size(self, key_length: int) -> int | None:

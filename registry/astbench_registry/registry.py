@@ -19,7 +19,8 @@ import importlib
 import importlib.util
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -81,15 +82,21 @@ def register_attention(name: str, config: type[AttentionConfig]) -> Callable[[T]
 
         source = _loading[-1] if _loading else cls.__module__
         if not name or not name.replace("_", "").replace("-", "").isalnum() or name != name.lower():
-            raise PluginError(f"attention name {name!r} from {source}: use lower-case letters, digits, _ and -")
+            raise PluginError(
+                f"attention name {name!r} from {source}: use lower-case letters, digits, _ and -"
+            )
         if not (isinstance(cls, type) and issubclass(cls, Attention)):
-            raise PluginError(f"attention '{name}' from {source} must be a subclass of astbench_registry.Attention")
+            raise PluginError(
+                f"attention '{name}' from {source} must be a subclass of astbench_registry.Attention"
+            )
         if "forward" not in vars(cls) and cls.forward is Attention.forward:
             raise PluginError(f"attention '{name}' from {source} does not implement forward()")
         _check_config(name, source, config)
         taken = _taken_by(name)
         if taken and taken != source:
-            raise PluginError(f"attention '{name}' is registered twice: by {taken} and by {source}; rename one")
+            raise PluginError(
+                f"attention '{name}' is registered twice: by {taken} and by {source}; rename one"
+            )
         cls.config_class = config
         cls.name = name
         _decorated[name] = Registered(name, source, f"{cls.__module__}:{cls.__qualname__}", config, cls)
@@ -110,12 +117,16 @@ def _taken_by(name: str) -> str | None:
 
 def _check_config(name: str, source: str, config: Any) -> None:
     if not (isinstance(config, type) and issubclass(config, AttentionConfig) and is_dataclass(config)):
-        raise PluginError(f"attention '{name}' from {source}: its config must be a dataclass of AttentionConfig")
+        raise PluginError(
+            f"attention '{name}' from {source}: its config must be a dataclass of AttentionConfig"
+        )
     missing = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
     if missing:
         raise PluginError(f"attention '{name}' from {source}: config fields without a default: {missing}")
     if not isinstance(getattr(config, "capabilities", None), Capabilities):
-        raise PluginError(f"attention '{name}' from {source}: its config must set `capabilities = Capabilities(...)`")
+        raise PluginError(
+            f"attention '{name}' from {source}: its config must set `capabilities = Capabilities(...)`"
+        )
 
 
 def _entry_points() -> list[metadata.EntryPoint]:
@@ -153,39 +164,60 @@ def load_plugin(target: str) -> list[str]:
     new = sorted(set(_decorated) - before)
     known = [n for n, r in _decorated.items() if r.target.startswith(module.__name__ + ":")]
     if not (new or known):
-        raise PluginError(f"plugin {target} registers no attention; decorate a class with @register_attention")
+        raise PluginError(
+            f"plugin {target} registers no attention; decorate a class with @register_attention"
+        )
     return new or known
 
 
-def _import_plugin(target: str) -> Any:
-    _loading.append(target)
+@contextmanager
+def _running(source: str) -> Iterator[None]:
+    """Whatever registers meanwhile comes from `source`; when it raises, nothing of it stays."""
+    before = dict(_decorated)
+    _loading.append(source)
     try:
-        if not target.endswith(".py"):
-            return importlib.import_module(target)
-        path = Path(target).expanduser().resolve()
-        if not path.is_file():
-            raise PluginError(f"plugin file {target} does not exist")
-        name = f"astbench_plugin_{path.stem}_{zlib.crc32(str(path).encode()):x}"
-        if name in sys.modules:
-            return sys.modules[name]
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise PluginError(f"plugin file {target} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        # Dataclasses and pickling look their module up by name.
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-        return module
+        yield
+    except BaseException:
+        _decorated.clear()
+        _decorated.update(before)
+        raise
+    finally:
+        _loading.pop()
+
+
+def _import_plugin(target: str) -> Any:
+    try:
+        with _running(target):
+            return _import(target)
     except PluginError:
         raise
     except Exception as error:  # whatever a plugin raises is reported under its name
-        raise PluginError(f"plugin {target} does not load: {type(error).__name__}: {_one_line(error)}") from error
-    finally:
-        _loading.pop()
+        raise PluginError(
+            f"plugin {target} does not load: {type(error).__name__}: {_one_line(error)}"
+        ) from error
+
+
+def _import(target: str) -> Any:
+    if not target.endswith(".py"):
+        return importlib.import_module(target)
+    path = Path(target).expanduser().resolve()
+    if not path.is_file():
+        raise PluginError(f"plugin file {target} does not exist")
+    name = f"astbench_plugin_{path.stem}_{zlib.crc32(str(path).encode()):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"plugin file {target} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickling look their module up by name.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _one_line(error: BaseException) -> str:
@@ -217,7 +249,9 @@ def attention_class(name: str) -> type[Attention]:
     return loaded
 
 
-def build_attention(name: str, options: Mapping[str, Any] | AttentionConfig, shape: AttentionShape) -> Attention:
+def build_attention(
+    name: str, options: Mapping[str, Any] | AttentionConfig, shape: AttentionShape
+) -> Attention:
     """Build an attention module for one layer from plain options.
 
     Raises:
@@ -254,9 +288,9 @@ def _load(name: str) -> Registered:
         hint = f"; did you mean '{near[0]}'?" if near else ";"
         raise UnknownAttentionError(f"unknown attention '{name}'{hint} registered: {', '.join(names)}")
     source = _entry_source(eps[0])
-    _loading.append(source)
     try:
-        cls = eps[0].load()
+        with _running(source):
+            cls = eps[0].load()
     except PluginError:
         raise
     except Exception as error:  # whatever a plugin raises is reported under its name
@@ -264,8 +298,6 @@ def _load(name: str) -> Registered:
             f"attention '{name}' from {source} ({eps[0].value}) does not load: "
             f"{type(error).__name__}: {_one_line(error)}"
         ) from error
-    finally:
-        _loading.pop()
     if getattr(cls, "name", None) != name or name not in _decorated:
         raise PluginError(
             f"attention '{name}' from {source}: {eps[0].value} must carry @register_attention('{name}', ...)"

@@ -34,6 +34,8 @@ class LocalConfig(AttentionConfig):
 
     capabilities: ClassVar = Capabilities(patterns=SELF, decode=True, exact_at_full_density=True)
     paper: ClassVar = "Beltagy et al. 2020, arXiv 2004.05150, section 3.1 (window only)"
+    conformance_options: ClassVar = {"window": 5}
+    full_density_options: ClassVar = {"window": 2**20}
 
     def __post_init__(self) -> None:
         self.require(self.window >= 1, "window", "at least 1 key")
@@ -67,6 +69,9 @@ class BlockSelectionConfig(AttentionConfig):
     capabilities: ClassVar = Capabilities(
         patterns=PATTERNS, decode=True, exact_at_full_density=True, yields_layout=True
     )
+    # Blocks of 16 and a floor of 8 of them would keep everything in the suite's inputs.
+    conformance_options: ClassVar = {"block_size": 4, "min_blocks": 2, "density": 0.3}
+    full_density_options: ClassVar = {"density": 1.0, "top_k": None}
 
     def __post_init__(self) -> None:
         self.require(self.block_size >= 1, "block_size", "at least 1 token")
@@ -79,7 +84,9 @@ class BlockSelectionConfig(AttentionConfig):
     @property
     def can(self) -> Capabilities:
         """Groups of several queries cannot decode yet: their first token's query is gone from the cache."""
-        return self.capabilities if self.query_group in (None, 1) else replace(self.capabilities, decode=False)
+        return (
+            self.capabilities if self.query_group in (None, 1) else replace(self.capabilities, decode=False)
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class PooledTopKConfig(BlockSelectionConfig):
 
 @dataclass(frozen=True)
 class OracleTopKConfig(BlockSelectionConfig):
-    """Control: block scores are the true attention mass of the whole group; quadratic, the selector's ceiling.
+    """Control: block scores are the group's true attention mass; quadratic, the selector's ceiling.
 
     With `query_group` above 1 it looks at all rows of a group, so under a causal mask later rows choose for
     earlier ones: a ceiling, not a model.
@@ -125,8 +132,8 @@ class ASTConfig(BlockSelectionConfig):
 
     Args:
         rank: Width of the predictor's learned term.
-        budget: "fixed" keeps `density` (or `top_k`) blocks a row; "adaptive" the fewest blocks whose predicted
-            mass reaches `mass`, so that density differs per head, row and input.
+        budget: "fixed" keeps `density` (or `top_k`) blocks a row; "adaptive" the fewest blocks whose
+            predicted mass reaches `mass`, so that density differs per head, row and input.
         mass: Predicted attention mass to reach, for the adaptive budget.
         estimator: How the task loss reaches the predictor. "straight_through": kept blocks carry log p as a
             logit bias whose forward value is zero; "soft": the bias is there in the forward pass too;
@@ -137,7 +144,7 @@ class ASTConfig(BlockSelectionConfig):
         distill_fraction: Share of the query rows whose dense attention is computed for that loss.
         density_start: Density at step 0, moved linearly to `density`; default: `density` throughout.
         density_steps: Training steps of that schedule.
-        lambda_density: Weight of (predicted density - density)^2; moves the density under the adaptive budget.
+        lambda_density: Weight of (predicted density - density)^2; moves it under the adaptive budget.
         lambda_entropy: Weight of the entropy of the choice; sharpens it.
     """
 
@@ -156,9 +163,17 @@ class ASTConfig(BlockSelectionConfig):
 
     capabilities: ClassVar = replace(BlockSelectionConfig.capabilities, owns_parameters=True)
     paper: ClassVar = "this project"
+    full_density_options: ClassVar = {
+        **BlockSelectionConfig.full_density_options,
+        "budget": "fixed",
+        "density_start": None,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(self.budget in ("fixed", "adaptive"), "budget", "fixed or adaptive")
+        estimators = ("straight_through", "soft", "none")
+        self.require(self.estimator in estimators, "estimator", f"one of {', '.join(estimators)}")
         self.require(self.rank >= 1, "rank", "at least 1")
         self.require(0 < self.mass <= 1, "mass", "above 0 and at most 1")
         self.require(self.temperature > 0, "temperature", "above 0")
@@ -166,7 +181,9 @@ class ASTConfig(BlockSelectionConfig):
         self.require(self.distill_decay_steps >= 0, "distill_decay_steps", "0 or more steps")
         self.require(0 < self.distill_fraction <= 1, "distill_fraction", "above 0 and at most 1")
         self.require(
-            self.density_start is None or 0 < self.density_start <= 1, "density_start", "above 0 and at most 1"
+            self.density_start is None or 0 < self.density_start <= 1,
+            "density_start",
+            "above 0 and at most 1",
         )
         self.require(self.density_steps >= 0, "density_steps", "0 or more steps")
         self.require(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from astbench_kernels import BlockLayout, select_blocks, soft_top_k
 from torch import Tensor, nn
 from torch.nn.functional import pad, rms_norm
 
+from astbench_kernels import BlockLayout, select_blocks, soft_top_k
 from astbench_registry.block_selection import (
     BIDIRECTIONAL_GROUP,
     BlockSelectingAttention,
@@ -29,15 +29,15 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         u_i = W_u [q_i ; c_i],   w_j = W_w [mean(k_j) ; max(k_j) ; min(k_j) ; mean(v_j)]
 
     q_i is the query that speaks for the group; c_i, the global context, is the mean of the values over what
-    may be known: everything visible, or under a causal mask the completed blocks before the group. Local token
-    features are read from keys and values, not from hidden states: they are linear maps of them, they lie in
-    the KV cache already, and so decoding needs no state of its own.
+    may be known: everything visible, or under a causal mask the completed blocks before the group. Local
+    token features are read from keys and values, not from hidden states: they are linear maps of them, they
+    lie in the KV cache already, and so decoding needs no state of its own.
 
     W_w and g start at zero, so the untrained predictor is `pooled_topk` exactly, and a pretrained dense model
     runs before any training. With estimator "straight_through" each kept block carries `log p - stop(log p)`
-    as a logit bias, p from :func:`astbench_kernels.soft_top_k`: zero in value, it lets the task loss raise the
-    scores of blocks that help. While training, a distillation loss moves the scores towards the layer's own
-    dense attention, pooled over blocks, on a sample of query rows.
+    as a logit bias, p from :func:`astbench_kernels.soft_top_k`: zero in value, it lets the task loss raise
+    the scores of blocks that help. While training, a distillation loss moves the scores towards the layer's
+    own dense attention, pooled over blocks, on a sample of query rows.
     """
 
     config: ASTConfig
@@ -94,9 +94,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
             torch.maximum(wanted.sum(-1), torch.tensor(self.config.min_blocks, device=scores.device)),
             selection.visible.sum(-1),
         )
-        return select_blocks(
-            scores, forced=selection.forced, candidates=selection.candidates, budget=floor
-        )
+        return select_blocks(scores, forced=selection.forced, candidates=selection.candidates, budget=floor)
 
     def teach(
         self,
@@ -247,7 +245,7 @@ def _binary_entropy(log_p: Tensor, free: Tensor) -> Tensor:
 
 
 def _sample_rows(selection: Selection, fraction: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Groups to teach, and query rows `(sampled groups, rows each)` within them: about `fraction` of all rows."""
+    """Groups to teach, and query rows `(sampled groups, rows each)` in them: about `fraction` of all."""
     group, groups = selection.query_group, selection.num_groups
     rows = max(1, round(group * fraction))
     sampled = min(groups, max(1, round(groups * group * fraction / rows)))
@@ -265,7 +263,7 @@ def _pooled_attention(
     selection: Selection,
     scale: float,
 ) -> Tensor:
-    """Dense attention of some rows times value norms, maximum over each block: `(batch, heads, rows, blocks)`."""
+    """Dense attention of rows times value norms, block maximum: `(batch, heads, rows, blocks)`."""
     heads = q.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)
     repeats = heads // k.shape[1]

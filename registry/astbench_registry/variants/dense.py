@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from astbench_kernels.layout import visible_pairs
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from astbench_kernels.layout import visible_pairs
 from astbench_registry.interface import (
     Attention,
     AttentionContext,
@@ -66,7 +66,7 @@ class DenseAttention(Attention):
         return AttentionStats(visible[:, None].expand(-1, q.shape[1]), visible, f"sdpa-{q.device.type}")
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
-        """Two matmuls of N x M x D per head, masked pairs included: that is what the kernels' algorithm counts."""
+        """Two matmuls of N x M x D per head, masked pairs included: what the FLOP counter sees."""
         return 4 * batch * self.shape.num_heads * query_length * key_length * self.shape.head_dim
 
     def state_size(self, key_length: int) -> int:

@@ -1,4 +1,4 @@
-"""Control: blocks by the attention mass they really hold. Quadratic: the ceiling of any selector, no model."""
+"""Control: blocks by the attention mass they really hold. Quadratic: any selector's ceiling, no model."""
 
 from __future__ import annotations
 

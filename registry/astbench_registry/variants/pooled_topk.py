@@ -1,4 +1,4 @@
-"""Control: blocks by query times mean key, no parameters (cf. MoBA, Lu et al. 2025, arXiv 2502.13189, eq. 6)."""
+"""Control: blocks by query times mean key, no parameters (cf. MoBA, Lu et al. 2025, arXiv 2502.13189)."""
 
 from __future__ import annotations
 

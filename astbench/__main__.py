@@ -1,0 +1,7 @@
+"""`python -m astbench`."""
+
+import sys
+
+from astbench.cli import main
+
+sys.exit(main())

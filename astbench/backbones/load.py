@@ -1,0 +1,181 @@
+"""Build a backbone from a preset, or load a pretrained one; extend its position table when asked."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from astbench.backbones.presets import PRESETS, BackboneConfig, Head, resolve_preset
+from astbench.errors import ConfigError, DataError, MissingPackageError
+
+log = logging.getLogger(__name__)
+
+_AUTO = {"question_answering": AutoModelForQuestionAnswering, "causal_lm": AutoModelForCausalLM}
+_TABLES = ("position_embeddings", "embed_positions", "wpe")
+
+
+def load_backbone(
+    config: BackboneConfig, head: Head, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
+    """A Hugging Face model with its head, in float32 and in its own (sdpa) attention.
+
+    Args:
+        config: Preset, folder or hub name, and length.
+        head: Which head stands on it.
+        tokenizer: Gives a preset its vocabulary and special tokens.
+
+    Raises:
+        ConfigError: unknown preset, or a folder without weights.
+        DataError: weights that cannot be read.
+        MissingPackageError: GGUF weights without the `gguf` package.
+    """
+    preset = resolve_preset(config.name, head)
+    if preset:
+        model = _from_preset(preset, head, tokenizer)
+        if config.max_positions:
+            if has_position_table(model):
+                extend_positions(model, config.max_positions)
+            else:
+                model.config.max_position_embeddings = config.max_positions
+        return model
+    model = _from_pretrained(config, head)
+    if config.max_positions and config.max_positions > max_positions(model):
+        extend_positions(model, config.max_positions)
+    return model
+
+
+def _from_preset(name: str, head: Head, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    settings = dict(PRESETS[name])
+    model_type = settings.pop("model_type")
+    if tokenizer is not None:
+        # Multiples of 8 keep the embedding's matmul on the fast path.
+        settings["vocab_size"] = -(-len(tokenizer) // 8) * 8
+        for token in ("pad", "bos", "eos", "cls", "sep"):
+            settings[f"{token}_token_id"] = getattr(tokenizer, f"{token}_token_id")
+    config = AutoConfig.for_model(model_type, **settings)
+    model: PreTrainedModel = _AUTO[head].from_config(config, attn_implementation="sdpa")
+    return model.float()
+
+
+def locate(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
+    """Where `from_pretrained` of models and tokenizers finds a backbone: path or name, and arguments.
+
+    Raises:
+        ConfigError: neither a preset nor a folder nor a name with an owner, with the nearest preset.
+    """
+    folder = Path(config.name).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
+            raise ConfigError(f"--backbone.name={config.name} is not a folder with a pretrained model")
+        if "/" not in config.name:
+            names = [*PRESETS, "tiny", "small"]
+            near = difflib.get_close_matches(config.name, names, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"unknown backbone '{config.name}'{hint} presets: {', '.join(sorted(names))}")
+        return config.name, {"revision": config.revision} if config.revision else {}
+    gguf = config.gguf_file
+    if gguf is None and not (folder / "config.json").is_file():
+        files = sorted(folder.glob("*.gguf"))
+        if len(files) != 1:
+            raise ConfigError(
+                f"--backbone.name={config.name} holds neither a config.json nor exactly one .gguf file "
+                f"({len(files)} found); name one with --backbone.gguf_file"
+            )
+        gguf = files[0].name
+    return str(folder), {"gguf_file": gguf} if gguf else {}
+
+
+def _from_pretrained(config: BackboneConfig, head: Head) -> PreTrainedModel:
+    where, arguments = locate(config)
+    if "gguf_file" in arguments:
+        _require_gguf()
+    elif config.trust_weights_only:
+        arguments["use_safetensors"] = True
+    try:
+        model: PreTrainedModel = _AUTO[head].from_pretrained(
+            where, attn_implementation="sdpa", dtype=torch.float32, **arguments
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"--backbone.name={config.name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    return model
+
+
+def _require_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError("reading GGUF weights needs the gguf package: pip install 'astbench[gguf]'") from error
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """Longest input in tokens that the model's configuration allows."""
+    table = _position_tables(model)
+    if table:
+        _, module = table[0]
+        return int(module.num_embeddings - _reserved_rows(module))
+    return int(getattr(model.config, "max_position_embeddings", 2**31))
+
+
+def has_position_table(model: PreTrainedModel) -> bool:
+    """Whether positions are learned rows of a table (not rotary or relative)."""
+    return bool(_position_tables(model))
+
+
+def extend_positions(model: PreTrainedModel, length: int) -> None:
+    """Lengthen learned position tables to `length` tokens by repeating them (Beltagy et al. 2020, section 5).
+
+    Raises:
+        ConfigError: the model has no learned position table.
+    """
+    tables = _position_tables(model)
+    if not tables:
+        raise ConfigError(
+            f"{type(model).__name__} has no learned position table to extend, and takes at most "
+            f"{max_positions(model)} tokens; lower --data.max_length"
+        )
+    for parent, old in tables:
+        reserved = _reserved_rows(old)
+        trained = old.weight.data[reserved:]
+        copies = -(-length // len(trained))
+        rows = torch.cat([old.weight.data[:reserved], trained.repeat(copies, 1)[:length]])
+        new = nn.Embedding(len(rows), rows.shape[1], padding_idx=old.padding_idx)
+        new.weight.data.copy_(rows)
+        new.to(old.weight.device, old.weight.dtype)
+        name = next(n for n, child in parent.named_children() if child is old)
+        setattr(parent, name, new)
+        for buffer in ("position_ids", "token_type_ids"):
+            if isinstance(getattr(parent, buffer, None), torch.Tensor):
+                fresh = torch.arange(len(rows)) if buffer == "position_ids" else torch.zeros(len(rows)).long()
+                parent.register_buffer(buffer, fresh[None], persistent=False)
+        log.info("position table extended from %d to %d tokens by repeating it", len(trained), length)
+        model.config.max_position_embeddings = len(rows)
+
+
+def _position_tables(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Embedding]]:
+    return [
+        (parent, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if name in _TABLES and type(child).__name__ != "Identity" and isinstance(child, nn.Embedding)
+        and child.weight.requires_grad
+    ]
+
+
+def _reserved_rows(table: nn.Embedding) -> int:
+    """RoBERTa and BART keep rows in front for padding: positions start after them."""
+    offset = getattr(table, "offset", None)
+    if offset is not None:
+        return int(offset)
+    return 0 if table.padding_idx is None else table.padding_idx + 1

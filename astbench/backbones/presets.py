@@ -1,0 +1,111 @@
+"""Backbones that are built from scratch, by name. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Head = Literal["question_answering", "causal_lm"]
+"""What stands on the backbone: span extraction, or next-token prediction."""
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which Hugging Face model carries the attention.
+
+    Args:
+        name: A preset (`tiny`, `small`; `astbench list` shows all), a folder with pretrained weights, or a
+            model name on the Hugging Face hub.
+        revision: Commit, tag or branch on the hub.
+        gguf_file: GGUF file inside the folder; found by itself when the folder holds just one and no
+            safetensors.
+        max_positions: Longest input in tokens. Above the length of a pretrained position table, the table is
+            extended by copying it (as Longformer did); default: what the model has.
+        trust_weights_only: Refuse weights that are not safetensors or GGUF.
+    """
+
+    name: str = "tiny"
+    revision: str | None = None
+    gguf_file: str | None = None
+    max_positions: int | None = None
+    trust_weights_only: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_positions is not None and self.max_positions < 1:
+            raise ValueError(f"--backbone.max_positions must be at least 1 token, got {self.max_positions}")
+
+
+_ENCODER_SIZES = {
+    # hidden, layers, heads, feed-forward
+    "tiny": (64, 2, 4, 128),
+    "small": (256, 4, 4, 512),
+}
+_DECODER_SIZES = {
+    # hidden, layers, heads, kv heads, feed-forward
+    "tiny": (64, 2, 4, 2, 176),
+    "small": (256, 4, 4, 2, 704),
+}
+
+
+def _modernbert(size: str) -> dict[str, Any]:
+    hidden, layers, heads, feed_forward = _ENCODER_SIZES[size]
+    return {
+        "model_type": "modernbert",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": feed_forward,
+        # Every layer is one that the variant replaces: no built-in sliding windows.
+        "layer_types": ["full_attention"] * layers,
+        "max_position_embeddings": 8192,
+    }
+
+
+def _bert(size: str) -> dict[str, Any]:
+    hidden, layers, heads, feed_forward = _ENCODER_SIZES[size]
+    return {
+        "model_type": "bert",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 2 * feed_forward,
+        "max_position_embeddings": 1024,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+def _llama(size: str) -> dict[str, Any]:
+    hidden, layers, heads, kv_heads, feed_forward = _DECODER_SIZES[size]
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": feed_forward,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    f"{family}-{size}": make(size)
+    for family, make, sizes in (
+        ("modernbert", _modernbert, _ENCODER_SIZES),
+        ("bert", _bert, _ENCODER_SIZES),
+        ("llama", _llama, _DECODER_SIZES),
+    )
+    for size in sizes
+}
+
+DEFAULT_FAMILY: dict[Head, str] = {"question_answering": "modernbert", "causal_lm": "llama"}
+"""What a bare `tiny` or `small` means for a head."""
+
+
+def resolve_preset(name: str, head: Head) -> str | None:
+    """The preset that a name stands for with a head, or None when it is a folder or a hub name."""
+    if name in PRESETS:
+        return name
+    full = f"{DEFAULT_FAMILY[head]}-{name}"
+    return full if full in PRESETS else None

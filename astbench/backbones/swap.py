@@ -1,0 +1,415 @@
+"""Put a registered attention into a Hugging Face model, through the model's own hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from astbench_registry import Capabilities, CapabilityError, Pattern, build_attention
+from astbench_registry.interface import (
+    Attention,
+    AttentionContext,
+    AttentionMask,
+    AttentionShape,
+    AttentionStats,
+)
+from astbench_registry.registry import make_config
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+IMPLEMENTATION = "astbench"
+"""The name under which the hooks are registered with transformers."""
+
+Where = Literal["encoder_self", "decoder_self", "cross"]
+WHERE: dict[Pattern, Where] = {
+    "bidirectional_self": "encoder_self",
+    "causal_self": "decoder_self",
+    "bidirectional_cross": "cross",
+    "causal_cross": "cross",
+}
+
+FAMILIES = (
+    "albert bart bert distilbert electra esm gpt2 gpt_neox llama marian mbart mistral modernbert "
+    "opt pegasus qwen3 roberta"
+).split()
+"""Model types known to call the attention interface; others may too, and are probed."""
+
+_REFUSED = {
+    "sliding_window": "a built-in sliding window",
+    "softcap": "logit soft-capping",
+    "position_bias": "an additive position bias (T5)",
+    "s_aux": "attention sinks",
+    "head_mask": "a head mask",
+}
+
+
+class UnsupportedMask:
+    """Stands for a mask that :class:`AttentionMask` cannot hold."""
+
+
+class AttentionSlot(nn.Module):
+    """Sits on a Hugging Face attention module as its submodule `astbench` and holds the variant."""
+
+    def __init__(self, attention: Attention, pattern: Pattern, path: str) -> None:
+        super().__init__()
+        self.attention = attention
+        self.pattern: Pattern = pattern
+        self.path = path
+        self.step = 0
+        self.listen = False
+        self.hidden_states: Tensor | None = None
+        self.losses: Mapping[str, Tensor] = {}
+        self.stats: AttentionStats | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None) -> Tensor:
+        """Run the variant; keep what it reports for the handle."""
+        if mask.causal != (self.pattern == "causal_self"):
+            raise CapabilityError(
+                f"{self.path} was attached for {self.pattern} attention but is called with a "
+                f"{'causal' if mask.causal else 'non-causal'} mask"
+            )
+        context = AttentionContext(self.step, self.listen, self.hidden_states)
+        out, self.losses, self.stats = self.attention(
+            q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context
+        )
+        return out
+
+
+class SwapHandle:
+    """What `swap_attention` returns: read losses and statistics, undo the swap.
+
+    Attributes:
+        name: The attention's registered name.
+        options: Its options as plain data.
+        slots: One per attached layer, in the order they are called.
+        notes: What the swap changed on the model, for the user to read.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        options: dict[str, Any],
+        where: tuple[Where, ...],
+        layers: tuple[int, ...] | None,
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.options = options
+        self.where = where
+        self.layers = layers
+        self.slots: list[AttentionSlot] = []
+        self.notes: list[str] = []
+        self._undo: list[Any] = []
+
+    def set_step(self, step: int) -> None:
+        """Tell every variant how many optimizer steps were taken."""
+        for slot in self.slots:
+            slot.step = step
+
+    def losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses of the last forward pass by name, summed over the layers."""
+        total: dict[str, Tensor] = {}
+        for slot in self.slots:
+            for name, loss in slot.losses.items():
+                total[name] = total[name] + loss if name in total else loss
+        return total
+
+    @contextmanager
+    def listening(self) -> Iterator[list[AttentionSlot]]:
+        """Within, every call leaves its statistics in `slot.stats`."""
+        for slot in self.slots:
+            slot.listen = True
+        try:
+            yield self.slots
+        finally:
+            for slot in self.slots:
+                slot.listen = False
+                slot.stats = None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The variants' own parameters."""
+        for slot in self.slots:
+            yield from slot.parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The variants' own weights, by their names in the model's state dict."""
+        return {f"{s.path}.{IMPLEMENTATION}.{n}": p for s in self.slots for n, p in s.state_dict().items()}
+
+    def undo(self) -> None:
+        """Give the model back its own attention."""
+        for action in reversed(self._undo):
+            action()
+        self._undo.clear()
+        self.slots.clear()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one attention module was called with in the probing pass."""
+
+    module: nn.Module
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    pattern: Pattern
+
+
+_probe: list[_Call] | None = None
+_PROBE_LENGTHS = (8, 5)
+"""Encoder and decoder lengths of the probing pass: different, so that cross-attention shows."""
+
+
+def swap_attention(
+    model: PreTrainedModel,
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    where: Sequence[Where] = ("encoder_self", "decoder_self", "cross"),
+    layers: Sequence[int] | None = None,
+) -> SwapHandle:
+    """Replace the attention of a loaded Hugging Face model by a registered one.
+
+    Load the model first (its pretrained weights stay as they are), then swap: the variant's own parameters
+    join the model's state dict under `<attention module>.astbench.`. Attention layers that are not chosen run
+    dense. Attention dropout is set to 0 for every variant alike, since sparse kernels have none.
+
+    Args:
+        model: Any model whose family calls transformers' attention interface.
+        name: Registered attention, or `path/to/file.py:Class`.
+        options: The variant's options.
+        where: Which attention is replaced.
+        layers: Layer numbers within each stack; all by default.
+
+    Raises:
+        CapabilityError: a family without the interface (with the list of those that have it), nothing to
+            attach to, or a variant that cannot serve the model, with every reason.
+        ValueError: an option that does not exist or a bad value.
+    """
+    config = make_config(name, options or {})
+    handle = SwapHandle(model, name, config.as_dict(), tuple(where), None if layers is None else tuple(layers))
+    _enter(model, handle)
+    try:
+        calls = _probe_attention(model)
+        chosen = _choose(calls, handle)
+        for call, index, count in chosen:
+            _check(config.can, name, call)
+            shape = AttentionShape(
+                call.num_heads,
+                call.num_kv_heads,
+                call.head_dim,
+                layer_index=index,
+                num_layers=count,
+                hidden_size=getattr(model.config, "hidden_size", 0),
+            )
+            _attach(model, call, build_attention(name, config, shape), config.can, handle)
+        _no_dropout([call.module for call in calls], handle)
+    except BaseException:
+        handle.undo()
+        raise
+    model.config.astbench = {"attention": name, "options": handle.options, "where": list(where)}
+    handle._undo.append(lambda: delattr(model.config, "astbench"))
+    return handle
+
+
+def _enter(model: PreTrainedModel, handle: SwapHandle) -> None:
+    before = model.config._attn_implementation
+    if before == IMPLEMENTATION:
+        raise CapabilityError("this model's attention is swapped already; call undo() on its handle first")
+    if not model._can_set_attn_implementation():
+        raise CapabilityError(
+            f"{type(model).__name__} ({model.config.model_type}) does not use transformers' attention "
+            f"interface; families that do: {', '.join(FAMILIES)}"
+        )
+    model.set_attn_implementation(IMPLEMENTATION)
+    handle._undo.append(lambda: model.set_attn_implementation(before))
+
+
+@torch.no_grad()
+def _probe_attention(model: PreTrainedModel) -> list[_Call]:
+    """One tiny forward pass that writes down which modules call the interface, and how."""
+    global _probe
+    encoder, decoder = _PROBE_LENGTHS
+    inputs = {"input_ids": torch.ones(1, encoder, dtype=torch.long, device=model.device)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.ones(1, decoder, dtype=torch.long, device=model.device)
+    training, cpu_state = model.training, torch.get_rng_state()
+    model.eval()
+    _probe = []
+    try:
+        model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
+        return _probe
+    finally:
+        _probe = None
+        model.train(training)
+        torch.set_rng_state(cpu_state)
+
+
+def _takes_cache(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config, "use_cache", False))
+
+
+def _choose(calls: list[_Call], handle: SwapHandle) -> list[tuple[_Call, int, int]]:
+    """(call, layer index, number of layers) of the modules to attach to."""
+    stacks: dict[Pattern, list[_Call]] = {}
+    for call in calls:
+        stacks.setdefault(call.pattern, []).append(call)
+    chosen = [
+        (call, index, len(stack))
+        for pattern, stack in stacks.items()
+        for index, call in enumerate(stack)
+        if WHERE[pattern] in handle.where and (handle.layers is None or index in handle.layers)
+    ]
+    if not chosen:
+        have = ", ".join(f"{len(stack)} {WHERE[p]}" for p, stack in stacks.items()) or "none"
+        raise CapabilityError(
+            f"no attention layer of {type(handle.model).__name__} matches where={list(handle.where)}, "
+            f"layers={handle.layers} (it has: {have}); families known to work: {', '.join(FAMILIES)}"
+        )
+    return chosen
+
+
+def _check(can: Capabilities, name: str, call: _Call) -> None:
+    can.check(
+        name,
+        call.pattern,
+        num_heads=call.num_heads,
+        num_kv_heads=call.num_kv_heads,
+        head_dim=call.head_dim,
+    )
+
+
+def _attach(
+    model: PreTrainedModel, call: _Call, attention: Attention, can: Capabilities, handle: SwapHandle
+) -> None:
+    path = next(name for name, module in model.named_modules() if module is call.module)
+    parameter = next(call.module.parameters())
+    slot = AttentionSlot(attention.to(parameter.device), call.pattern, path)
+    slot.train(model.training)
+    call.module.add_module(IMPLEMENTATION, slot)
+    handle._undo.append(lambda: delattr(call.module, IMPLEMENTATION))
+    handle.slots.append(slot)
+    if can.needs_hidden_states:
+        hook = call.module.register_forward_pre_hook(_keep_hidden_states, with_kwargs=True)
+        handle._undo.append(hook.remove)
+
+
+def _keep_hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    getattr(module, IMPLEMENTATION).hidden_states = args[0] if args else kwargs["hidden_states"]
+
+
+def _no_dropout(modules: list[nn.Module], handle: SwapHandle) -> None:
+    found = 0.0
+    for module in modules:
+        for name in ("attention_dropout", "dropout", "attn_dropout"):
+            value = getattr(module, name, None)
+            if isinstance(value, nn.Dropout) and value.p > 0:
+                found = max(found, value.p)
+                handle._undo.append(lambda d=value, p=value.p: setattr(d, "p", p))
+                value.p = 0.0
+            elif isinstance(value, float) and value > 0:
+                found = max(found, value)
+                handle._undo.append(lambda m=module, n=name, p=value: setattr(m, n, p))
+                setattr(module, name, 0.0)
+    if found:
+        handle.notes.append(f"attention dropout {found} -> 0 (the same for every variant)")
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AttentionMask | UnsupportedMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls in place of its own attention.
+
+    Raises:
+        CapabilityError: the model asks for something that would be silently lost.
+    """
+    asked = [why for name, why in _REFUSED.items() if kwargs.get(name) is not None]
+    if dropout:
+        asked.append(f"attention dropout {dropout}")
+    if asked:
+        raise CapabilityError(f"{type(module).__name__} asks for {' and '.join(asked)}, which no variant honours")
+    mask = _as_mask(module, query, key, attention_mask)
+    if _probe is not None:
+        pattern = mask.pattern
+        if query.shape[2] == _PROBE_LENGTHS[1] and key.shape[2] == _PROBE_LENGTHS[0]:
+            pattern = "causal_cross"
+        _probe.append(_Call(module, query.shape[1], key.shape[1], query.shape[-1], pattern))
+    slot = getattr(module, IMPLEMENTATION, None)
+    if slot is None:
+        out = _dense(query, key, value, mask, scaling)
+    else:
+        out = slot(query, key, value, mask, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _as_mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: AttentionMask | UnsupportedMask | None
+) -> AttentionMask:
+    if isinstance(mask, AttentionMask):
+        return mask
+    if isinstance(mask, UnsupportedMask):
+        raise CapabilityError(
+            f"{type(module).__name__} asks for a packed, sliding-window or otherwise special mask, which no variant "
+            "honours; choose a model, or a configuration of it, with full attention in every layer"
+        )
+    if mask is not None:
+        raise CapabilityError(
+            f"{type(module).__name__} passes a ready-made {type(mask).__name__} as its mask; only padding masks "
+            "(batch, length) are supported"
+        )
+    if getattr(module, "is_causal", False) and query.shape[2] == key.shape[2]:
+        raise CapabilityError(f"{type(module).__name__} is causal but passes no mask; it would see the future")
+    return AttentionMask("bidirectional_self")
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None) -> Tensor:
+    shape = AttentionShape(q.shape[1], k.shape[1], q.shape[-1])
+    return build_attention("dense", {}, shape)(q, k, v, mask, scale=scale).context
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> AttentionMask | UnsupportedMask:
+    """The function that transformers calls to build a mask: O(batch x length) instead of N x M.
+
+    Packed sequences, sliding windows and other masks that this form cannot hold come back as
+    :class:`UnsupportedMask`, which the attention refuses.
+    """
+    patterns: dict[Any, Pattern] = {
+        causal_mask_function: "causal_self",
+        bidirectional_mask_function: "bidirectional_self",
+    }
+    if mask_function not in patterns or kv_offset:
+        # Some models build masks that none of their layers uses: refuse when one is used.
+        return UnsupportedMask()
+    valid = attention_mask
+    if valid is not None:
+        valid = valid[:, :kv_length].bool()
+        # A static cache has room for more keys than the padding mask speaks of.
+        valid = nn.functional.pad(valid, (0, kv_length - valid.shape[1]))
+        if bool(valid.all()):
+            valid = None
+    return AttentionMask(patterns[mask_function], query_offset=int(q_offset), key_valid=valid)
+
+
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)

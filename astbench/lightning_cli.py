@@ -1,0 +1,342 @@
+"""Second phase of the command line: one LightningCLI parser for the chosen attention and task."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from astbench_registry import Pattern
+from astbench_registry.registry import config_class, make_config
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from yaml import safe_load
+
+from astbench import console
+from astbench.backbones.presets import BackboneConfig, Head
+from astbench.config import OptimConfig
+from astbench.errors import CheckpointError, ConfigError
+from astbench.runs.callbacks import RunCallback, build_loggers, progress_bar
+from astbench.runs.checkpoints import SafeCheckpointIO, read_checkpoint
+from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, default_run_dir
+from astbench.selection import Selection, nearest
+from astbench.tasks import Task, find_task
+
+_ALLOWED = ["astbench", "astbench_registry", "torch.optim", "lightning.pytorch", "pytorch_lightning"]
+"""What a config may name by `class_path`; naming a class imports and builds it."""
+
+_PATTERN: dict[Head, Pattern] = {"question_answering": "bidirectional_self", "causal_lm": "causal_self"}
+
+_TRAINER = {
+    "max_steps": 1000,
+    "max_epochs": -1,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "gradient_clip_val": 1.0,
+    # Evaluation happens once, after training; ask for more with --trainer.val_check_interval.
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1_000_000_000,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    # The sampler deals the batches out to the processes itself.
+    "use_distributed_sampler": False,
+}
+
+
+class Parser(LightningArgumentParser):
+    """Errors in one line with the nearest option; `--help` leaves the Trainer's hundred options out."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise :class:`ConfigError` instead of printing the usage."""
+        raise ConfigError(self._explain(" ".join(message.split()))) from ex
+
+    def _explain(self, message: str) -> str:
+        marker = "nrecognized arguments:"
+        if marker not in message:
+            return message
+        words = message.partition(marker)[2].split()
+        known = self._options()
+        tips = [w + nearest(w.split("=")[0], known) for w in words if w.startswith("-")]
+        return f"unknown option {', '.join(tips or words)}"
+
+    def _options(self) -> list[str]:
+        parsers = [self, *self._subcommand_parsers()]
+        return [o for p in parsers for a in p._actions for o in a.option_strings]
+
+    def _subcommand_parsers(self) -> list[Any]:
+        action = getattr(self, "_subcommands_action", None)
+        return list(action._name_parser_map.values()) if action else []
+
+    def format_help(self) -> str:
+        """Help without the Trainer group, unless asked by --help_trainer."""
+        kept = [g for g in self._action_groups if not (g.title or "").startswith("Customize every aspect")]
+        groups, self._action_groups = self._action_groups, kept
+        try:
+            return super().format_help() + "\n--trainer.*: everything of lightning.pytorch.Trainer\n"
+        finally:
+            self._action_groups = groups
+
+
+class CLI(LightningCLI):
+    """Builds data, model and trainer from the options, and wraps the run in its folder and record."""
+
+    def __init__(self, command: str, found: Selection, task: Task) -> None:
+        self.command, self.found, self.task = command, found, task
+        assert found.attention is not None
+        self.attention = found.attention
+        self.module_class, self.data_class, self.task_config = task.load()
+        self.folder: RunFolder | None = None
+        sys.argv[1:] = [command, *found.argv]  # not args=: distributed children run sys.argv again
+        super().__init__(
+            self.module_class,
+            self.data_class,
+            save_config_callback=None,
+            trainer_defaults=_TRAINER,
+            seed_everything_default=0,
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the parser in use is built."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Groups of our own; the model receives them as plain dictionaries."""
+        parser.add_argument("--attention.name", type=str, default=self.attention, help="registered attention")
+        parser.add_class_arguments(config_class(self.attention), "attention", instantiate=False)
+        parser.add_argument("--task.name", type=str, default=self.task.name, help="registered task")
+        parser.add_class_arguments(self.task_config, "task", instantiate=False)
+        parser.add_class_arguments(BackboneConfig, "backbone", instantiate=False)
+        parser.add_class_arguments(OptimConfig, "optim", instantiate=False)
+        parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run")
+        parser.add_argument("--init_from", type=str | None, default=None, help="run folder to take weights from")
+        parser.add_argument("--plugins", type=list[str], default=self.found.plugins, help="plugins to load")
+        parser.add_argument("--checkpoint_every", type=int, default=100, help="optimizer steps between checkpoints")
+        parser.add_argument(
+            "--loggers",
+            type=list[Literal["csv", "tensorboard", "wandb", "mlflow"]],
+            default=["csv", "tensorboard"],
+            help="where metrics go; --loggers+=wandb adds one",
+        )
+        for group in ("attention", "task", "backbone", "optim"):
+            parser.link_arguments(group, f"model.{group}", compute_fn=_without_name if group == "task" else _as_dict)
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("init_from", "model.init_from")
+        parser.set_defaults(self._demo_defaults(parser))
+
+    def _demo_defaults(self, parser: LightningArgumentParser) -> dict[str, Any]:
+        """Settings measured for the generated data, where it is used and for options that exist here."""
+        if not self.task.demo or _said(self.found, "data.source") not in (None, "demo"):
+            return {}
+        known = {a.dest for a in parser._actions}
+        return {key: value for key, value in self.task.demo.items() if key in known}
+
+    def before_instantiate_classes(self) -> None:
+        """Check what can be checked before anything is built or read."""
+        options = self.options
+        attention = {k: v for k, v in vars(options.attention).items() if k != "name"}
+        config = make_config(self.attention, attention)
+        config.can.check(self.attention, _PATTERN[self.module_class.head])
+        BackboneConfig(**vars(options.backbone))
+        OptimConfig(**vars(options.optim))
+        self.task_config(**_without_name(options.task))
+        if options.checkpoint_every < 1:
+            raise ConfigError(f"--checkpoint_every must be at least 1 step, got {options.checkpoint_every}")
+        if self.command == "fit" and options.trainer.max_steps < 1:
+            raise ConfigError("--trainer.max_steps must be at least 1: schedules and resuming count in steps")
+        if options.init_from:
+            checkpoint_file(options.init_from)
+
+    @property
+    def options(self) -> Namespace:
+        """The parsed options of the subcommand."""
+        return self.config[self.command]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with our checkpoint files, callback, progress and loggers."""
+        options = self.options
+        path = options.run_dir or default_run_dir(self.task.name, self.attention)
+        self.folder = RunFolder(path)
+        self.run_callback = RunCallback(self.folder, self.command, self.task, options.checkpoint_every)
+        trainer = self._get(self.config_init, "trainer").as_dict()
+        callbacks = [*(trainer.pop("callbacks", None) or []), self.run_callback]
+        if trainer.pop("enable_progress_bar", None) is not False:
+            callbacks.append(progress_bar())
+            trainer["enable_progress_bar"] = True
+        plugins = [*(trainer.pop("plugins", None) or []), SafeCheckpointIO()]
+        if trainer.get("logger") in (None, True) and self.command == "fit":
+            trainer["logger"] = build_loggers(options.loggers, self.folder, resume=self.found.resume is not None)
+        elif trainer.get("logger") in (None, True):
+            trainer["logger"] = False
+        trainer["default_root_dir"] = str(self.folder.path)
+        return Trainer(**trainer, callbacks=callbacks, plugins=plugins)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        assert self.folder is not None
+        checkpoint = self._checkpoint()
+        self._prepare_data(checkpoint)
+        self.folder.open_for_writing(resume=self.found.resume is not None)
+        if self.found.resume is None:
+            self._save_config()
+        self.run_callback.begin(_plain(self.options), checkpoint)
+        run: Callable[..., Any] = getattr(self.trainer, subcommand)
+        with self.run_callback.recording():
+            run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
+            if subcommand == "fit":
+                self.run_callback.evaluate(self.trainer, self.model, self.datamodule)
+        self.run_callback.finish(self.model, self.datamodule)
+
+    def _checkpoint(self) -> str | None:
+        """The checkpoint to load, verified; refuse one of another attention."""
+        options = self.options
+        if self.found.resume:
+            newest = RunFolder(self.found.resume).newest_checkpoint()
+            if newest is None:
+                console.say(f"{self.found.resume} was stopped before its first checkpoint: starting again")
+                return None
+            return str(newest[0])
+        if not options.get("ckpt_path"):
+            return None
+        file = checkpoint_file(options.ckpt_path)
+        trained = read_checkpoint(file)["hyper_parameters"]
+        for group in ("attention", "backbone"):
+            now = _as_dict(options[group])
+            before = {k: v for k, v in trained[group].items() if k not in _FREE}
+            differs = {k: (v, now.get(k)) for k, v in before.items() if now.get(k) != v}
+            if differs:
+                raise CheckpointError(
+                    f"{file} was trained with other {group} options (checkpoint, given): {differs}; to run its "
+                    "weights with another attention use --init_from"
+                )
+        return str(file)
+
+    def _prepare_data(self, checkpoint: str | None) -> None:
+        options = self.options
+        folder = None
+        source = checkpoint or options.init_from
+        if source:
+            path = Path(source)
+            folder = path if path.is_dir() else path.parent
+        self.datamodule.prepare(BackboneConfig(**vars(options.backbone)), options.seed_everything, folder)
+
+    def _save_config(self) -> None:
+        from astbench.runs.files import write_text
+
+        assert self.folder is not None
+        config = self.options.clone()
+        for key in ("config", "run_dir", "ckpt_path", "weights_only", "verbose"):
+            config.pop(key, None)
+        text = self._parser(self.command).dump(config, skip_none=False, skip_validation=True)
+        head = f"# astbench {self.command} --config={CONFIG} runs this again.\n"
+        write_text(self.folder / CONFIG, head + text)
+
+
+_FREE = ("backend",)
+"""Options that may differ between training and evaluation: they change the kernel, not the function."""
+
+
+def run(command: str, found: Selection) -> int:
+    """Parse, build and run; returns the exit code."""
+    _quiet()
+    if not found.trust_config:
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=_ALLOWED)
+    assert found.task is not None
+    task = find_task(found.task)
+    if found.resume and command != "fit":
+        raise ConfigError(f"--resume goes with fit; {command} takes --ckpt_path={found.resume}")
+    if found.resume and RunFolder(found.resume).done:
+        console.say(f"{found.resume} is done already; nothing to resume")
+        return 0
+    found.argv = _fit_configs(found, task)
+    CLI(command, found, task)
+    return 0
+
+
+def _fit_configs(found: Selection, task: Task) -> list[str]:
+    """Replace configs by ones that hold only what the chosen attention and task know, with a note on the rest."""
+    import tempfile
+
+    import yaml
+
+    argv = []
+    for word in found.argv:
+        path = word.removeprefix("--config=")
+        if word == path:
+            argv.append(word)
+            continue
+        config = safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        for kind, name in (("attention", found.attention), ("task", task.name)):
+            group = config.get(kind)
+            if isinstance(group, str):
+                config[kind] = group = {"name": group}
+            if isinstance(group, dict) and group.get("name") not in (None, name):
+                console.say(f"{kind} {name} replaces {group['name']} of {path}: the options of {group['name']} are dropped")
+                config.pop(kind)
+                if kind == "task":
+                    config.pop("data", None)
+        if isinstance(config.get("backbone"), str):
+            config["backbone"] = {"name": config["backbone"]}
+        if "seed" in config:
+            config["seed_everything"] = config.pop("seed")
+        for key in ("plugins", "run_dir"):
+            config.pop(key, None)
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="astbench-", delete=False) as file:
+            yaml.safe_dump(config, file)
+        argv.append(f"--config={file.name}")
+    return argv
+
+
+def _said(found: Selection, key: str) -> str | None:
+    """The value of an option in argv or the configs, the last one."""
+    value = None
+    for word in found.argv:
+        if word.startswith("--config="):
+            config = safe_load(Path(word.removeprefix("--config=")).read_text(encoding="utf-8")) or {}
+            for part in key.split("."):
+                config = config.get(part) if isinstance(config, dict) else None
+            value = config or value
+        elif word.startswith(f"--{key}="):
+            value = word.partition("=")[2]
+    for flag, following in zip(found.argv, found.argv[1:], strict=False):
+        if flag == f"--{key}":
+            value = following
+    return value
+
+
+def _as_dict(group: Any) -> dict[str, Any]:
+    return dict(vars(group)) if isinstance(group, Namespace) else dict(asdict(group))
+
+
+def _without_name(group: Any) -> dict[str, Any]:
+    return {k: v for k, v in _as_dict(group).items() if k != "name"}
+
+
+def _plain(options: Namespace) -> dict[str, Any]:
+    """The options as JSON-able data."""
+    import json
+
+    return dict(json.loads(json.dumps(options.as_dict(), default=str)))
+
+
+def _quiet() -> None:
+    """Third parties' chatter off; our own messages say what matters."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*treespec.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*GPU available but not used.*",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,97 @@
+"""Tasks by name: a LightningModule, a LightningDataModule and their options. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from astbench.errors import NameOrPluginError
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table of tasks.
+
+    Attributes:
+        name: What `--task` takes.
+        summary: One line for `astbench list`.
+        module: `module:Class` of the LightningModule.
+        data: `module:Class` of the LightningDataModule.
+        config: `module:Class` of the options under `--task.`, torch-free.
+        sources: What `--data.source` takes, the default first.
+        real: How to run it on the real data set.
+        metric: The headline metric's name.
+        demo: Defaults that were measured for the `demo` source, for options that exist with the attention.
+    """
+
+    name: str
+    summary: str
+    module: str
+    data: str
+    config: str
+    sources: tuple[str, ...]
+    real: str
+    metric: str
+    demo: dict[str, Any] = field(default_factory=dict)
+
+    def load(self) -> tuple[Any, Any, Any]:
+        """(module class, data class, config class), imported now."""
+        return tuple(_attribute(target) for target in (self.module, self.data, self.config))  # type: ignore[return-value]
+
+
+def _attribute(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="squad",
+            summary="SQuAD v1.1 span extraction over Wikipedia paragraphs (EM, F1)",
+            module="astbench.tasks.qa:SpanQA",
+            data="astbench.tasks.qa_data:SquadData",
+            config="astbench.tasks.qa_config:SpanQAConfig",
+            sources=("local", "hub"),
+            real="--data.source=hub",
+            metric="f1",
+        ),
+        Task(
+            name="triviaqa",
+            summary="TriviaQA span extraction over long documents (EM, F1 over aliases)",
+            module="astbench.tasks.qa:SpanQA",
+            data="astbench.tasks.qa_data:TriviaQAData",
+            config="astbench.tasks.qa_config:SpanQAConfig",
+            sources=("demo", "hub", "local"),
+            real="--data.source=hub --backbone=FacebookAI/roberta-base --backbone.max_positions=4096 "
+            "--data.max_length=4096",
+            metric="f1",
+        ),
+        Task(
+            name="wikitext103",
+            summary="WikiText-103 language modelling (perplexity); so far `astbench test` on local files",
+            module="astbench.tasks.lm:LanguageModel",
+            data="astbench.tasks.lm_data:WikiTextData",
+            config="astbench.tasks.lm_config:LanguageModelConfig",
+            sources=("local",),
+            real="--data.source=local --data.path=FOLDER",
+            metric="perplexity",
+        ),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of a name.
+
+    Raises:
+        NameOrPluginError: with the nearest name and all of them.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ";"
+        raise NameOrPluginError(f"unknown task '{name}'{hint} registered: {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,506 @@
+"""Question answering over documents: windows with stride, and the data modules of `triviaqa` and `squad`."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from astbench.backbones.load import max_positions
+from astbench.backbones.presets import BackboneConfig, resolve_preset
+from astbench.data import Draw, StepBatchSampler
+from astbench.errors import ConfigError, DataError
+from astbench.tasks import qa_demo, qa_sources
+from astbench.tasks.qa_examples import QAExample
+from astbench.tokenizers import load_tokenizer, saved_tokenizer, train_tokenizer
+from astbench.training import derived_seed
+
+Split = Literal["train", "validation", "test"]
+CACHED_EXAMPLES = 20_000
+"""Tokenized windows are kept for sets up to this size; larger ones are tokenized when drawn."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A question with one stretch of its document.
+
+    Attributes:
+        input_ids: The question, the stretch, and special tokens between and around them.
+        token_type_ids: Which of the two each token belongs to, where the tokenizer says so.
+        offsets: Character span in the document for each token of the stretch; None for others.
+        starts: Tokens at which a right answer starts.
+        ends: Tokens at which one ends, inclusive.
+    """
+
+    input_ids: list[int]
+    token_type_ids: list[int] | None
+    offsets: list[tuple[int, int] | None]
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+class Windower:
+    """Cuts (question, document) into windows of at most `max_length` tokens that overlap by `stride`.
+
+    Args:
+        tokenizer: A fast tokenizer with a template for pairs.
+        max_length: Tokens of a window, question and special tokens included.
+        stride: Tokens that neighbouring windows share.
+        max_question: Longer questions are cut to this many tokens.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int, max_question: int
+    ) -> None:
+        self.tokenizer, self.max_length, self.stride, self.max_question = tokenizer, max_length, stride, max_question
+
+    def windows(self, example: QAExample) -> list[Window]:
+        """All windows of an example, in order; none for a document without a token."""
+        encoded = self.tokenizer(
+            self._short_question(example.question),
+            example.context,
+            truncation="only_second",
+            max_length=self.max_length,
+            stride=self.stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        mentions = find_mentions(example)
+        found = []
+        for number, ids in enumerate(encoded["input_ids"]):
+            parts = encoded.sequence_ids(number)
+            offsets = [
+                span if part == 1 else None
+                for span, part in zip(encoded["offset_mapping"][number], parts, strict=True)
+            ]
+            if not any(offsets):
+                continue
+            types = encoded["token_type_ids"][number] if "token_type_ids" in encoded else None
+            starts, ends = _token_spans(mentions, offsets)
+            found.append(Window(ids, types, offsets, starts, ends))
+        return found
+
+    def _short_question(self, question: str) -> str:
+        encoded = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        return question if len(offsets) <= self.max_question else question[: offsets[self.max_question - 1][1]]
+
+
+def find_mentions(example: QAExample) -> list[tuple[int, int]]:
+    """Character spans of right answers in the document.
+
+    Annotated starts are taken as they are. Otherwise every whole-word occurrence of any alias counts, as in
+    TriviaQA's distant supervision, letter case aside.
+    """
+    if example.answer_starts is not None:
+        spans = []
+        for start in example.answer_starts:
+            matching = [a for a in example.answers if example.context.startswith(a, start)]
+            if matching:
+                spans.append((start, start + len(max(matching, key=len))))
+        return spans
+    aliases = sorted({a.strip() for a in example.answers}, key=len, reverse=True)
+    pattern = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, aliases)) + r")(?!\w)", re.IGNORECASE)
+    return [match.span() for match in pattern.finditer(example.context)]
+
+
+def _token_spans(
+    mentions: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int] | None]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First and last tokens of the mentions that lie wholly in the window."""
+    inside = [(i, span) for i, span in enumerate(offsets) if span is not None]
+    first, last = inside[0][1][0], inside[-1][1][1]
+    starts, ends = set(), set()
+    for begin, end in mentions:
+        if begin < first or end > last:
+            continue
+        covered = [i for i, (a, b) in inside if a < end and b > begin]
+        if covered:
+            starts.add(covered[0])
+            ends.add(covered[-1])
+    return tuple(sorted(starts)), tuple(sorted(ends))
+
+
+class QADataset(Dataset[dict[str, Any]]):
+    """Training: one window per question and draw. Evaluation: every window of every question.
+
+    Args:
+        examples: The questions.
+        windower: Cuts them.
+        negative_share: Probability of drawing a window without an answer, where there are both kinds.
+        seed: With the epoch and the index it decides which window is drawn.
+        training: Draw, or list everything.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[QAExample],
+        windower: Windower,
+        *,
+        negative_share: float,
+        seed: int,
+        training: bool,
+    ) -> None:
+        self.examples, self.windower = examples, windower
+        self.negative_share, self.seed, self.training = negative_share, seed, training
+        self._cache: dict[int, list[Window]] = {}
+        self._rows = [] if training else [(i, w) for i in range(len(examples)) for w in self.windows(i)]
+
+    def windows(self, index: int) -> list[Window]:
+        """The windows of one question."""
+        if index in self._cache:
+            return self._cache[index]
+        windows = self.windower.windows(self.examples[index])
+        if len(self.examples) <= CACHED_EXAMPLES:
+            self._cache[index] = windows
+        return windows
+
+    def __len__(self) -> int:
+        return len(self.examples) if self.training else len(self._rows)
+
+    def __getitem__(self, item: Draw | int) -> dict[str, Any]:
+        if not self.training:
+            index, window = self._rows[item]  # type: ignore[index]
+            return {"index": index, "window": window}
+        epoch, index = item  # type: ignore[misc]
+        windows = self.windows(index)
+        rng = random.Random(derived_seed(self.seed, epoch, index))
+        right = [w for w in windows if w.starts]
+        wrong = [w for w in windows if not w.starts]
+        pick_wrong = not right or (bool(wrong) and rng.random() < self.negative_share)
+        return {"index": index, "window": rng.choice(wrong if pick_wrong else right)}
+
+
+class Collate:
+    """Windows to tensors, padded to the longest of the batch.
+
+    A callable object, so that worker processes can be sent it.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        windows: list[Window] = [row["window"] for row in rows]
+        length = max(len(w.input_ids) for w in windows)
+        shape = (len(windows), length)
+        input_ids = torch.full(shape, self.pad_token_id)
+        masks = {n: torch.zeros(shape, dtype=torch.bool) for n in ("attention_mask", "answerable", "starts", "ends")}
+        types = torch.zeros(shape, dtype=torch.long)
+        for row, window in enumerate(windows):
+            size = len(window.input_ids)
+            input_ids[row, :size] = torch.tensor(window.input_ids)
+            masks["attention_mask"][row, :size] = True
+            masks["answerable"][row, :size] = torch.tensor([span is not None for span in window.offsets])
+            masks["starts"][row, list(window.starts) or [0]] = True  # the first token stands for "not here"
+            masks["ends"][row, list(window.ends) or [0]] = True
+            if window.token_type_ids is not None:
+                types[row, :size] = torch.tensor(window.token_type_ids)
+        batch: dict[str, Any] = {"input_ids": input_ids, **masks}
+        if windows[0].token_type_ids is not None:
+            batch["token_type_ids"] = types
+        batch["index"] = torch.tensor([row["index"] for row in rows])
+        batch["offsets"] = [w.offsets for w in windows]
+        return batch
+
+
+class SpanQAData(pl.LightningDataModule):
+    """Base of the question-answering data modules.
+
+    Args:
+        source: Where the questions come from; never swapped silently.
+        path: For `local`: the folder or file.
+        max_length: Tokens of a window, question included.
+        stride: Tokens that neighbouring windows of a document share.
+        max_question: Longer questions are cut to this many tokens.
+        batch_size: Windows per training step and process.
+        eval_batch_size: Windows per evaluation step.
+        negative_share: Probability of training on a window without an answer, where a document has both kinds.
+        max_train: Use at most this many training questions.
+        max_eval: Use at most this many evaluation questions.
+        eval_split: What `fit` and `validate` evaluate on.
+        vocab_size: Of the tokenizer trained for a preset backbone.
+        num_workers: Processes that prepare batches.
+        question: For `predict`: the question.
+        document: For `predict`: a text file to answer it from.
+    """
+
+    task: ClassVar[str]
+
+    def __init__(
+        self,
+        source: str,
+        path: str = "",
+        max_length: int = 512,
+        stride: int = 128,
+        max_question: int = 64,
+        batch_size: int = 16,
+        eval_batch_size: int = 16,
+        negative_share: float = 0.2,
+        max_train: int | None = None,
+        max_eval: int | None = None,
+        eval_split: Literal["validation", "test"] = "validation",
+        vocab_size: int = 8192,
+        num_workers: int = 0,
+        question: str = "",
+        document: str = "",
+    ) -> None:
+        super().__init__()
+        if stride >= max_length - max_question - 3:
+            raise ConfigError(
+                f"--data.stride={stride} must be below max_length - max_question - 3 = {max_length - max_question - 3}"
+            )
+        self.source, self.path = source, path
+        self.max_length, self.stride, self.max_question = max_length, stride, max_question
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.negative_share, self.max_train, self.max_eval = negative_share, max_train, max_eval
+        self.eval_split, self.vocab_size, self.num_workers = eval_split, vocab_size, num_workers
+        self.question, self.document = question, document
+        self.backbone = BackboneConfig()
+        self.seed = 0
+        self.tokenizer_folder: Path | None = None
+        self.examples: dict[str, list[QAExample]] = {}
+        self.sets: dict[str, QADataset] = {}
+        self.fingerprints: dict[str, str] = {}
+        self.notes: list[str] = []
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def prepare(self, backbone: BackboneConfig, seed: int, tokenizer_folder: Path | None) -> None:
+        """Tell the data module what it serves; called before the trainer starts.
+
+        Args:
+            backbone: Whose tokenizer to use.
+            seed: Of generated data, window draws and order.
+            tokenizer_folder: Run folder whose saved tokenizer to use instead of making one.
+        """
+        self.backbone, self.seed, self.tokenizer_folder = backbone, seed, tokenizer_folder
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the run; there after `setup`."""
+        assert self._tokenizer is not None, "setup() has not run"
+        return self._tokenizer
+
+    def read(self, split: Split) -> list[QAExample]:
+        """The questions of a split."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Read the splits of a stage and tokenize the evaluation set.
+
+        Raises:
+            DataError: nothing to read, or nothing in it that can be used.
+        """
+        wanted: dict[str, list[Split]] = {
+            "fit": ["train", self.eval_split],
+            "validate": [self.eval_split],
+            "test": ["test"],
+            "predict": [],
+        }
+        for split in wanted[stage]:
+            if split not in self.examples:
+                self._read_split(split)
+        if self._tokenizer is None:
+            self._tokenizer = self._make_tokenizer()
+        if stage == "predict":
+            self.examples["predict"] = [self._asked()]
+        for split in [*wanted[stage], *(["predict"] if stage == "predict" else [])]:
+            if split not in self.sets:
+                self.sets[split] = self._dataset(split)
+
+    def _read_split(self, split: Split) -> None:
+        examples = self.read(split)
+        limit = self.max_train if split == "train" else self.max_eval
+        examples = examples[:limit]
+        if not examples:
+            raise DataError(f"{self.task}: the {split} split of source {self.source} holds no question")
+        self.examples[split] = examples
+        self.fingerprints[split] = qa_sources.fingerprint(examples)
+
+    def _make_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer_folder is not None:
+            return saved_tokenizer(self.tokenizer_folder)
+        if resolve_preset(self.backbone.name, "question_answering") is None:
+            return load_tokenizer(self.backbone)
+        if "train" not in self.examples:
+            self._read_split("train")
+        texts = (text for e in self.examples["train"] for text in (e.question, e.context))
+        return train_tokenizer(texts, self.vocab_size)
+
+    def _dataset(self, split: str) -> QADataset:
+        training = split == "train"
+        windower = Windower(self.tokenizer, self.max_length, self.stride, self.max_question)
+        examples = self.examples[split]
+        if training:
+            examples = [e for e in examples if e.context.strip()]
+            empty = len(self.examples[split]) - len(examples)
+            if empty:
+                self.notes.append(f"{empty} of {len(self.examples[split])} training documents are empty: left out")
+            if not examples:
+                raise DataError(f"{self.task}: every training document is empty")
+        dataset = QADataset(
+            examples, windower, negative_share=self.negative_share, seed=self.seed, training=training
+        )
+        if not len(dataset):
+            raise DataError(f"{self.task}: no document of the {split} split holds any text")
+        if split != "predict":
+            without = sum(not find_mentions(e) for e in examples)
+            if without:
+                use = "trained as 'not here'" if training else "scored as any other"
+                self.notes.append(f"{without} of {len(examples)} {split} questions have no answer in their document: {use}")
+        return dataset
+
+    def _asked(self) -> QAExample:
+        if not self.question or not self.document:
+            raise ConfigError("predict needs --data.question='...' and --data.document=FILE")
+        file = Path(self.document).expanduser()
+        try:
+            text = file.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise DataError(f"--data.document={self.document} does not exist") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--data.document={self.document} cannot be read as UTF-8 text: {error}") from error
+        if not text.strip():
+            raise DataError(f"--data.document={self.document} is empty")
+        return QAExample("asked", self.question, ("",), text, title=file.stem, answer_starts=())
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Refuse windows longer than the model's positions.
+
+        Raises:
+            ConfigError: naming both numbers and the flags to change.
+        """
+        limit = max_positions(model)
+        if self.max_length > limit:
+            raise ConfigError(
+                f"--data.max_length={self.max_length} tokens is longer than the backbone's position table of {limit}; "
+                f"set --backbone.max_positions={self.max_length} to extend the table by copying it, or shorten the windows"
+            )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches in the order of (seed, epoch, step)."""
+        dataset = self.sets["train"]
+        assert self.trainer is not None
+        sampler = StepBatchSampler(
+            len(dataset), self.batch_size, self.seed, self.trainer, first_epoch=self.first_epoch()
+        )
+        return self._loader(dataset, batch_sampler=sampler)
+
+    def first_epoch(self) -> list[int] | None:
+        """The order of the first epoch where there is a curriculum."""
+        return None
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every window of the evaluation questions."""
+        return self._loader(self.sets[self.eval_split], batch_size=self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every window of the test questions."""
+        return self._loader(self.sets["test"], batch_size=self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Every window of the document that was asked about."""
+        return self._loader(self.sets["predict"], batch_size=self.eval_batch_size)
+
+    def _loader(self, dataset: QADataset, **arguments: Any) -> DataLoader[Any]:
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            raise ConfigError(f"--backbone.name={self.backbone.name} has a tokenizer without a padding token")
+        return DataLoader(
+            dataset,
+            collate_fn=Collate(pad),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            **arguments,
+        )
+
+    def example(self, split: str, index: int) -> QAExample:
+        """The question a window came from."""
+        return self.sets[split].examples[index]
+
+    def describe(self) -> dict[str, Any]:
+        """What the record says of the data."""
+        return {
+            "source": self.source,
+            "path": self.path or None,
+            "questions": {split: len(examples) for split, examples in self.examples.items()},
+            "windows": {split: len(s) for split, s in self.sets.items() if not s.training},
+            "fingerprints": dict(self.fingerprints),
+            "notes": list(self.notes),
+        }
+
+
+class TriviaQAData(SpanQAData):
+    """TriviaQA over Wikipedia pages; `demo` is generated and embedded, `hub` and `local` are the real thing.
+
+    Args:
+        source: demo, hub (mandarjoshi/trivia_qa, rc.wikipedia) or local.
+        path: For `local`: a folder in the official layout (qa/wikipedia-train.json and evidence/), or with
+            train/validation/test.jsonl[.gz] or .parquet in the hub's columns.
+        demo_train: Generated training questions, for `demo`.
+        demo_eval: Generated evaluation questions, for `demo`.
+    """
+
+    task = "triviaqa"
+
+    def __init__(
+        self,
+        source: Literal["demo", "hub", "local"] = "demo",
+        path: str = "",
+        demo_train: int = 4000,
+        demo_eval: int = 200,
+        **options: Any,
+    ) -> None:
+        super().__init__(source, path, **options)
+        self.demo_train, self.demo_eval = demo_train, demo_eval
+
+    def read(self, split: Split) -> list[QAExample]:
+        """See the base class. The real test answers are not public: there `test` is the validation split."""
+        if self.source == "demo":
+            count = self.demo_train if split == "train" else self.demo_eval
+            return qa_demo.generate(split, count, seed=0)
+        if split == "test":
+            self.notes.append("TriviaQA's test answers are not public: tested on the validation split")
+            split = "validation"
+        if self.source == "hub":
+            return qa_sources.read_hub("triviaqa", split)
+        return qa_sources.read_triviaqa(self.path, split)
+
+
+class SquadData(SpanQAData):
+    """SQuAD v1.1, a paragraph a question.
+
+    Args:
+        source: hub (rajpurkar/squad) or local.
+        path: For `local`: SQuAD's official JSON file, or the folder that holds it. With one file, whole
+            articles are held out: every `holdout`-th.
+        holdout: For `local`: the share of articles held out is one in this many.
+    """
+
+    task = "squad"
+
+    def __init__(
+        self, source: Literal["local", "hub"] = "local", path: str = "", holdout: int = 8, **options: Any
+    ) -> None:
+        super().__init__(source, path, **options)
+        if holdout < 2:
+            raise ConfigError(f"--data.holdout must be at least 2 articles, got {holdout}")
+        self.holdout = holdout
+
+    def read(self, split: Split) -> list[QAExample]:
+        """See the base class. `test` is the validation split."""
+        if self.source == "hub":
+            return qa_sources.read_hub("squad", "train" if split == "train" else "validation")
+        examples = qa_sources.read_squad(self.path)
+        articles = list(dict.fromkeys(e.title for e in examples))
+        held = set(articles[:: self.holdout])
+        return [e for e in examples if (e.title in held) != (split == "train")]

@@ -1,0 +1,237 @@
+"""Readers of question-answering data: the data sets' own files, and tables with the hub's columns."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from astbench.errors import DataError, MissingPackageError
+from astbench.tasks.qa_examples import QAExample
+
+log = logging.getLogger(__name__)
+
+TRIVIAQA_HUB = ("mandarjoshi/trivia_qa", "rc.wikipedia", "0f7faf33a3908546c6fd5b73a660e0f8ff173c2f")
+"""Data set, configuration and revision on the Hugging Face hub."""
+SQUAD_HUB = ("rajpurkar/squad", "plain_text", "7b6d24c440a36b6815f21b70d25016731768db1f")
+
+_SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "dev", "valid"), "test": ("test",)}
+_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+def read_triviaqa(path: str | Path, split: str) -> list[QAExample]:
+    """TriviaQA from a folder: official JSON plus evidence, or jsonl/parquet tables with the hub's columns.
+
+    Official: `qa/wikipedia-<train|dev>.json` (or the same at the top) and `evidence/wikipedia/`. Tables:
+    `<train|validation|dev|test>.jsonl[.gz]|.parquet`, one question a row: `question_id`, `question`,
+    `answer.{value, aliases}`, `entity_pages.{title[], wiki_context[]}`.
+
+    Raises:
+        DataError: missing or damaged files, missing columns; names the file and the line.
+    """
+    folder = existing(path)
+    for name in _SPLIT_NAMES[split]:
+        for official in (folder / "qa" / f"wikipedia-{name}.json", folder / f"wikipedia-{name}.json"):
+            if official.is_file():
+                return list(_official_triviaqa(official, folder / "evidence" / "wikipedia"))
+    table = _table(folder, split)
+    if table is None:
+        looked = f"qa/wikipedia-{split}.json, {_SPLIT_NAMES[split][0]}{{{','.join(_ENDINGS)}}}"
+        raise DataError(f"--data.path={folder} has no {split} split; looked for {looked}")
+    return [triviaqa_row(row, where) for where, row in _rows(table)]
+
+
+def triviaqa_row(row: dict[str, Any], where: str) -> QAExample:
+    """One row with the hub's columns; all of its pages make one document."""
+    try:
+        answer, pages = row["answer"], row["entity_pages"]
+        aliases = [answer["value"], *answer["aliases"]]
+        contexts, titles = list(pages["wiki_context"]), list(pages["title"])
+        question_id, question = str(row["question_id"]), str(row["question"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where}: column {error} is missing or of the wrong form") from error
+    return QAExample(
+        question_id=question_id,
+        question=question,
+        answers=_distinct(aliases, where),
+        context="\n\n".join(contexts),
+        title=titles[0] if titles else "",
+    )
+
+
+def _official_triviaqa(file: Path, evidence: Path) -> Iterator[QAExample]:
+    data = _json(file)
+    if not isinstance(data, dict) or "Data" not in data:
+        raise DataError(f"{file}: no 'Data' list; not TriviaQA's official format")
+    for number, item in enumerate(data["Data"]):
+        where = f"{file}: question {number + 1}"
+        try:
+            answer = item["Answer"]
+            aliases = [answer["Value"], *answer["Aliases"], *answer.get("HumanAnswers", [])]
+            pages = item["EntityPages"]
+            question_id, question = item["QuestionId"], item["Question"]
+            names = [(page["Filename"], page["Title"]) for page in pages]
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{where}: {error} is missing or of the wrong form") from error
+        texts = []
+        for name, _ in names:
+            # The name comes from a file: it may not lead out of the evidence folder.
+            page_file = (evidence / name).resolve()
+            if not page_file.is_relative_to(evidence.resolve()) or not page_file.is_file():
+                raise DataError(f"{where}: evidence {evidence / name} does not exist")
+            texts.append(page_file.read_text(encoding="utf-8", errors="replace"))
+        yield QAExample(
+            question_id=question_id,
+            question=question,
+            answers=_distinct(aliases, where),
+            context="\n\n".join(texts),
+            title=names[0][1] if names else "",
+        )
+
+
+def read_squad(path: str | Path) -> list[QAExample]:
+    """SQuAD's official JSON: a paragraph and its questions each.
+
+    Raises:
+        DataError: missing or damaged file, or another format; names the file.
+    """
+    file = existing(path)
+    if file.is_dir():
+        found = sorted(p for p in file.glob("*.json*"))
+        if len(found) != 1:
+            raise DataError(f"--data.path={file} must hold one SQuAD JSON file, found {len(found)}; name the file")
+        file = found[0]
+    data = _json(file)
+    examples = []
+    try:
+        for article in data["data"]:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    answers = question["answers"]
+                    if not answers:
+                        continue  # version 2 asks some questions without an answer
+                    examples.append(
+                        QAExample(
+                            question_id=question["id"],
+                            question=question["question"].strip(),
+                            answers=_distinct([a["text"] for a in answers], str(file)),
+                            context=paragraph["context"],
+                            title=article["title"],
+                            answer_starts=tuple(sorted({a["answer_start"] for a in answers})),
+                        )
+                    )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{file}: not SQuAD's official format ({error})") from error
+    return examples
+
+
+def read_hub(task: str, split: str) -> list[QAExample]:
+    """A split from the Hugging Face hub at a pinned revision; its offline cache is honoured.
+
+    Raises:
+        MissingPackageError: without the `datasets` package.
+        DataError: the hub cannot be reached and nothing is cached.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingPackageError("--data.source=hub needs the datasets package: pip install 'astbench[hub]'") from error
+    name, configuration, revision = TRIVIAQA_HUB if task == "triviaqa" else SQUAD_HUB
+    try:
+        rows = datasets.load_dataset(name, configuration, split=split, revision=revision)
+    except Exception as error:  # the hub's client raises many kinds, its own and requests'
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{name} ({configuration}, {split}) cannot be had from the hub: {reason}; fetch it once with network "
+            "access, or use --data.source=local"
+        ) from error
+    if task == "triviaqa":
+        return [triviaqa_row(row, f"{name}/{split}") for row in rows]
+    return [
+        QAExample(
+            question_id=row["id"],
+            question=row["question"].strip(),
+            answers=_distinct(row["answers"]["text"], name),
+            context=row["context"],
+            title=row["title"],
+            answer_starts=tuple(sorted(set(row["answers"]["answer_start"]))),
+        )
+        for row in rows
+    ]
+
+
+def fingerprint(examples: list[QAExample]) -> str:
+    """Short digest of everything in the examples, in order."""
+    digest = hashlib.sha256()
+    for e in examples:
+        digest.update("\x1f".join([e.question_id, e.question, *e.answers, e.title, e.context, "\x1e"]).encode())
+    return digest.hexdigest()[:16]
+
+
+def existing(path: str | Path) -> Path:
+    """The path, or a :class:`DataError` that says which option to set."""
+    if not str(path):
+        raise DataError("--data.source=local needs --data.path=FOLDER")
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise DataError(f"--data.path={path} does not exist")
+    return path
+
+
+def _distinct(answers: list[str], where: str) -> tuple[str, ...]:
+    kept = tuple(dict.fromkeys(a for a in answers if isinstance(a, str) and a.strip()))
+    if not kept:
+        raise DataError(f"{where}: no answer; a question needs a value or at least one alias")
+    return kept
+
+
+def _table(folder: Path, split: str) -> Path | None:
+    for name in _SPLIT_NAMES[split]:
+        for ending in _ENDINGS:
+            if (folder / f"{name}{ending}").is_file():
+                return folder / f"{name}{ending}"
+    return None
+
+
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row) of a table."""
+    if file.suffix == ".parquet":
+        yield from ((f"{file}: row {n + 1}", row) for n, row in enumerate(_parquet(file)))
+        return
+    number = 0
+    try:
+        opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8")  # noqa: SIM115
+        with opened as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file}:{number}", json.loads(line)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{file}:{number + 1} cannot be read: {_first_line(error)}") from error
+
+
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingPackageError("reading parquet needs pyarrow: pip install 'astbench[hub]'") from error
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(256):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {_first_line(error)}") from error
+
+
+def _json(file: Path) -> Any:
+    try:
+        data = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
+        return json.loads(data)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -1,0 +1,184 @@
+"""What every task's LightningModule shares: backbone, swapped attention, losses, optimizer, bitwise resume."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from astbench.backbones.load import load_backbone
+from astbench.backbones.presets import BackboneConfig, Head
+from astbench.backbones.swap import SwapHandle, swap_attention
+from astbench.config import OptimConfig
+from astbench.errors import CheckpointError, ConfigError, NumericError
+from astbench.runs.checkpoints import read_checkpoint
+
+
+class TaskModule(pl.LightningModule):
+    """Base of the tasks: a Hugging Face model with a registered attention in it.
+
+    Args:
+        attention: `{"name": ..., **options}`, plain data, so that checkpoints load with `weights_only`.
+        backbone: Fields of :class:`BackboneConfig`.
+        optim: Fields of :class:`OptimConfig`.
+        task: Fields of the task's own config.
+        seed: Initial weights and every random draw derive from it.
+        init_from: Run folder whose trained backbone to start from.
+    """
+
+    head: ClassVar[Head]
+
+    def __init__(
+        self,
+        attention: dict[str, Any],
+        backbone: dict[str, Any] | None = None,
+        optim: dict[str, Any] | None = None,
+        task: dict[str, Any] | None = None,
+        seed: int = 0,
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.attention = dict(attention)
+        self.backbone = BackboneConfig(**(backbone or {}))
+        self.optim = OptimConfig(**(optim or {}))
+        self.seed = seed
+        self.init_from = init_from
+        self.model: PreTrainedModel | None = None
+        self.handle: SwapHandle | None = None
+
+    def configure_model(self) -> None:
+        """Build the backbone and swap its attention, once; the data module knows the tokenizer by now."""
+        if self.model is not None:
+            return
+        torch.manual_seed(self.seed)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.model = load_backbone(self.backbone, self.head, tokenizer=data.tokenizer)
+        data.check_model(self.model)
+        options = {key: value for key, value in self.attention.items() if key != "name"}
+        # A generator of its own for the variant's parameters: the backbone's are the same for every variant.
+        torch.manual_seed(self.seed + 1)
+        self.handle = swap_attention(self.model, self.attention["name"], options)
+        if self.init_from:
+            self._load_trained_backbone(self.init_from)
+        if self.optim.train == "attention":
+            self._freeze_backbone()
+
+    def _load_trained_backbone(self, folder: str) -> None:
+        """Weights of another run; the attention's own parameters only when that run had the same attention."""
+        assert self.model is not None and self.handle is not None
+        weights = {
+            name.removeprefix("model."): value
+            for name, value in read_checkpoint(folder)["state_dict"].items()
+            if name.startswith("model.")
+        }
+        own = set(self.handle.state_dict())
+        mine = self.model.state_dict()
+        wanted = {n for n in mine if n not in own}
+        wrong = sorted(n for n in wanted if n not in weights or weights[n].shape != mine[n].shape)
+        if wrong:
+            raise CheckpointError(f"--init_from={folder} was trained on another backbone: {wrong[0]} differs")
+        usable = {n: w for n, w in weights.items() if n in wanted or (n in own and w.shape == mine[n].shape)}
+        self.model.load_state_dict(usable, strict=False)
+
+    def _freeze_backbone(self) -> None:
+        assert self.model is not None and self.handle is not None
+        own = {id(p) for p in self.handle.parameters()}
+        if not own:
+            raise ConfigError(
+                f"--optim.train=attention needs an attention with parameters of its own; {self.attention['name']} has none"
+            )
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in own)
+
+    @property
+    def swapped(self) -> SwapHandle:
+        """The handle of the swapped attention."""
+        assert self.handle is not None, "configure_model() has not run"
+        return self.handle
+
+    def total_loss(self, task_loss: Tensor) -> Tensor:
+        """The task's loss and the attention's auxiliary ones, each logged; not finite ends the run."""
+        auxiliary = self.swapped.losses()
+        total = task_loss + sum(auxiliary.values()) if auxiliary else task_loss
+        if not torch.isfinite(total):
+            parts = {"task": float(task_loss.detach()), **{n: float(v.detach()) for n, v in auxiliary.items()}}
+            raise NumericError(
+                f"the loss is not finite at step {self.global_step}: {parts}; lower --optim.lr or set "
+                "--trainer.gradient_clip_val (the last checkpoint holds the state before)"
+            )
+        self.log("train/loss", task_loss.detach(), prog_bar=True)
+        for name, value in auxiliary.items():
+            self.log(f"train/{name}", value.detach())
+        return total
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Randomness from (seed, batch number): a resumed run draws what the uninterrupted one would."""
+        accumulate = self.trainer.accumulate_grad_batches
+        count = self.global_step * accumulate + batch_idx % accumulate
+        torch.manual_seed(derived_seed(self.seed, count, self.global_rank))
+        self.swapped.set_step(self.global_step)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """No update from a gradient that is not finite: better to stop with the weights intact."""
+        if self.trainer.precision == "16-mixed":
+            return  # its loss scaler meets infinities on purpose, and skips those steps itself
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if not torch.isfinite(norm):
+            raise NumericError(
+                f"the gradient is not finite at step {self.global_step}; lower --optim.lr or set "
+                "--trainer.gradient_clip_val (the last checkpoint holds the state before)"
+            )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up, its schedule a function of the step and `max_steps` alone."""
+        own = {id(p) for p in self.swapped.parameters()}
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                groups.setdefault((id(parameter) in own, parameter.dim() >= 2), []).append(parameter)
+        optim = self.optim
+        optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "lr": (optim.attention_lr or optim.lr) if is_own else optim.lr,
+                    "weight_decay": optim.weight_decay if decays else 0.0,
+                }
+                for (is_own, decays), parameters in groups.items()
+            ],
+            betas=(optim.beta1, optim.beta2),
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _factor(self, step: int) -> float:
+        optim, steps = self.optim, self.trainer.max_steps
+        if step < optim.warmup_steps:
+            return (step + 1) / optim.warmup_steps
+        if optim.schedule == "constant" or steps <= optim.warmup_steps:
+            return 1.0
+        left = max(0.0, (steps - step) / (steps - optim.warmup_steps))
+        return left if optim.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+    def counts(self) -> dict[str, int]:
+        """Parameters in all, those that learn, and the attention's own."""
+        own = sum(p.numel() for p in self.swapped.parameters())
+        return {
+            "total": sum(p.numel() for p in self.parameters()),
+            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "attention": own,
+        }
+
+
+def derived_seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers, the same on every machine."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 6364136223846793005 + part + 1442695040888963407) % 2**63
+    return seed

@@ -1,0 +1,83 @@
+"""The conformance suite over every built-in attention, and over AST's options."""
+
+import pytest
+import torch
+
+from astbench_registry.conformance import PROPERTIES, check
+from astbench_registry.table import BUILTIN
+
+AST_OPTIONS = {
+    "adaptive": {"budget": "adaptive", "mass": 0.6},
+    "adaptive-regularised": {
+        "budget": "adaptive", "mass": 0.6, "lambda_density": 0.1, "lambda_entropy": 0.1, "distill_weight": 0.0
+    },
+    "soft": {"estimator": "soft"},
+    "distill-only": {"estimator": "none"},
+    "straight-through-only": {"distill_weight": 0.0},
+    "query-group-4": {"query_group": 4},
+    "top-k": {"top_k": 3, "block_size": 3, "min_blocks": 1},
+    "no-forced-first-block-wide-local": {"first_block": False, "local_blocks": 1},
+    "density-schedule": {"density_start": 0.9, "density_steps": 2},
+    "reference-backend": {"backend": "reference"},
+}  # fmt: skip
+CONTROL_OPTIONS = [
+    ("oracle_topk", {"query_group": 4}),
+    ("pooled_topk", {"query_group": 4}),
+    ("local", {"window": 50}),
+]
+
+
+def assert_conforms(name, property, options=None):
+    results = check(name, options, properties=[property])
+    failures = [f"{r.pattern}: {r.detail}" for r in results if r.status == "fail"]
+    assert not failures, "\n".join(failures)
+    if all(r.status == "skip" for r in results):
+        reasons = {r.detail for r in results} or {"it has none of the patterns"}
+        pytest.skip(f"{name}: {', '.join(sorted(reasons))}")
+
+
+@pytest.mark.parametrize("property", PROPERTIES)
+@pytest.mark.parametrize("name", BUILTIN)
+def test_builtin(name, property):
+    assert_conforms(name, property)
+
+
+@pytest.mark.parametrize("property", PROPERTIES)
+@pytest.mark.parametrize("options", AST_OPTIONS.values(), ids=AST_OPTIONS)
+def test_ast_options(options, property):
+    assert_conforms("ast", property, options)
+
+
+@pytest.mark.parametrize("property", PROPERTIES)
+@pytest.mark.parametrize(("name", "options"), CONTROL_OPTIONS, ids=[f"{n}-{o}" for n, o in CONTROL_OPTIONS])
+def test_control_options(name, options, property):
+    assert_conforms(name, property, options)
+
+
+def test_results_name_variant_property_pattern_and_reason():
+    results = check("oracle_topk", {"query_group": 4}, properties=["causality", "decode"])
+    found = {(r.variant, r.property, r.pattern, r.status, r.detail) for r in results}
+    assert found == {
+        ("oracle_topk", "causality", "causal_self", "skip", "not strictly causal"),
+        ("oracle_topk", "causality", "causal_cross", "skip", "not strictly causal"),
+        ("oracle_topk", "decode", "causal_self", "skip", "no decoding"),
+        ("oracle_topk", "decode", "causal_cross", "skip", "no decoding"),
+    }
+
+
+def test_every_property_says_what_must_hold():
+    for name, function in PROPERTIES.items():
+        assert function.__doc__.splitlines()[0].endswith("."), name
+
+
+def test_unknown_property_is_an_error():
+    with pytest.raises(ValueError, match="unknown property 'causalty'; there are: interface, causality"):
+        check("dense", properties=["causalty"])
+
+
+def test_the_suite_leaves_the_random_state_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    check("ast", properties=["determinism"])
+    assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,317 @@
+"""Broken attentions that the conformance suite must catch: a test that never fails proves nothing."""
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from astbench_registry import Attention, AttentionConfig, AttentionOutput, AttentionStats, Capabilities
+from astbench_registry.capabilities import PATTERNS
+from astbench_registry.conformance import PROPERTIES, check_module
+from astbench_registry.table import BlockSelectionConfig, PooledTopKConfig
+from astbench_registry.variants.pooled_topk import PooledTopKAttention
+
+
+@dataclass(frozen=True)
+class PlainConfig(AttentionConfig):
+    capabilities: ClassVar = Capabilities(patterns=PATTERNS, decode=True, exact_at_full_density=True)
+
+
+@dataclass(frozen=True)
+class LearnedConfig(AttentionConfig):
+    capabilities: ClassVar = Capabilities(patterns=PATTERNS, decode=True, owns_parameters=True)
+
+
+class Plain(Attention):
+    """Softmax attention in small replaceable steps; this one is right, its subclasses get one step wrong."""
+
+    config_of_test = PlainConfig
+
+    def forward(self, q, k, v, mask, *, scale=None, context=None):
+        allowed = self.allowed(q, k, mask)
+        k, v = (self.repeat(self.hide(x, mask)) for x in (k, v))
+        logits = self.logits(q, k, self.default_scale() if scale is None else scale)
+        context_vectors = self.weights(logits, allowed) @ v
+        listening = context is not None and context.listen
+        return AttentionOutput(context_vectors, stats=self.stats(q, allowed) if listening else None)
+
+    def default_scale(self):
+        return self.shape.head_dim**-0.5
+
+    def allowed(self, q, k, mask):
+        dense = mask.dense(q.shape[2], k.shape[2], q.device)
+        everything = torch.ones(q.shape[0], 1, q.shape[2], k.shape[2], dtype=torch.bool)
+        return everything if dense is None else everything & dense
+
+    def hide(self, x, mask):
+        return x if mask.key_valid is None else x.masked_fill(~mask.key_valid[:, None, :, None], 0.0)
+
+    def repeat(self, x):
+        return x.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
+
+    def logits(self, q, k, scale):
+        return q @ k.transpose(-1, -2) * scale
+
+    def weights(self, logits, allowed):
+        logits = logits.masked_fill(~allowed, -torch.inf).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+        return logits.softmax(-1).masked_fill(~allowed, 0.0)
+
+    def stats(self, q, allowed):
+        visible = allowed.sum((1, 2, 3)).double()
+        return AttentionStats(visible[:, None].expand(-1, q.shape[1]), visible, "plain")
+
+
+class SeesOneFutureToken(Plain):
+    def allowed(self, q, k, mask):
+        allowed = super().allowed(q, k, mask)
+        if mask.causal:
+            edge = torch.arange(q.shape[2])[:, None] + mask.query_offset + 1
+            allowed = allowed | ((torch.arange(k.shape[2]) == edge) & allowed.any(-1, keepdim=True))
+        return allowed
+
+
+class LooksBackAtLaterQueries(Plain):
+    """Centring the queries over the sequence: harmless when encoding, a leak when decoding."""
+
+    def logits(self, q, k, scale):
+        return super().logits(q - q.mean(2, keepdim=True), k, scale)
+
+
+class ForgetsTheSquareRoot(Plain):
+    def default_scale(self):
+        return 1.0
+
+
+class IgnoresTheScale(Plain):
+    def logits(self, q, k, scale):
+        return super().logits(q, k, self.shape.head_dim**-0.5)
+
+
+class StabilisesOverTheBatch(Plain):
+    """As Performer's features: a shared maximum is neutral but for the epsilon beside it."""
+
+    def weights(self, logits, allowed):
+        weights = (logits - logits.max()).exp().masked_fill(~allowed, 0.0)
+        return weights / (weights.sum(-1, keepdim=True) + 1e-6)
+
+
+class IgnoresPadding(Plain):
+    def allowed(self, q, k, mask):
+        return Plain.allowed(self, q, k, type(mask)(mask.pattern, mask.query_offset))
+
+    def hide(self, x, mask):
+        return x
+
+
+class IgnoresTheQueryOffset(Plain):
+    def allowed(self, q, k, mask):
+        return super().allowed(q, k, type(mask)(mask.pattern, 0, mask.key_valid))
+
+
+class MultipliesPaddingByZero(Plain):
+    def hide(self, x, mask):
+        return x if mask.key_valid is None else x * mask.key_valid[:, None, :, None]
+
+
+class AveragesWhereNothingIsSeen(Plain):
+    def weights(self, logits, allowed):
+        return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1)
+
+
+class GradientOfAnEmptyRowIsNan(Plain):
+    def weights(self, logits, allowed):
+        weights = (logits + torch.where(allowed, 0.0, -torch.inf)).softmax(-1)
+        return torch.where(allowed.any(-1, keepdim=True), weights, 0.0)
+
+
+class TilesTheKeyHeads(Plain):
+    def repeat(self, x):
+        return x.repeat(1, self.shape.num_heads // self.shape.num_kv_heads, 1, 1)
+
+
+class AddsNoiseWithoutSeed(Plain):
+    def logits(self, q, k, scale):
+        return super().logits(q, k, scale) + random.SystemRandom().random() * torch.arange(k.shape[2])
+
+
+class RoundsTheLogits(Plain):
+    def logits(self, q, k, scale):
+        return (
+            super()
+            .logits(q, k, scale)
+            .to(torch.float8_e5m2 if q.dtype.itemsize == 2 else q.dtype)
+            .to(q.dtype)
+        )
+
+
+class StopsTheGradientOfKeys(Plain):
+    def logits(self, q, k, scale):
+        return super().logits(q, k.detach(), scale)
+
+
+class WritesIntoItsInput(Plain):
+    def forward(self, q, k, v, mask, **options):
+        q.mul_(1.5)
+        return super().forward(q, k, v, mask, **options)
+
+
+class CountsTooMuch(Plain):
+    def stats(self, q, allowed):
+        visible = allowed.sum((1, 2, 3)).double()
+        return AttentionStats(visible[:, None].expand(-1, q.shape[1]) + 1, visible, "plain")
+
+
+class ForgetsABuffer(Plain):
+    def __init__(self, config, shape):
+        super().__init__(config, shape)
+        self.register_buffer("slope", torch.randn(shape.num_heads, 1, 1), persistent=False)
+
+    def logits(self, q, k, scale):
+        return super().logits(q, k, scale) + self.slope.to(q.dtype) * torch.arange(k.shape[2])
+
+
+class Unreached(Plain):
+    """A parameter that the forward pass never uses."""
+
+    config_of_test = LearnedConfig
+
+    def __init__(self, config, shape):
+        super().__init__(config, shape)
+        self.gain = nn.Parameter(torch.ones(shape.num_heads, 1, 1))
+
+
+class ReachedWithZeroGradient(Unreached):
+    """Softmax does not see a constant added to every logit."""
+
+    def logits(self, q, k, scale):
+        return super().logits(q, k, scale) + self.gain
+
+
+class WrongParameterGradient(Unreached):
+    def logits(self, q, k, scale):
+        detour = self.gain.detach() + 0.5 * (self.gain - self.gain.detach())
+        return super().logits(q, k, scale) * detour
+
+
+class PoolsACausalGroup(PooledTopKAttention):
+    """The group's mean query speaks, so later tokens choose for earlier ones."""
+
+    def speaker(self, q, mask, selection):
+        group = selection.query_group
+        padded = nn.functional.pad(q, (0, 0, 0, selection.num_groups * group - q.shape[2]))
+        return padded.unflatten(2, (-1, group)).mean(3)
+
+
+class LetsTheCurrentBlockCompete(PooledTopKAttention):
+    """The mean of a block that is not complete yet is compared with the others."""
+
+    def selection(self, q, k, mask):
+        found = super().selection(q, k, mask)
+        return type(found)(**{**vars(found), "candidates": found.visible, "forced": found.forced & False})
+
+
+class ReportsAnotherLayout(PooledTopKAttention):
+    def forward(self, q, k, v, mask, *, scale=None, context=None):
+        other = super().forward(q.flip(2), k, v, mask, scale=scale, context=context)
+        return super().forward(q, k, v, mask, scale=scale, context=context)._replace(stats=other.stats)
+
+
+class ScoresInHalfPrecision(PooledTopKAttention):
+    def scores(self, q, k, v, mask, selection, scale):
+        found = super().scores(q, k, v, mask, selection, scale)
+        return found if q.dtype == torch.float64 else found.to(torch.float8_e5m2).float()
+
+
+MUTANTS = [
+    (SeesOneFutureToken, "causality"),
+    (LooksBackAtLaterQueries, "causality"),
+    (LooksBackAtLaterQueries, "decode"),
+    (ForgetsTheSquareRoot, "scale"),
+    (ForgetsTheSquareRoot, "full_density"),
+    (IgnoresTheScale, "scale"),
+    (StabilisesOverTheBatch, "batch_invariance"),
+    (IgnoresPadding, "padding_invariance"),
+    (IgnoresPadding, "full_density"),
+    (IgnoresTheQueryOffset, "decode"),
+    (MultipliesPaddingByZero, "nan_memory"),
+    (AveragesWhereNothingIsSeen, "fully_masked"),
+    (GradientOfAnEmptyRowIsNan, "fully_masked"),
+    (TilesTheKeyHeads, "gqa"),
+    (AddsNoiseWithoutSeed, "determinism"),
+    (RoundsTheLogits, "low_precision"),
+    (StopsTheGradientOfKeys, "gradients"),
+    (WritesIntoItsInput, "interface"),
+    (CountsTooMuch, "statistics"),
+    (ForgetsABuffer, "save_load"),
+    (Unreached, "parameter_gradients"),
+    (ReachedWithZeroGradient, "parameter_gradients"),
+    (WrongParameterGradient, "gradients"),
+]
+SELECTING_MUTANTS = [
+    (PoolsACausalGroup, {"query_group": 4}, "causality"),
+    (LetsTheCurrentBlockCompete, {}, "causality"),
+    (ReportsAnotherLayout, {}, "statistics"),
+    (ScoresInHalfPrecision, {}, "low_precision"),
+]
+
+
+def failures(results):
+    return [r for r in results if r.status == "fail"]
+
+
+@pytest.mark.parametrize("property", PROPERTIES)
+def test_the_unbroken_one_passes(property):
+    assert not failures(check_module(Plain, PlainConfig(), properties=[property]))
+
+
+@pytest.mark.parametrize(("mutant", "property"), MUTANTS, ids=[f"{m.__name__}-{p}" for m, p in MUTANTS])
+def test_mutant_is_caught(mutant, property):
+    assert failures(check_module(mutant, mutant.config_of_test(), properties=[property]))
+
+
+@pytest.mark.parametrize(
+    ("mutant", "options", "property"),
+    SELECTING_MUTANTS,
+    ids=[f"{m.__name__}-{p}" for m, _, p in SELECTING_MUTANTS],
+)
+def test_selecting_mutant_is_caught(mutant, options, property):
+    config = PooledTopKConfig(**{**BlockSelectionConfig.conformance_options, **options})
+    assert not failures(check_module(PooledTopKAttention, config, properties=[property]))
+    assert failures(check_module(mutant, config, properties=[property]))
+
+
+def test_an_exception_is_a_failure_in_one_line():
+    class Raises(Plain):
+        def forward(self, q, k, v, mask, **options):
+            raise RuntimeError("two\nlines")
+
+    results = check_module(Raises, PlainConfig(), name="raises", properties=["scale"])
+    assert {(r.status, r.detail) for r in results} == {("fail", "RuntimeError: two lines")}
+    assert len(results) == len(PATTERNS)
+
+
+def test_undeclared_parameters_are_caught():
+    results = check_module(Unreached, PlainConfig(), properties=["parameter_gradients"])
+    assert all("owns_parameters is wrong: it has ['gain']" in r.detail for r in failures(results))
+    assert failures(results)
+
+
+def test_a_limited_variant_is_skipped_with_its_reasons():
+    @dataclass(frozen=True)
+    class Limited(AttentionConfig):
+        capabilities: ClassVar = Capabilities(
+            patterns=("bidirectional_self", "causal_self"),
+            gqa=False,
+            padding=False,
+            head_dims=(8,),
+            length_multiple=4,
+        )
+
+    results = check_module(Plain, Limited())
+    assert not failures(results)
+    assert {r.detail for r in results if r.status == "skip"} == {
+        "no padding", "owns no parameters", "no decoding", "no grouped queries", "not exact at full density"
+    }  # fmt: skip

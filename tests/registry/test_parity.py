@@ -1,0 +1,321 @@
+"""Every variant against a witness that shares no code with it."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from astbench_kernels import BlockLayout, block_sparse_attention
+from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+
+BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
+SELECTORS = ["random_topk", "pooled_topk", "oracle_topk", "ast"]
+PATTERNS = ["bidirectional_self", "causal_self", "bidirectional_cross", "causal_cross"]
+SMALL = {"block_size": 4, "min_blocks": 2, "density": 0.3}
+
+
+def build(name, options=None, *, dim=DIM, kv_heads=KV_HEADS, layer=0, train=False):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shape = AttentionShape(HEADS, kv_heads, dim, layer_index=layer, num_layers=4)
+        return build_attention(name, options or {}, shape).double().train(train)
+
+
+def draw(length, keys=None, *, dim=DIM, batch=BATCH, padding=0.0, seed=0, grad=False):
+    keys = keys or length
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(HEADS, length), (KV_HEADS, keys), (KV_HEADS, keys)]
+    tensors = [torch.randn(batch, h, n, dim, generator=g, dtype=torch.float64) for h, n in shapes]
+    valid = torch.rand(batch, keys, generator=g) >= padding if padding else None
+    return [x.requires_grad_(grad) for x in tensors], valid
+
+
+def softmax_by_rows(q, k, v, allowed, scale=None):
+    """The definition, in float64; rows that see nothing are zero."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    logits = torch.einsum("bhid,bhjd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = torch.where(allowed, logits.exp(), 0.0)
+    return torch.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdim=True).clamp(min=1e-300), v)
+
+
+def visible(length, keys, pattern, valid):
+    allowed = torch.ones(length, keys, dtype=torch.bool)
+    allowed = (allowed.tril() if pattern == "causal_self" else allowed)[None, None]
+    return allowed if valid is None else allowed & valid[:, None, None, :]
+
+
+def identity_run(name, options, pattern, *, padding=0.0, size=61, layer=0):
+    """Output with value = identity (head_dim = length), whose support is the pattern; and the statistics."""
+    (q, k, _), valid = draw(size, dim=size, padding=padding)
+    eye = torch.eye(size, dtype=torch.float64).expand_as(k)
+    module = build(name, options, dim=size, layer=layer)
+    out = module(q, k, eye, AttentionMask(pattern, key_valid=valid), context=AttentionContext(listen=True))
+    return out.context > 0, out.stats, (q, k, valid)
+
+
+# ----- dense
+
+
+@pytest.mark.parametrize("padding", [0.0, 0.3])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_dense_is_softmax_written_out(pattern, padding):
+    keys = 101 if pattern.endswith("self") else 73
+    tensors, valid = draw(101, keys, padding=padding, grad=True)
+    expected = softmax_by_rows(*tensors, visible(101, keys, pattern, valid))
+    got = build("dense")(*tensors, AttentionMask(pattern, key_valid=valid)).context
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
+    pairs = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
+    torch.testing.assert_close(*pairs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_dense_flops_are_what_the_counter_sees(pattern):
+    keys = 37 if pattern.endswith("self") else 53
+    tensors, _ = draw(37, keys)
+    mask, module = AttentionMask(pattern), build("dense")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module(*tensors, mask)
+    assert module.flops(BATCH, 37, keys, mask) == counter.get_total_flops()
+
+
+# ----- local
+
+
+def band(length, window, pattern, valid):
+    position = torch.arange(length)
+    near = (position[:, None] - position).abs() <= window
+    return near & visible(length, length, pattern, valid)
+
+
+@pytest.mark.parametrize("padding", [0.0, 0.3])
+@pytest.mark.parametrize("pattern", PATTERNS[:2])
+@pytest.mark.parametrize(("length", "window"), [(1, 5), (63, 5), (127, 40), (127, 1), (1000, 33)])
+def test_local_is_a_band(length, window, pattern, padding):
+    tensors, valid = draw(length, padding=padding, grad=True)
+    expected = softmax_by_rows(*tensors, band(length, window, pattern, valid))
+    got = build("local", {"window": window})(*tensors, AttentionMask(pattern, key_valid=valid)).context
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
+    pairs = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
+    torch.testing.assert_close(*pairs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("padding", [0.0, 0.3])
+@pytest.mark.parametrize("pattern", PATTERNS[:2])
+@pytest.mark.parametrize("window", [1, 7, 64])
+def test_local_pattern_is_exact(window, pattern, padding):
+    support, stats, (_, _, valid) = identity_run("local", {"window": window}, pattern, padding=padding)
+    expected = band(61, window, pattern, valid).expand_as(support)
+    assert torch.equal(support, expected)
+    assert torch.equal(stats.attended, expected.sum((-1, -2)).double())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_local_against_the_local_attention_package(causal):
+    package = pytest.importorskip("local_attention", reason="local-attention is not installed")
+    window, length = 8, 64  # the package wants multiples of the window, and pads nothing then
+    theirs = package.LocalAttention(
+        dim=DIM,
+        window_size=window,
+        causal=causal,
+        exact_windowsize=True,
+        autopad=False,
+        use_rotary_pos_emb=False,
+    )
+    (q, k, v), _ = draw(length)
+    k_all, v_all = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+    expected = theirs(q, k_all, v_all)
+    got = build("local", {"window": window})(q, k, v, AttentionMask(PATTERNS[int(causal)])).context
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+# ----- selectors
+
+
+@pytest.mark.parametrize("padding", [0.0, 0.3])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", SELECTORS)
+def test_selector_is_masked_softmax_over_its_own_layout(name, pattern, padding):
+    keys = 149 if pattern.endswith("self") else 113
+    tensors, valid = draw(149, keys, padding=padding)
+    mask = AttentionMask(pattern, key_valid=valid)
+    out = build(name, SMALL)(*tensors, mask, context=AttentionContext(listen=True))
+    assert float(out.stats.density.max()) < 0.75, "the case must leave something out"
+    allowed = out.stats.layout.token_mask(causal=mask.causal, key_valid=valid)
+    torch.testing.assert_close(out.context, softmax_by_rows(*tensors, allowed), rtol=0, atol=1e-12)
+    assert torch.equal(out.stats.attended, allowed.sum((-1, -2)).double())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:2])
+@pytest.mark.parametrize("name", SELECTORS)
+def test_budget_and_forced_blocks_are_kept(name, pattern):
+    """Counted from the support of the output alone."""
+    options = {"block_size": 4, "top_k": 5, "min_blocks": 1, "local_blocks": 1, "query_group": 1}
+    support, _, _ = identity_run(name, options, pattern)
+    blocks = torch.nn.functional.pad(support, (0, 3)).unflatten(-1, (16, 4)).any(-1)
+    own = torch.arange(61) // 4
+    assert blocks[..., 0].all()
+    assert blocks.gather(-1, own.view(1, 1, -1, 1).expand(BATCH, HEADS, -1, 1)).all()
+    assert blocks[:, :, 4:].gather(-1, (own[4:] - 1).view(1, 1, -1, 1).expand(BATCH, HEADS, -1, 1)).all()
+    seen = own + 1 if pattern == "causal_self" else torch.full((61,), 16)
+    assert torch.equal(blocks.sum(-1), seen.clamp(max=5).expand(BATCH, HEADS, -1))
+
+
+def random_blocks(*, seed=0, layer=0, length=512):
+    """Kept blocks `(heads, queries, blocks)` of random_topk, four of 32, without forced ones."""
+    options = {
+        "block_size": 16,
+        "top_k": 4,
+        "min_blocks": 1,
+        "query_group": 1,
+        "first_block": False,
+        "seed": seed,
+    }
+    (q, k, v), _ = draw(length, batch=1)
+    mask = AttentionMask("bidirectional_cross")
+    out = build("random_topk", options, layer=layer)(q, k, v, mask, context=AttentionContext(listen=True))
+    return out.stats.layout.to_mask()[0]
+
+
+def test_random_topk_is_reproducible_and_differs_by_seed_layer_and_head():
+    first = random_blocks()
+    assert torch.equal(first, random_blocks())
+    assert (first.sum(-1) == 4).all()
+    for other in (random_blocks(seed=1), random_blocks(layer=1), first.roll(1, 0), first.roll(1, 1)):
+        shared = (first & other).sum(-1).double().mean()
+        assert abs(float(shared) - 4 * 4 / 32) < 0.05  # as two independent draws
+
+
+def test_random_topk_is_spread_evenly():
+    counts = random_blocks().double().sum((0, 1))  # how often each of 32 blocks was drawn
+    expected = counts.sum() / 32
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert chi_square < 61.1, "chi-square with 31 degrees of freedom exceeds this once in 1000"
+
+
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_oracle_picks_the_blocks_of_most_dense_mass(pattern, group):
+    keys = 96 if pattern.endswith("self") else 128
+    (q, k, v), _ = draw(96, keys)
+    options = {"block_size": 8, "top_k": 4, "min_blocks": 1, "query_group": group}
+    mask = AttentionMask(pattern)
+    out = build("oracle_topk", options)(q, k, v, mask, context=AttentionContext(listen=True))
+    kept = out.stats.layout.to_mask()
+
+    eye = torch.eye(keys, dtype=torch.float64).expand(BATCH, KV_HEADS, keys, keys)
+    mass = softmax_by_rows(q, k, eye, visible(96, keys, pattern, None)).unflatten(-1, (-1, 8)).sum(-1)
+    mass = mass.unflatten(2, (-1, group)).sum(3)
+    rows = torch.arange(0, 96, group)
+    forced = torch.zeros(len(rows), keys // 8, dtype=torch.bool)
+    forced[:, 0] = True
+    if pattern.endswith("self"):
+        forced[torch.arange(len(rows)), rows // 8] = True
+    free = mass.masked_fill(forced, -1.0)
+    for b, h, i in torch.cartesian_prod(
+        torch.arange(2), torch.arange(HEADS), torch.arange(len(rows))
+    ).tolist():
+        seen = int(rows[i]) // 8 + 1 if pattern == "causal_self" else keys // 8
+        number = min(4, seen) - int(forced[i].sum())
+        best = set(free[b, h, i, :seen].topk(number).indices.tolist()) | set(
+            forced[i].nonzero().flatten().tolist()
+        )
+        assert set(kept[b, h, i].nonzero().flatten().tolist()) == best
+
+
+# ----- ast
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_untrained_ast_is_pooled_topk_to_the_bit(pattern, dtype):
+    keys = 149 if pattern.endswith("self") else 113
+    tensors, valid = draw(149, keys, padding=0.2)
+    tensors = [x.to(dtype) for x in tensors]
+    mask = AttentionMask(pattern, key_valid=valid)
+    ours, theirs = (build(name, SMALL).to(dtype)(*tensors, mask).context for name in ("ast", "pooled_topk"))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_straight_through_alone_reaches_the_predictor(pattern):
+    """Without distillation, and without changing the output by a bit."""
+    tensors, _ = draw(131, 131 if pattern.endswith("self") else 89)
+    mask, options = AttentionMask(pattern), {**SMALL, "distill_weight": 0.0}
+    module = build("ast", options, train=True)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    plain = build("pooled_topk", SMALL)(*tensors, mask).context
+    for step in range(2):
+        out = module(*tensors, mask)
+        assert not out.losses
+        if step == 0:
+            torch.testing.assert_close(out.context, plain, rtol=0, atol=1e-12)
+        optimizer.zero_grad()
+        ((out.context - 1) ** 2).sum().backward()
+        optimizer.step()
+    for name in ("gain", "key_weight", "query_weight"):
+        assert float(module.get_parameter(name).grad.abs().max()) > 1e-6, name
+
+
+def planted(batch, seed, *, length=128, block=8):
+    """One key in each query's needle block matches it exactly; the block's other keys cancel it in the mean.
+
+    So the pooled score is blind to the needle, but the block's extremes (and so the learned term) are not.
+    """
+    g = torch.Generator().manual_seed(seed)
+    blocks = length // block
+    direction = (
+        torch.nn.functional.one_hot(torch.randint(0, 4, (batch, blocks), generator=g), 4).double() * 2 - 1
+    )
+    needle = torch.randint(1, blocks - 1, (batch, length), generator=g)
+    k = torch.randn(batch, blocks, block, 8, generator=g, dtype=torch.float64) * 0.1
+    k[..., :4] = k[..., :4] - 6 * direction[:, :, None] / (block - 1)
+    place = torch.randint(0, block, (batch, blocks), generator=g)
+    k[torch.arange(batch)[:, None], torch.arange(blocks), place, :4] = 6 * direction
+    k = k - k.mean(2, keepdim=True)
+    q = torch.zeros(batch, length, 8, dtype=torch.float64)
+    q[..., :4] = 3 * direction.gather(1, needle[..., None].expand(-1, -1, 4))
+    v = torch.randn(batch, length, 8, generator=g, dtype=torch.float64)
+    return q[:, None], k.flatten(1, 2)[:, None], v[:, None]
+
+
+def recall_of_oracle(module, oracle, tensors, mask):
+    """Share of the oracle's blocks that the module keeps too."""
+    context = AttentionContext(listen=True)
+    with torch.no_grad():
+        ours, best = (
+            m.eval()(*tensors, mask, context=context).stats.layout.to_mask() for m in (module, oracle)
+        )
+    return float((ours & best).sum() / best.sum())
+
+
+@pytest.mark.parametrize("pattern", ["bidirectional_cross", "causal_self"])
+def test_distillation_teaches_the_oracles_blocks(pattern):
+    options = {"block_size": 8, "top_k": 5, "min_blocks": 1, "query_group": 1}
+    shape = AttentionShape(num_heads=1, num_kv_heads=1, head_dim=8)
+    torch.manual_seed(0)
+    learner = {**options, "estimator": "none", "distill_weight": 1.0, "distill_fraction": 0.5, "rank": 8}
+    module = build_attention("ast", learner, shape).double()
+    oracle = build_attention("oracle_topk", options, shape).double()
+    mask, held_out = AttentionMask(pattern), planted(4, seed=999)
+    before = recall_of_oracle(module, oracle, held_out, mask)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+    module.train()
+    for step in range(60):
+        optimizer.zero_grad()
+        module(*planted(4, seed=step), mask).losses["distill"].backward()
+        optimizer.step()
+    after = recall_of_oracle(module, oracle, held_out, mask)
+    assert after > before + 0.15, f"recall of the oracle's blocks went from {before:.2f} to {after:.2f}"
+
+
+def test_given_layout_is_masked_softmax():
+    """The kernel call that all selectors share, with a layout that nobody chose."""
+    (q, k, v), valid = draw(37, 53, padding=0.2)
+    keep = torch.rand(BATCH, KV_HEADS, 8, 14, generator=torch.Generator().manual_seed(3)) < 0.4
+    layout = BlockLayout.from_mask(keep, block_size=4, query_group=5, query_length=37, key_length=53)
+    allowed = keep.repeat_interleave(2, 1).repeat_interleave(5, 2)[:, :, :37]
+    allowed = allowed.repeat_interleave(4, 3)[..., :53] & valid[:, None, None, :]
+    got, _ = block_sparse_attention(q, k, v, layout, key_valid=valid)
+    torch.testing.assert_close(got, softmax_by_rows(q, k, v, allowed), rtol=0, atol=1e-12)
