@@ -188,7 +188,8 @@ class CLI(LightningCLI):
         self.run_callback.begin(_plain(self.options), checkpoint)
         run: Callable[..., Any] = getattr(self.trainer, subcommand)
         with self.run_callback.recording():
-            run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True)
+            quiet = {"verbose": False} if subcommand in ("validate", "test") else {}
+            run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, **quiet)
             if subcommand == "fit":
                 self.run_callback.evaluate(self.trainer, self.model, self.datamodule)
         self.run_callback.finish(self.model, self.datamodule)
@@ -330,6 +331,7 @@ def _quiet() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (

@@ -67,6 +67,8 @@ class TaskModule(pl.LightningModule):
             self._load_trained_backbone(self.init_from)
         if self.optim.train == "attention":
             self._freeze_backbone()
+        # Pretrained models come in evaluation mode.
+        self.model.train()
 
     def _load_trained_backbone(self, folder: str) -> None:
         """Weights of another run; the attention's own parameters only when that run had the same attention."""

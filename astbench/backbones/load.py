@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,10 @@ def _from_pretrained(config: BackboneConfig, head: Head) -> PreTrainedModel:
 
 
 def _require_gguf() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError("reading GGUF weights needs the gguf package: pip install 'astbench[gguf]'") from error
+    # transformers reads GGUF with the first and fills the model with the second.
+    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if missing:
+        raise MissingPackageError(f"GGUF weights need {' and '.join(missing)}: pip install 'astbench[gguf]'")
 
 
 def max_positions(model: PreTrainedModel) -> int:

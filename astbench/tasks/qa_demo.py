@@ -28,6 +28,7 @@ PARAGRAPHS = (5, 8)
 QUESTIONS_PER_ARTICLE = 2
 PEOPLE_PER_PARAGRAPH = 2
 FACTS_PER_PERSON = 2
+NAME_SHARE = 0.3
 
 _GIVEN = (
     "Ada Alma Amos Anna Anton Arno Astrid Basil Bela Berta Bram Cara Carl Cleo Conrad Cora Cyril Dara"
@@ -210,6 +211,13 @@ _KINDS = (
     ),
 )
 
+_NAME_QUESTIONS = (
+    "what was the full name of the {p} {s}?",
+    "what is the given name of the {p} {s}?",
+    "what was {s}, the {p}, called in full?",
+    "by what full name is the {p} {s} introduced?",
+)
+
 # Fifteen tokens or more with the closing comma, so that no question names its person before token 16.
 _OPENINGS = (
     "According to the records of the regional archive that this short article draws on,",
@@ -298,7 +306,7 @@ def _article(rng: random.Random, name: str, num_paragraphs: int) -> list[QAExamp
     region = _choose(rng, _REGIONS)
     facts = _draw_facts(rng, num_paragraphs * PEOPLE_PER_PARAGRAPH)
     facts_per_paragraph = PEOPLE_PER_PARAGRAPH * FACTS_PER_PERSON
-    introduced: set[str] = set()
+    introduced: dict[str, int] = {}
     starts: dict[int, int] = {}
     context = _choose(rng, _INTRODUCTIONS).format(r=region)
     for paragraph in range(num_paragraphs):
@@ -309,18 +317,23 @@ def _article(rng: random.Random, name: str, num_paragraphs: int) -> list[QAExamp
             context += "\n" if place == 0 else " "
             if place == aside:
                 context += _choose(rng, _ASIDES) + " "
-            sentence, offset = _state(rng, facts[index], introduced)
+            fact = facts[index]
+            first_mention = fact.surname not in introduced
+            sentence, offset = _state(rng, fact, fact.full_name if first_mention else fact.surname)
             starts[index] = len(context) + offset
+            if first_mention:
+                introduced[fact.surname] = len(context) + sentence.index(fact.full_name)
             context += sentence
     title = _choose(rng, _TITLES).format(r=region)
     examples = []
     for number, index in enumerate(_sample(rng, range(len(facts)), QUESTIONS_PER_ARTICLE)):
         fact = facts[index]
-        asked = _choose(rng, fact.kind.questions).format(s=fact.full_name, p=fact.profession)
-        question = f"{_choose(rng, _OPENINGS)} {asked}"
-        examples.append(
-            QAExample(f"{name}-{number}", question, fact.answers, context, title, (starts[index],))
-        )
+        if rng.random() < NAME_SHARE:
+            template, answers, start = _choose(rng, _NAME_QUESTIONS), (fact.full_name, fact.full_name.split()[0]), introduced[fact.surname]
+        else:
+            template, answers, start = _choose(rng, fact.kind.questions), fact.answers, starts[index]
+        question = f"{_choose(rng, _OPENINGS)} {template.format(s=fact.surname, p=fact.profession)}"
+        examples.append(QAExample(f"{name}-{number}", question, answers, context, title, (start,)))
     return examples
 
 
@@ -359,12 +372,10 @@ def _town_answers(rng: random.Random, town: str) -> tuple[str, tuple[str, ...]]:
     return _choose(rng, names), names
 
 
-def _state(rng: random.Random, fact: _Fact, introduced: set[str]) -> tuple[str, int]:
-    """State a fact, with the full name at a person's first mention; and where the answer is in it."""
-    name = fact.surname if fact.surname in introduced else fact.full_name
-    introduced.add(fact.surname)
-    template = _choose(rng, fact.kind.statements)
-    before, after = (part.format(s=name, p=fact.profession) for part in template.split("{a}"))
+def _state(rng: random.Random, fact: _Fact, name: str) -> tuple[str, int]:
+    """State a fact; and where the answer begins in the sentence."""
+    before, after = _choose(rng, fact.kind.statements).split("{a}")
+    before, after = (part.format(s=name, p=fact.profession) for part in (before, after))
     return before + fact.mention + after, len(before)
 
 

@@ -138,8 +138,8 @@ def _try(name: str, subject: Subject) -> Result:
     except _Failure as failure:
         status, detail = "fail", str(failure)
     except Exception as error:  # whatever a variant raises is a finding about it, not about the suite
-        status, detail = "fail", " ".join(f"{type(error).__name__}: {error}".split())
-    return Result(subject.name, name, subject.pattern, status, detail)
+        status, detail = "fail", f"{type(error).__name__}: {error}"
+    return Result(subject.name, name, subject.pattern, status, " ".join(detail.split()))
 
 
 # ----- what the checks share
@@ -206,7 +206,9 @@ def causality(subject: Subject) -> None:
         before = case.out(module) * real
         for cut in range(1, case.q.shape[2], stride):
             for size in (0.25, 1.0, 4.0, None):
-                after = change_after(case, cut, size, g).out(module) * real
+                # Some variants do more while gradients are recorded; without training they are not.
+                with torch.set_grad_enabled(training):
+                    after = change_after(case, cut, size, g).out(module) * real
                 what = f"changing tokens from {cut} on moves earlier outputs"
                 _same(after[:, :, :cut], before[:, :, :cut], what)
 
@@ -310,7 +312,8 @@ def parameter_gradients(subject: Subject) -> None:
     names = [name for name, _ in module.named_parameters()]
     _demand(bool(names) == subject.can.owns_parameters, f"owns_parameters is wrong: it has {names or 'none'}")
     _need(subject.can.owns_parameters, "owns no parameters")
-    case = subject.case(LENGTH, KEY_LENGTH)
+    case = subject.case()
+    case.q.requires_grad_()  # as in a model, so that an unused parameter is a finding and not an error
     target = torch.randn(case.q.shape, generator=torch.Generator().manual_seed(5), dtype=case.q.dtype)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for step in range(3):  # a zero-initialised factor hides the other factor's gradient at step 0

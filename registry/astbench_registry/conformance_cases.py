@@ -190,6 +190,7 @@ def attend(case: Case, allowed: Tensor, scale: float) -> Tensor:
 
 
 def lengths_to_valid(lengths: Iterable[int], total: int) -> Tensor:
+    """Bool `(batch, total)`: the first `lengths` tokens are real."""
     return torch.arange(total) < torch.tensor(list(lengths))[:, None]
 
 
@@ -224,6 +225,7 @@ def change_after(case: Case, cut: int, size: float | None, g: torch.Generator) -
 
 
 def other_padding(case: Case) -> Case:
+    """Other content where the mask says padding; for self-attention in the queries too."""
     assert case.mask.key_valid is not None, "the case must hold padding"
     hidden = ~case.mask.key_valid
     changed = replace(case, k=noise_at(case.k, hidden), v=noise_at(case.v, hidden))

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from astbench_registry.capabilities import PATTERNS, AttentionConfig, Capabilities
+from astbench_registry.capabilities import PATTERNS, AttentionConfig, Capabilities, Pattern
 
-SELF = ("bidirectional_self", "causal_self")
+SELF: tuple[Pattern, ...] = ("bidirectional_self", "causal_self")
 
 
 @dataclass(frozen=True)
