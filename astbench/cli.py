@@ -66,14 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         known = _known(error)
         where = "" if known else " (unexpected; --debug shows where)"
-        print(f"astbench: error: {type(error).__name__ + ': ' if not known else ''}{_one_line(error)}{where}", file=sys.stderr)
+        print(
+            f"astbench: error: {type(error).__name__ + ': ' if not known else ''}{_one_line(error)}{where}",
+            file=sys.stderr,
+        )
         return known or 1
 
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         names = {**LIGHTNING, **OWN}
-        print(USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, text in names.items())), end="")
+        print(
+            USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, text in names.items())), end=""
+        )
         return 0
     if words[0] in ("-V", "--version"):
         from astbench import __version__
@@ -92,7 +97,9 @@ def _dispatch(words: list[str]) -> int:
     from astbench.errors import ConfigError
     from astbench.selection import nearest
 
-    raise ConfigError(f"unknown command '{command}'{nearest(command, [*LIGHTNING, *OWN])}; see astbench --help")
+    raise ConfigError(
+        f"unknown command '{command}'{nearest(command, [*LIGHTNING, *OWN])}; see astbench --help"
+    )
 
 
 def _known(error: Exception) -> int:

@@ -12,6 +12,10 @@ from torch.utils.data import Sampler
 from astbench.training import derived_seed
 
 
+POOL_BATCHES = 50
+"""Steps whose examples are sorted by length together."""
+
+
 class Draw(NamedTuple):
     """Which example, in which epoch: a dataset may cut another window of it each time."""
 
@@ -32,6 +36,8 @@ class StepBatchSampler(Sampler[list[Draw]]):
         seed: Of the order.
         trainer: Read for the step, the accumulation and the rank, at the time of iterating.
         first_epoch: The order of the first epoch, where there is a curriculum; None for a permutation.
+        lengths: Lengths of the examples, to put similar ones into one batch (less padding): the permutation is
+            cut into pools, sorted within each, and the batches are shuffled again.
     """
 
     def __init__(
@@ -41,9 +47,10 @@ class StepBatchSampler(Sampler[list[Draw]]):
         seed: int,
         trainer: pl.Trainer,
         first_epoch: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self.size, self.batch_size, self.seed, self.trainer = size, batch_size, seed, trainer
-        self.first_epoch = first_epoch
+        self.first_epoch, self.lengths = first_epoch, lengths
 
     def __len__(self) -> int:
         per_step = self.batch_size * self.trainer.world_size
@@ -65,4 +72,15 @@ class StepBatchSampler(Sampler[list[Draw]]):
         if epoch == 0 and self.first_epoch is not None:
             return list(self.first_epoch)
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
-        return torch.randperm(self.size, generator=generator).tolist()
+        order: list[int] = torch.randperm(self.size, generator=generator).tolist()
+        if self.lengths is None:
+            return order
+        lengths, per_step = self.lengths, self.batch_size * self.trainer.world_size
+        pool = POOL_BATCHES * per_step
+        pools = [sorted(order[i : i + pool], key=lengths.__getitem__) for i in range(0, self.size, pool)]
+        steps = [p[i : i + per_step] for p in pools for i in range(0, len(p), per_step)]
+        # What does not fill a step stays last: only there may the batch boundaries shift.
+        full = [s for s in steps if len(s) == per_step]
+        rest = [index for s in steps if len(s) < per_step for index in s]
+        shuffled = torch.randperm(len(full), generator=generator).tolist()
+        return [index for number in shuffled for index in full[number]] + rest

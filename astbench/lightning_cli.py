@@ -116,9 +116,13 @@ class CLI(LightningCLI):
         parser.add_class_arguments(BackboneConfig, "backbone", instantiate=False)
         parser.add_class_arguments(OptimConfig, "optim", instantiate=False)
         parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run")
-        parser.add_argument("--init_from", type=str | None, default=None, help="run folder to take weights from")
+        parser.add_argument(
+            "--init_from", type=str | None, default=None, help="run folder to take weights from"
+        )
         parser.add_argument("--plugins", type=list[str], default=self.found.plugins, help="plugins to load")
-        parser.add_argument("--checkpoint_every", type=int, default=100, help="optimizer steps between checkpoints")
+        parser.add_argument(
+            "--checkpoint_every", type=int, default=100, help="optimizer steps between checkpoints"
+        )
         parser.add_argument(
             "--loggers",
             type=list[Literal["csv", "tensorboard", "wandb", "mlflow"]],
@@ -126,7 +130,9 @@ class CLI(LightningCLI):
             help="where metrics go; --loggers+=wandb adds one",
         )
         for group in ("attention", "task", "backbone", "optim"):
-            parser.link_arguments(group, f"model.{group}", compute_fn=_without_name if group == "task" else _as_dict)
+            parser.link_arguments(
+                group, f"model.{group}", compute_fn=_without_name if group == "task" else _as_dict
+            )
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("init_from", "model.init_from")
         parser.set_defaults(self._demo_defaults(parser))
@@ -172,7 +178,9 @@ class CLI(LightningCLI):
             trainer["enable_progress_bar"] = True
         plugins = [*(trainer.pop("plugins", None) or []), SafeCheckpointIO()]
         if trainer.get("logger") in (None, True) and self.command == "fit":
-            trainer["logger"] = build_loggers(options.loggers, self.folder, resume=self.found.resume is not None)
+            trainer["logger"] = build_loggers(
+                options.loggers, self.folder, resume=self.found.resume is not None
+            )
         elif trainer.get("logger") in (None, True):
             trainer["logger"] = False
         trainer["default_root_dir"] = str(self.folder.path)
@@ -278,7 +286,9 @@ def _fit_configs(found: Selection, task: Task) -> list[str]:
             if isinstance(group, str):
                 config[kind] = group = {"name": group}
             if isinstance(group, dict) and group.get("name") not in (None, name):
-                console.say(f"{kind} {name} replaces {group['name']} of {path}: the options of {group['name']} are dropped")
+                console.say(
+                    f"{kind} {name} replaces {group['name']} of {path}: the options of {group['name']} are dropped"
+                )
                 config.pop(kind)
                 if kind == "task":
                     config.pop("data", None)

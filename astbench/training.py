@@ -108,7 +108,10 @@ class TaskModule(pl.LightningModule):
         auxiliary = self.swapped.losses()
         total = task_loss + sum(auxiliary.values()) if auxiliary else task_loss
         if not torch.isfinite(total):
-            parts = {"task": float(task_loss.detach()), **{n: float(v.detach()) for n, v in auxiliary.items()}}
+            parts = {
+                "task": float(task_loss.detach()),
+                **{n: float(v.detach()) for n, v in auxiliary.items()},
+            }
             raise NumericError(
                 f"the loss is not finite at step {self.global_step}: {parts}; lower --optim.lr or set "
                 "--trainer.gradient_clip_val (the last checkpoint holds the state before)"

@@ -109,7 +109,9 @@ def _from_pretrained(config: BackboneConfig, head: Head) -> PreTrainedModel:
             where, attn_implementation="sdpa", dtype=torch.float32, **arguments
         )
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"--backbone.name={config.name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise DataError(
+            f"--backbone.name={config.name} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
     return model
 
 
@@ -169,7 +171,9 @@ def _position_tables(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Embeddi
         (parent, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if name in _TABLES and type(child).__name__ != "Identity" and isinstance(child, nn.Embedding)
+        if name in _TABLES
+        and type(child).__name__ != "Identity"
+        and isinstance(child, nn.Embedding)
         and child.weight.requires_grad
     ]
 

@@ -191,7 +191,9 @@ def swap_attention(
         ValueError: an option that does not exist or a bad value.
     """
     config = make_config(name, options or {})
-    handle = SwapHandle(model, name, config.as_dict(), tuple(where), None if layers is None else tuple(layers))
+    handle = SwapHandle(
+        model, name, config.as_dict(), tuple(where), None if layers is None else tuple(layers)
+    )
     _enter(model, handle)
     try:
         calls = _probe_attention(model)
@@ -339,7 +341,9 @@ def attention_forward(
     if dropout:
         asked.append(f"attention dropout {dropout}")
     if asked:
-        raise CapabilityError(f"{type(module).__name__} asks for {' and '.join(asked)}, which no variant honours")
+        raise CapabilityError(
+            f"{type(module).__name__} asks for {' and '.join(asked)}, which no variant honours"
+        )
     mask = _as_mask(module, query, key, attention_mask)
     if _probe is not None:
         pattern = mask.pattern
@@ -370,7 +374,9 @@ def _as_mask(
             "(batch, length) are supported"
         )
     if getattr(module, "is_causal", False) and query.shape[2] == key.shape[2]:
-        raise CapabilityError(f"{type(module).__name__} is causal but passes no mask; it would see the future")
+        raise CapabilityError(
+            f"{type(module).__name__} is causal but passes no mask; it would see the future"
+        )
     return AttentionMask("bidirectional_self")
 
 

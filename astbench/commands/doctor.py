@@ -59,9 +59,10 @@ def run(words: list[str]) -> int:
         state = metadata.version(module.replace("_", "-")) if there else f"pip install 'astbench[{extra}]'"
         print(f"  {'yes' if there else 'no '} {module:<16} {use}: {state}")
     threads = os.environ.get("OMP_NUM_THREADS")
-    print(f"\nPython {platform.python_version()}, torch threads {torch.get_num_threads()}" + (
-        f" (OMP_NUM_THREADS={threads})" if threads else ""
-    ))
+    print(
+        f"\nPython {platform.python_version()}, torch threads {torch.get_num_threads()}"
+        + (f" (OMP_NUM_THREADS={threads})" if threads else "")
+    )
     return 0
 
 

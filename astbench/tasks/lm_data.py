@@ -75,7 +75,9 @@ class WikiTextData(pl.LightningDataModule):
         if self.tokenizer_folder is not None:
             self.tokenizer = saved_tokenizer(self.tokenizer_folder)
         elif resolve_preset(self.backbone.name, "causal_lm"):
-            raise ConfigError("`astbench test --task=wikitext103` needs trained weights: --backbone=FOLDER or a hub name")
+            raise ConfigError(
+                "`astbench test --task=wikitext103` needs trained weights: --backbone=FOLDER or a hub name"
+            )
         else:
             self.tokenizer = load_tokenizer(self.backbone)
         file = self._file()
@@ -176,7 +178,9 @@ def _read(file: Path) -> str:
         data = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
         return data.decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {' '.join(str(error).split())[:160]}") from error
+        raise DataError(
+            f"{file} cannot be read as UTF-8 text: {' '.join(str(error).split())[:160]}"
+        ) from error
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:

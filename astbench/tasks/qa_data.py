@@ -61,7 +61,12 @@ class Windower:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int, max_question: int
     ) -> None:
-        self.tokenizer, self.max_length, self.stride, self.max_question = tokenizer, max_length, stride, max_question
+        self.tokenizer, self.max_length, self.stride, self.max_question = (
+            tokenizer,
+            max_length,
+            stride,
+            max_question,
+        )
 
     def windows(self, example: QAExample) -> list[Window]:
         """All windows of an example, in order; none for a document without a token."""
@@ -92,7 +97,9 @@ class Windower:
     def _short_question(self, question: str) -> str:
         encoded = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
-        return question if len(offsets) <= self.max_question else question[: offsets[self.max_question - 1][1]]
+        return (
+            question if len(offsets) <= self.max_question else question[: offsets[self.max_question - 1][1]]
+        )
 
 
 def find_mentions(example: QAExample) -> list[tuple[int, int]]:
@@ -194,7 +201,10 @@ class Collate:
         length = max(len(w.input_ids) for w in windows)
         shape = (len(windows), length)
         input_ids = torch.full(shape, self.pad_token_id)
-        masks = {n: torch.zeros(shape, dtype=torch.bool) for n in ("attention_mask", "answerable", "starts", "ends")}
+        masks = {
+            n: torch.zeros(shape, dtype=torch.bool)
+            for n in ("attention_mask", "answerable", "starts", "ends")
+        }
         types = torch.zeros(shape, dtype=torch.long)
         for row, window in enumerate(windows):
             size = len(window.input_ids)
@@ -225,6 +235,7 @@ class SpanQAData(pl.LightningDataModule):
         batch_size: Windows per training step and process.
         eval_batch_size: Windows per evaluation step.
         negative_share: Probability of training on a window without an answer, where a document has both kinds.
+        group_by_length: Put questions about documents of similar length into one batch.
         max_train: Use at most this many training questions.
         max_eval: Use at most this many evaluation questions.
         eval_split: What `fit` and `validate` evaluate on.
@@ -246,6 +257,7 @@ class SpanQAData(pl.LightningDataModule):
         batch_size: int = 16,
         eval_batch_size: int = 16,
         negative_share: float = 0.2,
+        group_by_length: bool = True,
         max_train: int | None = None,
         max_eval: int | None = None,
         eval_split: Literal["validation", "test"] = "validation",
@@ -262,6 +274,7 @@ class SpanQAData(pl.LightningDataModule):
         self.source, self.path = source, path
         self.max_length, self.stride, self.max_question = max_length, stride, max_question
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.group_by_length = group_by_length
         self.negative_share, self.max_train, self.max_eval = negative_share, max_train, max_eval
         self.eval_split, self.vocab_size, self.num_workers = eval_split, vocab_size, num_workers
         self.question, self.document = question, document
@@ -344,7 +357,9 @@ class SpanQAData(pl.LightningDataModule):
             examples = [e for e in examples if e.context.strip()]
             empty = len(self.examples[split]) - len(examples)
             if empty:
-                self.notes.append(f"{empty} of {len(self.examples[split])} training documents are empty: left out")
+                self.notes.append(
+                    f"{empty} of {len(self.examples[split])} training documents are empty: left out"
+                )
             if not examples:
                 raise DataError(f"{self.task}: every training document is empty")
         dataset = QADataset(
@@ -356,7 +371,9 @@ class SpanQAData(pl.LightningDataModule):
             without = sum(not find_mentions(e) for e in examples)
             if without:
                 use = "trained as 'not here'" if training else "scored as any other"
-                self.notes.append(f"{without} of {len(examples)} {split} questions have no answer in their document: {use}")
+                self.notes.append(
+                    f"{without} of {len(examples)} {split} questions have no answer in their document: {use}"
+                )
         return dataset
 
     def _asked(self) -> QAExample:
@@ -368,7 +385,9 @@ class SpanQAData(pl.LightningDataModule):
         except FileNotFoundError as error:
             raise DataError(f"--data.document={self.document} does not exist") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--data.document={self.document} cannot be read as UTF-8 text: {error}") from error
+            raise DataError(
+                f"--data.document={self.document} cannot be read as UTF-8 text: {error}"
+            ) from error
         if not text.strip():
             raise DataError(f"--data.document={self.document} is empty")
         return QAExample("asked", self.question, ("",), text, title=file.stem, answer_starts=())
@@ -391,7 +410,12 @@ class SpanQAData(pl.LightningDataModule):
         dataset = self.sets["train"]
         assert self.trainer is not None
         sampler = StepBatchSampler(
-            len(dataset), self.batch_size, self.seed, self.trainer, first_epoch=self.first_epoch()
+            len(dataset),
+            self.batch_size,
+            self.seed,
+            self.trainer,
+            first_epoch=self.first_epoch(),
+            lengths=[len(e.context) for e in dataset.examples] if self.group_by_length else None,
         )
         return self._loader(dataset, batch_sampler=sampler)
 

@@ -329,7 +329,11 @@ def _article(rng: random.Random, name: str, num_paragraphs: int) -> list[QAExamp
     for number, index in enumerate(_sample(rng, range(len(facts)), QUESTIONS_PER_ARTICLE)):
         fact = facts[index]
         if rng.random() < NAME_SHARE:
-            template, answers, start = _choose(rng, _NAME_QUESTIONS), (fact.full_name, fact.full_name.split()[0]), introduced[fact.surname]
+            template, answers, start = (
+                _choose(rng, _NAME_QUESTIONS),
+                (fact.full_name, fact.full_name.split()[0]),
+                introduced[fact.surname],
+            )
         else:
             template, answers, start = _choose(rng, fact.kind.questions), fact.answers, starts[index]
         question = f"{_choose(rng, _OPENINGS)} {template.format(s=fact.surname, p=fact.profession)}"
@@ -348,7 +352,10 @@ def _draw_facts(rng: random.Random, num_people: int) -> list[_Fact]:
     facts: list[_Fact] = []
     kinds: list[_Kind] = []
     for i in range(num_people):
-        teacher, teacher_surname = f"{given[num_people + i]} {surnames[num_people + i]}", surnames[num_people + i]
+        teacher, teacher_surname = (
+            f"{given[num_people + i]} {surnames[num_people + i]}",
+            surnames[num_people + i],
+        )
         work = f"{firsts[i]} {seconds[i]}"
         mention_and_answers = {
             "birthplace": _town_answers(rng, towns[2 * i]),

@@ -103,7 +103,9 @@ def read_squad(path: str | Path) -> list[QAExample]:
     if file.is_dir():
         found = sorted(p for p in file.glob("*.json*"))
         if len(found) != 1:
-            raise DataError(f"--data.path={file} must hold one SQuAD JSON file, found {len(found)}; name the file")
+            raise DataError(
+                f"--data.path={file} must hold one SQuAD JSON file, found {len(found)}; name the file"
+            )
         file = found[0]
     data = _json(file)
     examples = []
@@ -139,7 +141,9 @@ def read_hub(task: str, split: str) -> list[QAExample]:
     try:
         import datasets
     except ImportError as error:
-        raise MissingPackageError("--data.source=hub needs the datasets package: pip install 'astbench[hub]'") from error
+        raise MissingPackageError(
+            "--data.source=hub needs the datasets package: pip install 'astbench[hub]'"
+        ) from error
     name, configuration, revision = TRIVIAQA_HUB if task == "triviaqa" else SQUAD_HUB
     try:
         rows = datasets.load_dataset(name, configuration, split=split, revision=revision)
@@ -168,7 +172,9 @@ def fingerprint(examples: list[QAExample]) -> str:
     """Short digest of everything in the examples, in order."""
     digest = hashlib.sha256()
     for e in examples:
-        digest.update("\x1f".join([e.question_id, e.question, *e.answers, e.title, e.context, "\x1e"]).encode())
+        digest.update(
+            "\x1f".join([e.question_id, e.question, *e.answers, e.title, e.context, "\x1e"]).encode()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -204,7 +210,9 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     number = 0
     try:
-        opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8")  # noqa: SIM115
+        opened = (
+            gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8")
+        )  # noqa: SIM115
         with opened as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
