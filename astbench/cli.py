@@ -76,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         names = {**LIGHTNING, **OWN}
-        print(
-            USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, text in names.items())), end=""
-        )
+        print(USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, text in names.items())), end="")
         return 0
     if words[0] in ("-V", "--version"):
         from astbench import __version__
@@ -97,9 +95,7 @@ def _dispatch(words: list[str]) -> int:
     from astbench.errors import ConfigError
     from astbench.selection import nearest
 
-    raise ConfigError(
-        f"unknown command '{command}'{nearest(command, [*LIGHTNING, *OWN])}; see astbench --help"
-    )
+    raise ConfigError(f"unknown command '{command}'{nearest(command, [*LIGHTNING, *OWN])}; see astbench --help")
 
 
 def _known(error: Exception) -> int:

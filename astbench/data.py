@@ -11,7 +11,6 @@ from torch.utils.data import Sampler
 
 from astbench.training import derived_seed
 
-
 POOL_BATCHES = 50
 """Steps whose examples are sorted by length together."""
 
@@ -20,7 +19,7 @@ class Draw(NamedTuple):
     """Which example, in which epoch: a dataset may cut another window of it each time."""
 
     epoch: int
-    index: int
+    example: int
 
 
 class StepBatchSampler(Sampler[list[Draw]]):
@@ -65,7 +64,7 @@ class StepBatchSampler(Sampler[list[Draw]]):
             start = (batch * world + rank) * self.batch_size
             # A set smaller than one batch is repeated to fill it.
             picks = [order[i % self.size] for i in range(start, start + self.batch_size)]
-            yield [Draw(epoch, index) for index in picks]
+            yield [Draw(epoch, example) for example in picks]
 
     def order(self, epoch: int) -> list[int]:
         """The examples of an epoch in the order they are drawn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,8 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from astbench_registry import Pattern
-from astbench_registry.registry import config_class, make_config
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -26,6 +25,8 @@ from astbench.runs.checkpoints import SafeCheckpointIO, read_checkpoint
 from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, default_run_dir
 from astbench.selection import Selection, nearest
 from astbench.tasks import Task, find_task
+from astbench_registry import Pattern
+from astbench_registry.registry import config_class, make_config
 
 _ALLOWED = ["astbench", "astbench_registry", "torch.optim", "lightning.pytorch", "pytorch_lightning"]
 """What a config may name by `class_path`; naming a class imports and builds it."""
@@ -56,9 +57,16 @@ class Parser(LightningArgumentParser):
         raise ConfigError(self._explain(" ".join(message.split()))) from ex
 
     def _explain(self, message: str) -> str:
+        if denied := re.search(r"Importing '([^']+)' is not allowed", message):
+            return (
+                f"a config may not name {denied[1]}: naming a class imports and builds it; allowed are "
+                f"{', '.join(_ALLOWED)}; --trust_config lifts this for configs you trust"
+            )
+        if wrong := re.match(r'Parser key "([^"]+)": Expected a <class \'(\w+)\'>\. Got value: (.*)', message):
+            return f"--{wrong[1]} must be of type {wrong[2]}, got {wrong[3][:100]}"
         marker = "nrecognized arguments:"
         if marker not in message:
-            return message
+            return message if len(message) < 400 else f"{message[:400]} ..."
         words = message.partition(marker)[2].split()
         known = self._options()
         tips = [w + nearest(w.split("=")[0], known) for w in words if w.startswith("-")]
@@ -72,12 +80,12 @@ class Parser(LightningArgumentParser):
         action = getattr(self, "_subcommands_action", None)
         return list(action._name_parser_map.values()) if action else []
 
-    def format_help(self) -> str:
-        """Help without the Trainer group, unless asked by --help_trainer."""
+    def format_help(self, *arguments: Any) -> str:
+        """Help without the Trainer's group of a hundred options."""
         kept = [g for g in self._action_groups if not (g.title or "").startswith("Customize every aspect")]
         groups, self._action_groups = self._action_groups, kept
         try:
-            return super().format_help() + "\n--trainer.*: everything of lightning.pytorch.Trainer\n"
+            return super().format_help(*arguments) + "\n--trainer.*: everything of lightning.pytorch.Trainer\n"
         finally:
             self._action_groups = groups
 
@@ -116,13 +124,9 @@ class CLI(LightningCLI):
         parser.add_class_arguments(BackboneConfig, "backbone", instantiate=False)
         parser.add_class_arguments(OptimConfig, "optim", instantiate=False)
         parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run")
-        parser.add_argument(
-            "--init_from", type=str | None, default=None, help="run folder to take weights from"
-        )
+        parser.add_argument("--init_from", type=str | None, default=None, help="run folder to take weights from")
         parser.add_argument("--plugins", type=list[str], default=self.found.plugins, help="plugins to load")
-        parser.add_argument(
-            "--checkpoint_every", type=int, default=100, help="optimizer steps between checkpoints"
-        )
+        parser.add_argument("--checkpoint_every", type=int, default=100, help="optimizer steps between checkpoints")
         parser.add_argument(
             "--loggers",
             type=list[Literal["csv", "tensorboard", "wandb", "mlflow"]],
@@ -130,9 +134,7 @@ class CLI(LightningCLI):
             help="where metrics go; --loggers+=wandb adds one",
         )
         for group in ("attention", "task", "backbone", "optim"):
-            parser.link_arguments(
-                group, f"model.{group}", compute_fn=_without_name if group == "task" else _as_dict
-            )
+            parser.link_arguments(group, f"model.{group}", compute_fn=_without_name if group == "task" else _as_dict)
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("init_from", "model.init_from")
         parser.set_defaults(self._demo_defaults(parser))
@@ -159,6 +161,8 @@ class CLI(LightningCLI):
             raise ConfigError("--trainer.max_steps must be at least 1: schedules and resuming count in steps")
         if options.init_from:
             checkpoint_file(options.init_from)
+        if self.command == "predict" and not options.get("ckpt_path"):
+            raise ConfigError("predict needs a trained run: --ckpt_path=runs/NAME")
 
     @property
     def options(self) -> Namespace:
@@ -178,9 +182,7 @@ class CLI(LightningCLI):
             trainer["enable_progress_bar"] = True
         plugins = [*(trainer.pop("plugins", None) or []), SafeCheckpointIO()]
         if trainer.get("logger") in (None, True) and self.command == "fit":
-            trainer["logger"] = build_loggers(
-                options.loggers, self.folder, resume=self.found.resume is not None
-            )
+            trainer["logger"] = build_loggers(options.loggers, self.folder, resume=self.found.resume is not None)
         elif trainer.get("logger") in (None, True):
             trainer["logger"] = False
         trainer["default_root_dir"] = str(self.folder.path)
@@ -258,6 +260,8 @@ def run(command: str, found: Selection) -> int:
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=_ALLOWED)
     assert found.task is not None
     task = find_task(found.task)
+    if command not in task.commands:
+        raise ConfigError(f"task {task.name} has only `astbench {'|'.join(task.commands)}` so far, not {command}")
     if found.resume and command != "fit":
         raise ConfigError(f"--resume goes with fit; {command} takes --ckpt_path={found.resume}")
     if found.resume and RunFolder(found.resume).done:
@@ -309,10 +313,10 @@ def _said(found: Selection, key: str) -> str | None:
     value = None
     for word in found.argv:
         if word.startswith("--config="):
-            config = safe_load(Path(word.removeprefix("--config=")).read_text(encoding="utf-8")) or {}
+            config: Any = safe_load(Path(word.removeprefix("--config=")).read_text(encoding="utf-8"))
             for part in key.split("."):
                 config = config.get(part) if isinstance(config, dict) else None
-            value = config or value
+            value = str(config) if config else value
         elif word.startswith(f"--{key}="):
             value = word.partition("=")[2]
     for flag, following in zip(found.argv, found.argv[1:], strict=False):
@@ -350,5 +354,6 @@ def _quiet() -> None:
         ".*treespec.*",
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*GPU available but not used.*",
+        ".*is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from astbench_registry import PluginError, RegistryError, load_plugin
-from astbench_registry.registry import config_class
 
 from astbench.errors import CheckpointError, ConfigError, NameOrPluginError
 from astbench.runs.folder import CONFIG
 from astbench.tasks import TASKS, find_task
+from astbench_registry import PluginError, RegistryError, load_plugin
+from astbench_registry.registry import config_class
 
 KINDS = ("attention", "task")
 

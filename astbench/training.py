@@ -92,7 +92,7 @@ class TaskModule(pl.LightningModule):
         own = {id(p) for p in self.handle.parameters()}
         if not own:
             raise ConfigError(
-                f"--optim.train=attention needs an attention with parameters of its own; {self.attention['name']} has none"
+                f"--optim.train=attention needs an attention with parameters; {self.attention['name']} has none"
             )
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in own)

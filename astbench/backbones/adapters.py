@@ -21,9 +21,7 @@ def save_adapter(handle: SwapHandle, folder: str | Path) -> None:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: w.detach().contiguous().cpu() for name, w in handle.state_dict().items()}, folder / WEIGHTS
-    )
+    save_file({name: w.detach().contiguous().cpu() for name, w in handle.state_dict().items()}, folder / WEIGHTS)
     write_json(
         folder / DESCRIPTION,
         {
@@ -56,13 +54,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> SwapHandle:
         layers=description["layers"],
     )
     wanted = handle.state_dict()
-    wrong = sorted(set(wanted) ^ set(weights)) or sorted(
-        n for n in wanted if wanted[n].shape != weights[n].shape
-    )
+    wrong = sorted(set(wanted) ^ set(weights)) or sorted(n for n in wanted if wanted[n].shape != weights[n].shape)
     if wrong:
         handle.undo()
-        raise CheckpointError(
-            f"adapter in {folder} does not fit {type(model).__name__}: {wrong[0]} and others differ"
-        )
+        raise CheckpointError(f"adapter in {folder} does not fit {type(model).__name__}: {wrong[0]} and others differ")
     model.load_state_dict(weights, strict=False)
     return handle

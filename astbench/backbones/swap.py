@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
 from astbench_registry import Capabilities, CapabilityError, Pattern, build_attention
 from astbench_registry.interface import (
     Attention,
@@ -17,9 +21,6 @@ from astbench_registry.interface import (
     AttentionStats,
 )
 from astbench_registry.registry import make_config
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 IMPLEMENTATION = "astbench"
 """The name under which the hooks are registered with transformers."""
@@ -33,8 +34,7 @@ WHERE: dict[Pattern, Where] = {
 }
 
 FAMILIES = (
-    "albert bart bert distilbert electra esm gpt2 gpt_neox llama marian mbart mistral modernbert "
-    "opt pegasus qwen3 roberta"
+    "albert bart bert distilbert electra esm gpt2 gpt_neox llama marian mbart mistral modernbert opt pegasus qwen3 roberta"
 ).split()
 """Model types known to call the attention interface; others may too, and are probed."""
 
@@ -191,9 +191,7 @@ def swap_attention(
         ValueError: an option that does not exist or a bad value.
     """
     config = make_config(name, options or {})
-    handle = SwapHandle(
-        model, name, config.as_dict(), tuple(where), None if layers is None else tuple(layers)
-    )
+    handle = SwapHandle(model, name, config.as_dict(), tuple(where), None if layers is None else tuple(layers))
     _enter(model, handle)
     try:
         calls = _probe_attention(model)
@@ -286,9 +284,7 @@ def _check(can: Capabilities, name: str, call: _Call) -> None:
     )
 
 
-def _attach(
-    model: PreTrainedModel, call: _Call, attention: Attention, can: Capabilities, handle: SwapHandle
-) -> None:
+def _attach(model: PreTrainedModel, call: _Call, attention: Attention, can: Capabilities, handle: SwapHandle) -> None:
     path = next(name for name, module in model.named_modules() if module is call.module)
     parameter = next(call.module.parameters())
     slot = AttentionSlot(attention.to(parameter.device), call.pattern, path)
@@ -341,9 +337,7 @@ def attention_forward(
     if dropout:
         asked.append(f"attention dropout {dropout}")
     if asked:
-        raise CapabilityError(
-            f"{type(module).__name__} asks for {' and '.join(asked)}, which no variant honours"
-        )
+        raise CapabilityError(f"{type(module).__name__} asks for {' and '.join(asked)}, which no variant honours")
     mask = _as_mask(module, query, key, attention_mask)
     if _probe is not None:
         pattern = mask.pattern
@@ -374,9 +368,7 @@ def _as_mask(
             "(batch, length) are supported"
         )
     if getattr(module, "is_causal", False) and query.shape[2] == key.shape[2]:
-        raise CapabilityError(
-            f"{type(module).__name__} is causal but passes no mask; it would see the future"
-        )
+        raise CapabilityError(f"{type(module).__name__} is causal but passes no mask; it would see the future")
     return AttentionMask("bidirectional_self")
 
 

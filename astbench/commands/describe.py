@@ -6,11 +6,10 @@ import inspect
 import re
 from dataclasses import fields
 
-from astbench_registry import AttentionConfig
-from astbench_registry.registry import config_class, registered
-
 from astbench.errors import ConfigError
 from astbench.selection import select
+from astbench_registry import AttentionConfig
+from astbench_registry.registry import config_class, registered
 
 
 def run(words: list[str]) -> int:

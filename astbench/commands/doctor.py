@@ -33,9 +33,9 @@ def run(words: list[str]) -> int:
     if words:
         raise ConfigError(f"astbench doctor takes no {words[0]}")
     import torch
-    from astbench_kernels import backends
 
     from astbench.runs.record import hardware, versions
+    from astbench_kernels import backends
 
     print("packages")
     for name, version in versions().items():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from astbench_registry import registered
-
 from astbench.cli import LIGHTNING
 from astbench.selection import check_names, select
 from astbench.tasks import TASKS
+from astbench_registry import registered
 
 
 def run(command: str, words: list[str]) -> int:

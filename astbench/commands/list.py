@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from astbench_registry import registered
-from astbench_registry.registry import Registered
-
 from astbench.backbones.presets import PRESETS
 from astbench.errors import ConfigError
 from astbench.selection import select
 from astbench.tasks import TASKS
+from astbench_registry import registered
+from astbench_registry.registry import Registered
 
 _MARKS = {
     "bidirectional_self": "bi",
@@ -24,18 +23,14 @@ def run(words: list[str]) -> int:
     """Print the tables; `--plugins=...` adds a plugin's."""
     found = select(words)
     if found.help:
-        print(
-            "usage: astbench list [--plugins=FILE.py|MODULE]\n\nEvery attention, task and backbone preset by name."
-        )
+        print("usage: astbench list [--plugins=FILE.py|MODULE]\n\nEvery attention, task and backbone preset by name.")
         return 0
     if found.argv:
         raise ConfigError(f"astbench list takes no {found.argv[0]}")
     print("attention       patterns     decode gqa  params layout  paper, or where it comes from")
     for row in registered().values():
         print(_attention(row))
-    print(
-        "\n  patterns: bi bidirectional self, ca causal self (ca*: not strictly causal), xb/xc cross-attention of"
-    )
+    print("\n  patterns: bi bidirectional self, ca causal self (ca*: not strictly causal), xb/xc cross-attention of")
     print("  a bidirectional/causal model; params: has parameters of its own; layout: reports its key blocks")
     print("\ntask")
     for task in TASKS.values():
@@ -56,7 +51,5 @@ def _attention(row: Registered) -> str:
     )
     flags = [can.decode, can.gqa, can.owns_parameters, can.yields_layout]
     decode, gqa, params, layout = ("yes" if flag else " - " for flag in flags)
-    where = (
-        row.config.paper if row.source == "astbench" else f"{row.config.paper or row.summary} [{row.source}]"
-    )
+    where = row.config.paper if row.source == "astbench" else f"{row.config.paper or row.summary} [{row.source}]"
     return f"  {row.name:<13} {patterns:<12} {decode:^6} {gqa:^4} {params:^6} {layout:^6}  {where}"

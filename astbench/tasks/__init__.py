@@ -23,6 +23,7 @@ class Task:
         sources: What `--data.source` takes, the default first.
         real: How to run it on the real data set.
         metric: The headline metric's name.
+        commands: Which of fit, validate, test and predict it can do.
         demo: Defaults that were measured for the `demo` source, for options that exist with the attention.
     """
 
@@ -34,11 +35,12 @@ class Task:
     sources: tuple[str, ...]
     real: str
     metric: str
+    commands: tuple[str, ...] = ("fit", "validate", "test", "predict")
     demo: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> tuple[Any, Any, Any]:
         """(module class, data class, config class), imported now."""
-        return tuple(_attribute(target) for target in (self.module, self.data, self.config))  # type: ignore[return-value]
+        return _attribute(self.module), _attribute(self.data), _attribute(self.config)
 
 
 def _attribute(target: str) -> Any:
@@ -79,6 +81,7 @@ TASKS: dict[str, Task] = {
             sources=("local",),
             real="--data.source=local --data.path=FOLDER",
             metric="perplexity",
+            commands=("test",),
         ),
     )
 }

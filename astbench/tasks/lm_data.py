@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from astbench.backbones.load import max_positions
 from astbench.backbones.presets import BackboneConfig, resolve_preset
 from astbench.errors import ConfigError, DataError
+from astbench.reading import read_bytes
 from astbench.tokenizers import load_tokenizer, saved_tokenizer
 
 _FILES = ("wiki.test.raw", "wiki.test.tokens")
@@ -53,7 +53,9 @@ class WikiTextData(pl.LightningDataModule):
         self.source, self.path, self.context = source, path, context
         self.stride = stride or context
         self.windows, self.eval_batch_size = windows, eval_batch_size
-        self.backbone, self.tokenizer_folder = BackboneConfig(), None
+        self.backbone = BackboneConfig()
+        self.tokenizer_folder: Path | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self.rows: list[tuple[Tensor, int]] = []
         self.about: dict[str, Any] = {}
 
@@ -61,25 +63,29 @@ class WikiTextData(pl.LightningDataModule):
         """Tell the data module what it serves; called before the trainer starts."""
         self.backbone, self.tokenizer_folder = backbone, tokenizer_folder
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the run; there after `setup`."""
+        assert self._tokenizer is not None, "setup() has not run"
+        return self._tokenizer
+
     def setup(self, stage: str) -> None:
         """Read and cut the text.
 
         Raises:
-            ConfigError: anything but `test`, or a backbone without a tokenizer.
+            ConfigError: a backbone without a tokenizer.
             DataError: missing, unreadable or empty file.
         """
-        if stage != "test":
-            raise ConfigError("task wikitext103 has only `astbench test` so far")
         if self.rows:
             return
         if self.tokenizer_folder is not None:
-            self.tokenizer = saved_tokenizer(self.tokenizer_folder)
+            self._tokenizer = saved_tokenizer(self.tokenizer_folder)
         elif resolve_preset(self.backbone.name, "causal_lm"):
             raise ConfigError(
                 "`astbench test --task=wikitext103` needs trained weights: --backbone=FOLDER or a hub name"
             )
         else:
-            self.tokenizer = load_tokenizer(self.backbone)
+            self._tokenizer = load_tokenizer(self.backbone)
         file = self._file()
         text = _read(file)
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -175,12 +181,9 @@ def _same_length(rows: list[tuple[Tensor, int]], size: int) -> list[list[int]]:
 
 def _read(file: Path) -> str:
     try:
-        data = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
-        return data.decode("utf-8")
+        return read_bytes(file).decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{file} cannot be read as UTF-8 text: {' '.join(str(error).split())[:160]}"
-        ) from error
+        raise DataError(f"{file} cannot be read as UTF-8 text: {' '.join(str(error).split())[:160]}") from error
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -32,7 +32,7 @@ class SpanQA(TaskModule):
     @property
     def data(self) -> SpanQAData:
         """The data module in use."""
-        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Start and end scores `(batch, length)`, float32, -inf outside the document and the first token."""
@@ -65,11 +65,11 @@ class SpanQA(TaskModule):
         """Keep the best span of each question."""
         self._collect(batch, "test")
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Keep the best span of the question."""
-        self._collect(batch, "predict")
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[float]:
+        """Keep the best span of the question; the values of the batch's windows."""
+        return self._collect(batch, "predict")
 
-    def _collect(self, batch: dict[str, Any], split: str) -> None:
+    def _collect(self, batch: dict[str, Any], split: str) -> list[float]:
         start, end = self(batch)
         values, firsts, lasts = best_spans(start, end, batch["answerable"], self.config.max_answer_tokens)
         rows = zip(batch["index"].tolist(), values.tolist(), firsts.tolist(), lasts.tolist(), strict=True)
@@ -78,6 +78,7 @@ class SpanQA(TaskModule):
             text = self.data.example(split, index).context[offsets[first][0] : offsets[last][1]]
             if index not in self.guesses or value > self.guesses[index][0]:
                 self.guesses[index] = (value, text)
+        return values.tolist()
 
     def on_validation_epoch_end(self) -> None:
         """EM and F1 over the questions."""
@@ -86,6 +87,17 @@ class SpanQA(TaskModule):
     def on_test_epoch_end(self) -> None:
         """EM and F1 over the questions."""
         self._finish("test", "test")
+
+    def on_predict_epoch_end(self) -> None:
+        """The answer, and how much better than "not in this document" it scored."""
+        guesses = self._all_guesses()
+        value, answer = guesses[0]
+        asked = self.data.example("predict", 0)
+        self.results = {
+            "signature": asked.question,
+            "metrics": {},
+            "answer": {"text": answer, "above_null": value, "windows": len(self.data.sets["predict"])},
+        }
 
     def _finish(self, stage: str, split: str) -> None:
         guesses = self._all_guesses()

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +23,6 @@ from astbench.tasks.qa_examples import QAExample
 from astbench.tokenizers import load_tokenizer, saved_tokenizer, train_tokenizer
 from astbench.training import derived_seed
 
-Split = Literal["train", "validation", "test"]
 CACHED_EXAMPLES = 20_000
 """Tokenized windows are kept for sets up to this size; larger ones are tokenized when drawn."""
 
@@ -58,9 +56,7 @@ class Windower:
         max_question: Longer questions are cut to this many tokens.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int, max_question: int
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int, max_question: int) -> None:
         self.tokenizer, self.max_length, self.stride, self.max_question = (
             tokenizer,
             max_length,
@@ -84,8 +80,7 @@ class Windower:
         for number, ids in enumerate(encoded["input_ids"]):
             parts = encoded.sequence_ids(number)
             offsets = [
-                span if part == 1 else None
-                for span, part in zip(encoded["offset_mapping"][number], parts, strict=True)
+                span if part == 1 else None for span, part in zip(encoded["offset_mapping"][number], parts, strict=True)
             ]
             if not any(offsets):
                 continue
@@ -97,9 +92,7 @@ class Windower:
     def _short_question(self, question: str) -> str:
         encoded = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
-        return (
-            question if len(offsets) <= self.max_question else question[: offsets[self.max_question - 1][1]]
-        )
+        return question if len(offsets) <= self.max_question else question[: offsets[self.max_question - 1][1]]
 
 
 def find_mentions(example: QAExample) -> list[tuple[int, int]]:
@@ -197,14 +190,12 @@ class Collate:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Bool `starts` and `ends` mark right answers; a window without one marks its first token."""
         windows: list[Window] = [row["window"] for row in rows]
         length = max(len(w.input_ids) for w in windows)
         shape = (len(windows), length)
         input_ids = torch.full(shape, self.pad_token_id)
-        masks = {
-            n: torch.zeros(shape, dtype=torch.bool)
-            for n in ("attention_mask", "answerable", "starts", "ends")
-        }
+        masks = {n: torch.zeros(shape, dtype=torch.bool) for n in ("attention_mask", "answerable", "starts", "ends")}
         types = torch.zeros(shape, dtype=torch.long)
         for row, window in enumerate(windows):
             size = len(window.input_ids)
@@ -303,8 +294,8 @@ class SpanQAData(pl.LightningDataModule):
         assert self._tokenizer is not None, "setup() has not run"
         return self._tokenizer
 
-    def read(self, split: Split) -> list[QAExample]:
-        """The questions of a split."""
+    def read(self, split: str) -> list[QAExample]:
+        """The questions of a split: train, validation or test."""
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
@@ -313,12 +304,13 @@ class SpanQAData(pl.LightningDataModule):
         Raises:
             DataError: nothing to read, or nothing in it that can be used.
         """
-        wanted: dict[str, list[Split]] = {
+        wanted: dict[str, list[str]] = {
             "fit": ["train", self.eval_split],
             "validate": [self.eval_split],
             "test": ["test"],
             "predict": [],
         }
+        split: str
         for split in wanted[stage]:
             if split not in self.examples:
                 self._read_split(split)
@@ -330,7 +322,7 @@ class SpanQAData(pl.LightningDataModule):
             if split not in self.sets:
                 self.sets[split] = self._dataset(split)
 
-    def _read_split(self, split: Split) -> None:
+    def _read_split(self, split: str) -> None:
         examples = self.read(split)
         limit = self.max_train if split == "train" else self.max_eval
         examples = examples[:limit]
@@ -357,14 +349,10 @@ class SpanQAData(pl.LightningDataModule):
             examples = [e for e in examples if e.context.strip()]
             empty = len(self.examples[split]) - len(examples)
             if empty:
-                self.notes.append(
-                    f"{empty} of {len(self.examples[split])} training documents are empty: left out"
-                )
+                self.notes.append(f"{empty} of {len(self.examples[split])} training documents are empty: left out")
             if not examples:
                 raise DataError(f"{self.task}: every training document is empty")
-        dataset = QADataset(
-            examples, windower, negative_share=self.negative_share, seed=self.seed, training=training
-        )
+        dataset = QADataset(examples, windower, negative_share=self.negative_share, seed=self.seed, training=training)
         if not len(dataset):
             raise DataError(f"{self.task}: no document of the {split} split holds any text")
         if split != "predict":
@@ -385,9 +373,7 @@ class SpanQAData(pl.LightningDataModule):
         except FileNotFoundError as error:
             raise DataError(f"--data.document={self.document} does not exist") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"--data.document={self.document} cannot be read as UTF-8 text: {error}"
-            ) from error
+            raise DataError(f"--data.document={self.document} cannot be read as UTF-8 text: {error}") from error
         if not text.strip():
             raise DataError(f"--data.document={self.document} is empty")
         return QAExample("asked", self.question, ("",), text, title=file.stem, answer_starts=())
@@ -402,7 +388,7 @@ class SpanQAData(pl.LightningDataModule):
         if self.max_length > limit:
             raise ConfigError(
                 f"--data.max_length={self.max_length} tokens is longer than the backbone's position table of {limit}; "
-                f"set --backbone.max_positions={self.max_length} to extend the table by copying it, or shorten the windows"
+                f"set --backbone.max_positions={self.max_length} to extend it by copying, or shorten the windows"
             )
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -487,7 +473,7 @@ class TriviaQAData(SpanQAData):
         super().__init__(source, path, **options)
         self.demo_train, self.demo_eval = demo_train, demo_eval
 
-    def read(self, split: Split) -> list[QAExample]:
+    def read(self, split: str) -> list[QAExample]:
         """See the base class. The real test answers are not public: there `test` is the validation split."""
         if self.source == "demo":
             count = self.demo_train if split == "train" else self.demo_eval
@@ -520,7 +506,7 @@ class SquadData(SpanQAData):
             raise ConfigError(f"--data.holdout must be at least 2 articles, got {holdout}")
         self.holdout = holdout
 
-    def read(self, split: Split) -> list[QAExample]:
+    def read(self, split: str) -> list[QAExample]:
         """See the base class. `test` is the validation split."""
         if self.source == "hub":
             return qa_sources.read_hub("squad", "train" if split == "train" else "validation")

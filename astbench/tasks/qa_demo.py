@@ -30,62 +30,413 @@ PEOPLE_PER_PARAGRAPH = 2
 FACTS_PER_PERSON = 2
 NAME_SHARE = 0.3
 
-_GIVEN = (
-    "Ada Alma Amos Anna Anton Arno Astrid Basil Bela Berta Bram Cara Carl Cleo Conrad Cora Cyril Dara"
-    " Delia Dora Edda Edgar Edith Egon Elias Ella Elmar Elsa Emil Enid Erik Esme Esther Ewan Fanny Felix"
-    " Flora Frida Gerda Greta Gustav Hanna Hector Hedda Helga Henrik Hilda Hugo Ida Igor Ilse Ines Ingrid"
-    " Iris Ivan Ivo Jonas Josef Judith Jutta Karin Kaspar Klara Konrad Lara Lena Leo Lidia Linus Lotte"
-    " Lucia Ludo Magda Mara Marek Marta Matilda Milo Mina Mira Moritz Nadia Nils Nina Nora Olaf Olga Oskar"
-    " Otto Paula Petra Ralf Rosa Rufus Sigrid Silas Sofia Sonja Stella Sven Tilda Tobias Ulla Vera Viktor"
-    " Walter Wanda"
-).split()
+_GIVEN = [
+    "Ada",
+    "Alma",
+    "Amos",
+    "Anna",
+    "Anton",
+    "Arno",
+    "Astrid",
+    "Basil",
+    "Bela",
+    "Berta",
+    "Bram",
+    "Cara",
+    "Carl",
+    "Cleo",
+    "Conrad",
+    "Cora",
+    "Cyril",
+    "Dara",
+    "Delia",
+    "Dora",
+    "Edda",
+    "Edgar",
+    "Edith",
+    "Egon",
+    "Elias",
+    "Ella",
+    "Elmar",
+    "Elsa",
+    "Emil",
+    "Enid",
+    "Erik",
+    "Esme",
+    "Esther",
+    "Ewan",
+    "Fanny",
+    "Felix",
+    "Flora",
+    "Frida",
+    "Gerda",
+    "Greta",
+    "Gustav",
+    "Hanna",
+    "Hector",
+    "Hedda",
+    "Helga",
+    "Henrik",
+    "Hilda",
+    "Hugo",
+    "Ida",
+    "Igor",
+    "Ilse",
+    "Ines",
+    "Ingrid",
+    "Iris",
+    "Ivan",
+    "Ivo",
+    "Jonas",
+    "Josef",
+    "Judith",
+    "Jutta",
+    "Karin",
+    "Kaspar",
+    "Klara",
+    "Konrad",
+    "Lara",
+    "Lena",
+    "Leo",
+    "Lidia",
+    "Linus",
+    "Lotte",
+    "Lucia",
+    "Ludo",
+    "Magda",
+    "Mara",
+    "Marek",
+    "Marta",
+    "Matilda",
+    "Milo",
+    "Mina",
+    "Mira",
+    "Moritz",
+    "Nadia",
+    "Nils",
+    "Nina",
+    "Nora",
+    "Olaf",
+    "Olga",
+    "Oskar",
+    "Otto",
+    "Paula",
+    "Petra",
+    "Ralf",
+    "Rosa",
+    "Rufus",
+    "Sigrid",
+    "Silas",
+    "Sofia",
+    "Sonja",
+    "Stella",
+    "Sven",
+    "Tilda",
+    "Tobias",
+    "Ulla",
+    "Vera",
+    "Viktor",
+    "Walter",
+    "Wanda",
+]
 
-_SURNAMES = (
-    "Abelard Ackroyd Alder Amsel Arkwright Ashdown Auger Bartle Baskin Bellamy Bexley Birkett Blandon Bode"
-    " Borrow Bracken Brandt Brisk Calder Carrow Cawley Chard Clewes Colley Corvin Crake Cutler Dabney"
-    " Dacre Danvers Darke Delano Denham Dormer Drake Dunning Eckhart Eddow Ellery Elstob Emsley Fabel"
-    " Fairfax Fane Farrow Fenner Finch Flint Fossick Frome Gadsby Galt Garrick Gedney Gilpin Glover"
-    " Gorman Grail Grimsby Gurney Hackett Haldane Harker Hatch Hazel Heron Hobart Holm Huxtable Ibsley"
-    " Ingram Jarrow Jessop Jolley Kemble Kerrigan Kestrel Kipling Kirby Lacey Lambert Larkin Ledger Lindt"
-    " Lomax Lovell Maddock Malloy Marlow Marsh Medlar Merrick Moffat Morley Mundy Nangle Napier Nettle"
-    " Noakes Norwood Oakden Ogden Orchard Orrin Osgood Paget Palmer Parr Peabody Pender Pettle Pinder"
-    " Prewett Quarles Quill Quincy Radnor Ramsey Raven Redfern Rigby Rooke Rudge Sable Salter Savory"
-    " Scully Selwyn Shard Skelton Snow Sorrel Stroud Swann Tabor Tanner Teasel Thorne Tiller Tolley"
-    " Trask Udall Upton Vance Varley Venn Vosper Wadlow Warde Webster Wexford Whitlock Wilder Winslow"
-    " Wragge Yardley Yarrow Yule Zeller"
-).split()
+_SURNAMES = [
+    "Abelard",
+    "Ackroyd",
+    "Alder",
+    "Amsel",
+    "Arkwright",
+    "Ashdown",
+    "Auger",
+    "Bartle",
+    "Baskin",
+    "Bellamy",
+    "Bexley",
+    "Birkett",
+    "Blandon",
+    "Bode",
+    "Borrow",
+    "Bracken",
+    "Brandt",
+    "Brisk",
+    "Calder",
+    "Carrow",
+    "Cawley",
+    "Chard",
+    "Clewes",
+    "Colley",
+    "Corvin",
+    "Crake",
+    "Cutler",
+    "Dabney",
+    "Dacre",
+    "Danvers",
+    "Darke",
+    "Delano",
+    "Denham",
+    "Dormer",
+    "Drake",
+    "Dunning",
+    "Eckhart",
+    "Eddow",
+    "Ellery",
+    "Elstob",
+    "Emsley",
+    "Fabel",
+    "Fairfax",
+    "Fane",
+    "Farrow",
+    "Fenner",
+    "Finch",
+    "Flint",
+    "Fossick",
+    "Frome",
+    "Gadsby",
+    "Galt",
+    "Garrick",
+    "Gedney",
+    "Gilpin",
+    "Glover",
+    "Gorman",
+    "Grail",
+    "Grimsby",
+    "Gurney",
+    "Hackett",
+    "Haldane",
+    "Harker",
+    "Hatch",
+    "Hazel",
+    "Heron",
+    "Hobart",
+    "Holm",
+    "Huxtable",
+    "Ibsley",
+    "Ingram",
+    "Jarrow",
+    "Jessop",
+    "Jolley",
+    "Kemble",
+    "Kerrigan",
+    "Kestrel",
+    "Kipling",
+    "Kirby",
+    "Lacey",
+    "Lambert",
+    "Larkin",
+    "Ledger",
+    "Lindt",
+    "Lomax",
+    "Lovell",
+    "Maddock",
+    "Malloy",
+    "Marlow",
+    "Marsh",
+    "Medlar",
+    "Merrick",
+    "Moffat",
+    "Morley",
+    "Mundy",
+    "Nangle",
+    "Napier",
+    "Nettle",
+    "Noakes",
+    "Norwood",
+    "Oakden",
+    "Ogden",
+    "Orchard",
+    "Orrin",
+    "Osgood",
+    "Paget",
+    "Palmer",
+    "Parr",
+    "Peabody",
+    "Pender",
+    "Pettle",
+    "Pinder",
+    "Prewett",
+    "Quarles",
+    "Quill",
+    "Quincy",
+    "Radnor",
+    "Ramsey",
+    "Raven",
+    "Redfern",
+    "Rigby",
+    "Rooke",
+    "Rudge",
+    "Sable",
+    "Salter",
+    "Savory",
+    "Scully",
+    "Selwyn",
+    "Shard",
+    "Skelton",
+    "Snow",
+    "Sorrel",
+    "Stroud",
+    "Swann",
+    "Tabor",
+    "Tanner",
+    "Teasel",
+    "Thorne",
+    "Tiller",
+    "Tolley",
+    "Trask",
+    "Udall",
+    "Upton",
+    "Vance",
+    "Varley",
+    "Venn",
+    "Vosper",
+    "Wadlow",
+    "Warde",
+    "Webster",
+    "Wexford",
+    "Whitlock",
+    "Wilder",
+    "Winslow",
+    "Wragge",
+    "Yardley",
+    "Yarrow",
+    "Yule",
+    "Zeller",
+]
 
-_TOWN_STEMS = (
-    "Amber Ash Black Bram Cold Crom Dun East Fal Glen Hart Hol Inver Kel Lang Mar Nor Oak Pen Rush Sel"
-    " Stan Thorn Wal"
-).split()
-_TOWN_ENDINGS = "bridge by cliffe mere stow".split()
+_FAMILIES = _SURNAMES[::6]
+_MASTERS = [name for name in _SURNAMES if name not in _FAMILIES]
+
+_TOWN_STEMS = [
+    "Amber",
+    "Ash",
+    "Black",
+    "Bram",
+    "Cold",
+    "Crom",
+    "Dun",
+    "East",
+    "Fal",
+    "Glen",
+    "Hart",
+    "Hol",
+    "Inver",
+    "Kel",
+    "Lang",
+    "Mar",
+    "Nor",
+    "Oak",
+    "Pen",
+    "Rush",
+    "Sel",
+    "Stan",
+    "Thorn",
+    "Wal",
+]
+_TOWN_ENDINGS = ["bridge", "by", "cliffe", "mere", "stow"]
 _TOWNS = [stem + ending for stem in _TOWN_STEMS for ending in _TOWN_ENDINGS]
-_OLD_STEMS = "Cor Dal Eb Gor Lug Mal Or Sor Tal Vel".split()
-_OLD_ENDINGS = "inum mora tunia vessa".split()
+_OLD_STEMS = ["Cor", "Dal", "Eb", "Gor", "Lug", "Mal", "Or", "Sor", "Tal", "Vel"]
+_OLD_ENDINGS = ["inum", "mora", "tunia", "vessa"]
 _OLD_NAMES = [stem + ending for stem in _OLD_STEMS for ending in _OLD_ENDINGS]
 _OLD_NAME_OF = dict(zip(_TOWNS[::3], _OLD_NAMES, strict=True))
 """Every third town is known by two names, of which an article uses one."""
 
-_TITLE_FIRST = (
-    "Amber Ashen Bitter Blue Broken Crimson Distant Drowned Empty Frozen Gilded Hidden Hollow Iron Ivory"
-    " Lonely Painted Paper Quiet Salt Scarlet Silent Silver Sleeping Velvet Winter"
-).split()
-_TITLE_SECOND = (
-    "Balcony Bell Candle Cathedral Compass Crown Falcon Ferry Garden Gate Harvest Lantern Meadow Mirror"
-    " Nightingale Pilgrim Procession Shepherd Staircase Tower Voyage Willow"
-).split()
+_TITLE_FIRST = [
+    "Amber",
+    "Ashen",
+    "Bitter",
+    "Blue",
+    "Broken",
+    "Crimson",
+    "Distant",
+    "Drowned",
+    "Empty",
+    "Frozen",
+    "Gilded",
+    "Hidden",
+    "Hollow",
+    "Iron",
+    "Ivory",
+    "Lonely",
+    "Painted",
+    "Paper",
+    "Quiet",
+    "Salt",
+    "Scarlet",
+    "Silent",
+    "Silver",
+    "Sleeping",
+    "Velvet",
+    "Winter",
+]
+_TITLE_SECOND = [
+    "Balcony",
+    "Bell",
+    "Candle",
+    "Cathedral",
+    "Compass",
+    "Crown",
+    "Falcon",
+    "Ferry",
+    "Garden",
+    "Gate",
+    "Harvest",
+    "Lantern",
+    "Meadow",
+    "Mirror",
+    "Nightingale",
+    "Pilgrim",
+    "Procession",
+    "Shepherd",
+    "Staircase",
+    "Tower",
+    "Voyage",
+    "Willow",
+]
 
-_PROFESSIONS = (
-    "architect bookbinder botanist carpenter cartographer composer dramatist engraver essayist"
-    " glassmaker goldsmith historian illustrator novelist organist painter philosopher photographer poet"
-    " potter printer sculptor violinist weaver"
-).split()
+_PROFESSIONS = [
+    "architect",
+    "bookbinder",
+    "botanist",
+    "carpenter",
+    "cartographer",
+    "composer",
+    "dramatist",
+    "engraver",
+    "essayist",
+    "glassmaker",
+    "goldsmith",
+    "historian",
+    "illustrator",
+    "novelist",
+    "organist",
+    "painter",
+    "philosopher",
+    "photographer",
+    "poet",
+    "potter",
+    "printer",
+    "sculptor",
+    "violinist",
+    "weaver",
+]
 
-_REGIONS = (
-    "Varrow Tessel Lunden Orrest Hallin Kestor Mirren Solway Brennan Aldous Corran Feldane Garth Ismere"
-    " Peverel Rothen"
-).split()
+_REGIONS = [
+    "Varrow",
+    "Tessel",
+    "Lunden",
+    "Orrest",
+    "Hallin",
+    "Kestor",
+    "Mirren",
+    "Solway",
+    "Brennan",
+    "Aldous",
+    "Corran",
+    "Feldane",
+    "Garth",
+    "Ismere",
+    "Peverel",
+    "Rothen",
+]
 
 _FIRST_YEAR, _LAST_YEAR = 1780, 1930
 
@@ -343,7 +694,8 @@ def _article(rng: random.Random, name: str, num_paragraphs: int) -> list[QAExamp
 
 def _draw_facts(rng: random.Random, num_people: int) -> list[_Fact]:
     """Draw everyone's facts; no surname, town, work or year comes twice in an article."""
-    surnames = _sample(rng, _SURNAMES, 2 * num_people)
+    surnames = _sample(rng, _FAMILIES, num_people)
+    masters = _sample(rng, _MASTERS, num_people)
     given = _sample(rng, _GIVEN, 2 * num_people)
     towns = _sample(rng, _TOWNS, 2 * num_people)
     firsts = _sample(rng, _TITLE_FIRST, num_people)
@@ -352,16 +704,13 @@ def _draw_facts(rng: random.Random, num_people: int) -> list[_Fact]:
     facts: list[_Fact] = []
     kinds: list[_Kind] = []
     for i in range(num_people):
-        teacher, teacher_surname = (
-            f"{given[num_people + i]} {surnames[num_people + i]}",
-            surnames[num_people + i],
-        )
+        teacher = f"{given[num_people + i]} {masters[i]}"
         work = f"{firsts[i]} {seconds[i]}"
         mention_and_answers = {
             "birthplace": _town_answers(rng, towns[2 * i]),
             "residence": _town_answers(rng, towns[2 * i + 1]),
             "work": (f"The {work}", (f"The {work}", work)),
-            "teacher": (teacher, (teacher, teacher_surname)),
+            "teacher": (teacher, (teacher, masters[i])),
             "guild_year": (str(years[i]), (str(years[i]),)),
         }
         profession = _choose(rng, _PROFESSIONS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import logging
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from astbench.errors import DataError, MissingPackageError
+from astbench.reading import open_bytes, read_bytes
 from astbench.tasks.qa_examples import QAExample
 
 log = logging.getLogger(__name__)
@@ -103,9 +103,7 @@ def read_squad(path: str | Path) -> list[QAExample]:
     if file.is_dir():
         found = sorted(p for p in file.glob("*.json*"))
         if len(found) != 1:
-            raise DataError(
-                f"--data.path={file} must hold one SQuAD JSON file, found {len(found)}; name the file"
-            )
+            raise DataError(f"--data.path={file} must hold one SQuAD JSON file, found {len(found)}; name the file")
         file = found[0]
     data = _json(file)
     examples = []
@@ -172,9 +170,7 @@ def fingerprint(examples: list[QAExample]) -> str:
     """Short digest of everything in the examples, in order."""
     digest = hashlib.sha256()
     for e in examples:
-        digest.update(
-            "\x1f".join([e.question_id, e.question, *e.answers, e.title, e.context, "\x1e"]).encode()
-        )
+        digest.update("\x1f".join([e.question_id, e.question, *e.answers, e.title, e.context, "\x1e"]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -210,10 +206,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     number = 0
     try:
-        opened = (
-            gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8")
-        )  # noqa: SIM115
-        with opened as lines:
+        with open_bytes(file) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{file}:{number}", json.loads(line)
@@ -235,8 +228,7 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
 
 def _json(file: Path) -> Any:
     try:
-        data = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
-        return json.loads(data)
+        return json.loads(read_bytes(file))
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {_first_line(error)}") from error
 

@@ -97,9 +97,7 @@ class BlockLayout:
 
     def to_mask(self) -> Tensor:
         """Bool `(batch, list_heads, groups, key_blocks)`, the inverse of :meth:`from_mask`."""
-        keep = torch.zeros(
-            *self.counts.shape, self.num_blocks + 1, dtype=torch.bool, device=self.indices.device
-        )
+        keep = torch.zeros(*self.counts.shape, self.num_blocks + 1, dtype=torch.bool, device=self.indices.device)
         index = torch.where(self.slots, self.indices, self.num_blocks).long()
         return keep.scatter_(-1, index, True)[..., :-1]
 
@@ -197,5 +195,5 @@ def visible_pairs(
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    """table `(batch, n)` read at index `(batch, ...)`."""
+    """Table `(batch, n)` read at index `(batch, ...)`."""
     return table.gather(1, index.flatten(1)).view(index.shape)

@@ -222,9 +222,7 @@ class BlockSelectingAttention(Attention):
             return wide.take_along_dim(rows, 2)
         return masked_mean(wide, valid, selection.num_groups, group)
 
-    def _stats(
-        self, q: Tensor, k: Tensor, mask: AttentionMask, layout: BlockLayout, backend: str
-    ) -> AttentionStats:
+    def _stats(self, q: Tensor, k: Tensor, mask: AttentionMask, layout: BlockLayout, backend: str) -> AttentionStats:
         visible = visible_pairs(
             q.shape[2],
             k.shape[2],

@@ -157,9 +157,7 @@ def _demand(condition: bool, message: str) -> None:
 
 def _same(actual: Tensor, expected: Tensor, what: str, *, tolerance: float = TOLERANCE) -> None:
     """Equal within float64 rounding; NaN anywhere is a difference."""
-    _demand(
-        actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
-    )
+    _demand(actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
     if not actual.numel():
         return
     difference = (actual - expected).detach().abs().nan_to_num(nan=torch.inf)
@@ -179,17 +177,13 @@ def interface(subject: Subject) -> None:
         before = [x.clone() for x in (case.q, case.k, case.v)]
         for training in (False, True):
             got = case.run(subject.build(training=training).to(case.q.dtype))
-            _demand(
-                got.context.shape == case.q.shape, f"context is {tuple(got.context.shape)}, q {case.q.shape}"
-            )
+            _demand(got.context.shape == case.q.shape, f"context is {tuple(got.context.shape)}, q {case.q.shape}")
             _demand(got.context.dtype == case.q.dtype, f"context is {got.context.dtype}, q is {case.q.dtype}")
             _demand(bool(got.context.isfinite().all()), "the output is not finite")
             _demand(training or not got.losses, f"losses outside of training: {list(got.losses)}")
             _demand(got.stats is None, "statistics although nobody listens")
             for name, loss in got.losses.items():
-                _demand(
-                    loss.dim() == 0 and bool(loss.isfinite()), f"loss '{name}' is no finite scalar: {loss}"
-                )
+                _demand(loss.dim() == 0 and bool(loss.isfinite()), f"loss '{name}' is no finite scalar: {loss}")
         unchanged = all(torch.equal(x, y) for x, y in zip((case.q, case.k, case.v), before, strict=True))
         _demand(unchanged, "the call writes into its inputs")
 
@@ -288,9 +282,7 @@ def _check_directions(module: Attention, case: Case, tensors: dict[str, Tensor],
         analytic = 0.0 if grad is None else float((grad * direction).sum())
         numeric = _difference(loss, tensor, direction)
         close = abs(numeric - analytic) <= 1e-6 + 1e-5 * abs(numeric)
-        _demand(
-            close, f"gradient of {name} along a direction is {analytic:.6g}, differences say {numeric:.6g}"
-        )
+        _demand(close, f"gradient of {name} along a direction is {analytic:.6g}, differences say {numeric:.6g}")
 
 
 @torch.no_grad()
@@ -342,10 +334,7 @@ def decode(subject: Subject) -> None:
         length = case.q.shape[2]
         with torch.no_grad():
             whole = case.out(module)
-            steps = [
-                case.queries(start, min(start + chunk, length)).out(module)
-                for start in range(0, length, chunk)
-            ]
+            steps = [case.queries(start, min(start + chunk, length)).out(module) for start in range(0, length, chunk)]
         real = case.real_rows()
         _same(torch.cat(steps, 2) * real, whole * real, f"decoding {chunk} at a time differs from one pass")
 
@@ -422,9 +411,7 @@ def nan_memory(subject: Subject) -> None:
         _finite_gradients((got.context**2).sum() + sum(got.losses.values()), inputs, module)
     if subject.self_attention:
         real = case.real_rows()
-        bad = replace(
-            case, q=noise_at(case.q, hidden, torch.nan), hidden=noise_at(case.hidden, hidden, torch.nan)
-        )
+        bad = replace(case, q=noise_at(case.q, hidden, torch.nan), hidden=noise_at(case.hidden, hidden, torch.nan))
         module = subject.build()
         rows = bad.out(module).masked_fill(~real, 0.0)
         _same(rows, clean.out(module).masked_fill(~real, 0.0), "NaN in padded queries moves real rows")
@@ -454,9 +441,7 @@ def _half_precision(subject: Subject, dtype: torch.dtype, *, full_density: bool)
             allowed, theirs = (_attended(x, exact) for x in (expected, got))
             agree = (allowed == theirs).all(-1, keepdim=True)
             share = float(agree.double().mean())
-            _demand(
-                share > 0.95, f"{dtype} chooses other blocks in {1 - share:.0%} of the rows: score in float32"
-            )
+            _demand(share > 0.95, f"{dtype} chooses other blocks in {1 - share:.0%} of the rows: score in float32")
         scale = subject.head_dim**-0.5
         plain = attend(rounded, allowed, scale).double() - attend(exact, allowed, scale)
     error = float(((got.context.double() - expected.context) * agree).abs().max())
@@ -554,6 +539,4 @@ def cost(subject: Subject) -> None:
     _demand(one is None or two == 2 * one, f"flops() of two sequences is {two}, of one {one}")
     small, large = module.state_size(1), module.state_size(keys)
     _demand(small is None or (isinstance(small, int) and small > 0), f"state_size() gives {small!r}")
-    _demand(
-        small is None or (isinstance(large, int) and small <= large), f"state shrinks: {small} to {large}"
-    )
+    _demand(small is None or (isinstance(large, int) and small <= large), f"state shrinks: {small} to {large}")

@@ -64,9 +64,7 @@ class Case:
 
     def rows(self, rows: slice) -> Case:
         """Some sequences of the batch."""
-        key_valid, query_valid = (
-            None if x is None else x[rows] for x in (self.mask.key_valid, self.mask.query_valid)
-        )
+        key_valid, query_valid = (None if x is None else x[rows] for x in (self.mask.key_valid, self.mask.query_valid))
         return self.tensors(lambda x: x[rows]).with_mask(key_valid=key_valid, query_valid=query_valid)
 
     def queries(self, start: int, stop: int) -> Case:
@@ -173,9 +171,7 @@ class Subject:
             return torch.randn(*shape, generator=g, dtype=torch.float64)
 
         dim = head_dim or self.head_dim
-        q, k, v = (
-            draw(batch, heads, n, dim) for heads, n in ((HEADS, queries), (kv_heads, keys), (kv_heads, keys))
-        )
+        q, k, v = (draw(batch, heads, n, dim) for heads, n in ((HEADS, queries), (kv_heads, keys), (kv_heads, keys)))
         valid = torch.rand(batch, keys, generator=g) >= holes if holes and self.can.padding else None
         return Case(q, k, v, draw(batch, queries, HIDDEN_SIZE), AttentionMask(self.pattern, key_valid=valid))
 

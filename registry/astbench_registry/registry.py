@@ -82,21 +82,15 @@ def register_attention(name: str, config: type[AttentionConfig]) -> Callable[[T]
 
         source = _loading[-1] if _loading else cls.__module__
         if not name or not name.replace("_", "").replace("-", "").isalnum() or name != name.lower():
-            raise PluginError(
-                f"attention name {name!r} from {source}: use lower-case letters, digits, _ and -"
-            )
+            raise PluginError(f"attention name {name!r} from {source}: use lower-case letters, digits, _ and -")
         if not (isinstance(cls, type) and issubclass(cls, Attention)):
-            raise PluginError(
-                f"attention '{name}' from {source} must be a subclass of astbench_registry.Attention"
-            )
+            raise PluginError(f"attention '{name}' from {source} must be a subclass of astbench_registry.Attention")
         if "forward" not in vars(cls) and cls.forward is Attention.forward:
             raise PluginError(f"attention '{name}' from {source} does not implement forward()")
         _check_config(name, source, config)
         taken = _taken_by(name)
         if taken and taken != source:
-            raise PluginError(
-                f"attention '{name}' is registered twice: by {taken} and by {source}; rename one"
-            )
+            raise PluginError(f"attention '{name}' is registered twice: by {taken} and by {source}; rename one")
         cls.config_class = config
         cls.name = name
         _decorated[name] = Registered(name, source, f"{cls.__module__}:{cls.__qualname__}", config, cls)
@@ -117,16 +111,12 @@ def _taken_by(name: str) -> str | None:
 
 def _check_config(name: str, source: str, config: Any) -> None:
     if not (isinstance(config, type) and issubclass(config, AttentionConfig) and is_dataclass(config)):
-        raise PluginError(
-            f"attention '{name}' from {source}: its config must be a dataclass of AttentionConfig"
-        )
+        raise PluginError(f"attention '{name}' from {source}: its config must be a dataclass of AttentionConfig")
     missing = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
     if missing:
         raise PluginError(f"attention '{name}' from {source}: config fields without a default: {missing}")
     if not isinstance(getattr(config, "capabilities", None), Capabilities):
-        raise PluginError(
-            f"attention '{name}' from {source}: its config must set `capabilities = Capabilities(...)`"
-        )
+        raise PluginError(f"attention '{name}' from {source}: its config must set `capabilities = Capabilities(...)`")
 
 
 def _entry_points() -> list[metadata.EntryPoint]:
@@ -164,9 +154,7 @@ def load_plugin(target: str) -> list[str]:
     new = sorted(set(_decorated) - before)
     known = [n for n, r in _decorated.items() if r.target.startswith(module.__name__ + ":")]
     if not (new or known):
-        raise PluginError(
-            f"plugin {target} registers no attention; decorate a class with @register_attention"
-        )
+        raise PluginError(f"plugin {target} registers no attention; decorate a class with @register_attention")
     return new or known
 
 
@@ -192,9 +180,7 @@ def _import_plugin(target: str) -> Any:
     except PluginError:
         raise
     except Exception as error:  # whatever a plugin raises is reported under its name
-        raise PluginError(
-            f"plugin {target} does not load: {type(error).__name__}: {_one_line(error)}"
-        ) from error
+        raise PluginError(f"plugin {target} does not load: {type(error).__name__}: {_one_line(error)}") from error
 
 
 def _import(target: str) -> Any:
@@ -249,9 +235,7 @@ def attention_class(name: str) -> type[Attention]:
     return loaded
 
 
-def build_attention(
-    name: str, options: Mapping[str, Any] | AttentionConfig, shape: AttentionShape
-) -> Attention:
+def build_attention(name: str, options: Mapping[str, Any] | AttentionConfig, shape: AttentionShape) -> Attention:
     """Build an attention module for one layer from plain options.
 
     Raises:

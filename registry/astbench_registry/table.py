@@ -84,9 +84,7 @@ class BlockSelectionConfig(AttentionConfig):
     @property
     def can(self) -> Capabilities:
         """Groups of several queries cannot decode yet: their first token's query is gone from the cache."""
-        return (
-            self.capabilities if self.query_group in (None, 1) else replace(self.capabilities, decode=False)
-        )
+        return self.capabilities if self.query_group in (None, 1) else replace(self.capabilities, decode=False)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from astbench_kernels import BlockLayout, block_sparse_attention, select_blocks, soft_top_k
 
 # Distinct primes, so that a swapped axis cannot pass.
@@ -182,8 +183,6 @@ def test_soft_top_k_sums_to_k_and_its_gradient_is_right():
     live = (k > 0) & (k < candidates.sum(-1))
     torch.testing.assert_close(p.sum(-1)[live], k[live].double(), rtol=0, atol=1e-9)
     weight = torch.randn(p.shape, generator=g, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda s: (soft_top_k(s, k, candidates, 0.5) * weight).sum(), (scores,), atol=1e-6
-    )
+    assert torch.autograd.gradcheck(lambda s: (soft_top_k(s, k, candidates, 0.5) * weight).sum(), (scores,), atol=1e-6)
     grad = torch.autograd.grad((soft_top_k(scores, k, candidates, 0.5) * weight).sum(), scores)[0]
     assert (grad[~live] == 0).all() and (grad[~candidates] == 0).all()

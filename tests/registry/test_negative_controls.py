@@ -139,12 +139,7 @@ class AddsNoiseWithoutSeed(Plain):
 
 class RoundsTheLogits(Plain):
     def logits(self, q, k, scale):
-        return (
-            super()
-            .logits(q, k, scale)
-            .to(torch.float8_e5m2 if q.dtype.itemsize == 2 else q.dtype)
-            .to(q.dtype)
-        )
+        return super().logits(q, k, scale).to(torch.float8_e5m2 if q.dtype.itemsize == 2 else q.dtype).to(q.dtype)
 
 
 class StopsTheGradientOfKeys(Plain):

@@ -213,14 +213,10 @@ def test_oracle_picks_the_blocks_of_most_dense_mass(pattern, group):
     if pattern.endswith("self"):
         forced[torch.arange(len(rows)), rows // 8] = True
     free = mass.masked_fill(forced, -1.0)
-    for b, h, i in torch.cartesian_prod(
-        torch.arange(2), torch.arange(HEADS), torch.arange(len(rows))
-    ).tolist():
+    for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(HEADS), torch.arange(len(rows))).tolist():
         seen = int(rows[i]) // 8 + 1 if pattern == "causal_self" else keys // 8
         number = min(4, seen) - int(forced[i].sum())
-        best = set(free[b, h, i, :seen].topk(number).indices.tolist()) | set(
-            forced[i].nonzero().flatten().tolist()
-        )
+        best = set(free[b, h, i, :seen].topk(number).indices.tolist()) | set(forced[i].nonzero().flatten().tolist())
         assert set(kept[b, h, i].nonzero().flatten().tolist()) == best
 
 
@@ -265,9 +261,7 @@ def planted(batch, seed, *, length=128, block=8):
     """
     g = torch.Generator().manual_seed(seed)
     blocks = length // block
-    direction = (
-        torch.nn.functional.one_hot(torch.randint(0, 4, (batch, blocks), generator=g), 4).double() * 2 - 1
-    )
+    direction = torch.nn.functional.one_hot(torch.randint(0, 4, (batch, blocks), generator=g), 4).double() * 2 - 1
     needle = torch.randint(1, blocks - 1, (batch, length), generator=g)
     k = torch.randn(batch, blocks, block, 8, generator=g, dtype=torch.float64) * 0.1
     k[..., :4] = k[..., :4] - 6 * direction[:, :, None] / (block - 1)
@@ -284,9 +278,7 @@ def recall_of_oracle(module, oracle, tensors, mask):
     """Share of the oracle's blocks that the module keeps too."""
     context = AttentionContext(listen=True)
     with torch.no_grad():
-        ours, best = (
-            m.eval()(*tensors, mask, context=context).stats.layout.to_mask() for m in (module, oracle)
-        )
+        ours, best = (m.eval()(*tensors, mask, context=context).stats.layout.to_mask() for m in (module, oracle))
     return float((ours & best).sum() / best.sum())
 
 

@@ -185,9 +185,7 @@ def test_bad_values_name_the_flag(name, options, expected):
 def test_unknown_backend_names_the_choices():
     module = build_attention("pooled_topk", {"backend": "tritn"}, SHAPE)
     q, k = torch.zeros(1, 2, 3, 5), torch.zeros(1, 1, 3, 5)
-    with pytest.raises(
-        ValueError, match="unknown backend 'tritn'; set backend to one of auto, reference, gather"
-    ):
+    with pytest.raises(ValueError, match="unknown backend 'tritn'; set backend to one of auto, reference, gather"):
         module(q, k, k, AttentionMask())
 
 
@@ -285,9 +283,7 @@ def test_plugin_that_registers_nothing(plugin):
     path = plugin(code="x = 1")
     with pytest.raises(PluginError) as error:
         load_plugin(path)
-    assert (
-        message(error) == f"plugin {path} registers no attention; decorate a class with @register_attention"
-    )
+    assert message(error) == f"plugin {path} registers no attention; decorate a class with @register_attention"
 
 
 def test_names_are_taken_once(plugin):
@@ -352,10 +348,7 @@ def test_installed_plugin_must_register_under_its_own_name(install):
     install("fake-other", {"mine": "fake_other:Mine"}, {"fake_other": PLUGIN.replace("NAME", "other")})
     with pytest.raises(PluginError) as error:
         config_class("mine")
-    assert (
-        "attention 'mine' from fake-other: fake_other:Mine must carry @register_attention('mine'"
-        in message(error)
-    )
+    assert "attention 'mine' from fake-other: fake_other:Mine must carry @register_attention('mine'" in message(error)
 
 
 def test_two_installed_plugins_of_one_name(install):
@@ -364,9 +357,7 @@ def test_two_installed_plugins_of_one_name(install):
     assert "mine" not in registered()
     with pytest.raises(PluginError) as error:
         config_class("mine")
-    assert (
-        message(error) == "attention 'mine' is registered twice: by fake-one and by fake-two; uninstall one"
-    )
+    assert message(error) == "attention 'mine' is registered twice: by fake-one and by fake-two; uninstall one"
 
 
 def test_installed_plugin_cannot_replace_a_built_in(install):

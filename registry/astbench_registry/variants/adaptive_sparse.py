@@ -135,9 +135,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
             return config.distill_weight
         return config.distill_weight * max(0.0, 1.0 - step / config.distill_decay_steps)
 
-    def _density_error(
-        self, scores: Tensor, keep: Tensor, selection: Selection, context: AttentionContext
-    ) -> Tensor:
+    def _density_error(self, scores: Tensor, keep: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
         """(predicted density - target)^2; the prediction is exp(entropy of the predicted mass) / visible.
 
         That effective number of blocks is what the adaptive budget follows; under a fixed budget it sharpens.

@@ -74,9 +74,7 @@ class LocalAttention(Attention):
         out = out.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
         stats = None
         if context is not None and context.listen:
-            stats = self._stats(
-                q, allowed.expand(batch, -1, -1, -1).flatten(1, 2)[:, :length], key_length, mask
-            )
+            stats = self._stats(q, allowed.expand(batch, -1, -1, -1).flatten(1, 2)[:, :length], key_length, mask)
         return AttentionOutput(out.masked_fill(empty, 0.0), stats=stats)
 
     def _stats(self, q: Tensor, allowed: Tensor, key_length: int, mask: AttentionMask) -> AttentionStats:
