@@ -34,7 +34,8 @@ WHERE: dict[Pattern, Where] = {
 }
 
 FAMILIES = (
-    "albert bart bert distilbert electra esm gpt2 gpt_neox llama marian mbart mistral modernbert opt pegasus qwen3 roberta"
+    "albert bart bert distilbert electra esm gpt2 gpt_neox llama marian mbart mistral "
+    "modernbert opt pegasus qwen3 roberta"
 ).split()
 """Model types known to call the attention interface; others may too, and are probed."""
 
