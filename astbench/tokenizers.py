@@ -18,16 +18,32 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "se
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Lower-casing WordPiece in BERT's form, trained on `texts`; the same texts give the same vocabulary."""
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    texts = list(texts)
+    trained = _bert_form(models.WordPiece(unk_token="[UNK]"))
+    # Left to itself, the trainer numbers the word-inner letters in the random order of a hash table, and breaks
+    # ties between merges by these numbers: another vocabulary in every process. So it is given them in order.
+    inner = sorted({f"##{letter}" for word in _words(trained, texts) for letter in word[1:]})
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL.values()), show_progress=False
+        vocab_size=vocab_size, special_tokens=[*SPECIAL.values(), *inner], show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    ids = tokenizer.get_vocab()
+    trained.train_from_iterator(texts, trainer)
+    ids = trained.get_vocab()
+    # A tokenizer of its own, in which they are no special tokens.
+    tokenizer = _bert_form(models.WordPiece(ids, unk_token="[UNK]"))
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def _bert_form(model: models.WordPiece) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def _words(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> set[str]:
+    split, normalize = tokenizer.pre_tokenizer.pre_tokenize_str, tokenizer.normalizer.normalize_str
+    return {word for text in texts for word, _ in split(normalize(text))}
 
 
 def load_tokenizer(backbone: BackboneConfig) -> PreTrainedTokenizerBase:
@@ -43,6 +59,9 @@ def load_tokenizer(backbone: BackboneConfig) -> PreTrainedTokenizerBase:
         raise DataError(
             f"--backbone.name={backbone.name} has no readable tokenizer: {' '.join(str(error).split())[:200]}"
         ) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # transformers makes an empty one up where the files are missing.
+        raise DataError(f"--backbone.name={backbone.name} comes without a tokenizer's files")
     if not tokenizer.is_fast:
         raise DataError(f"--backbone.name={backbone.name} has only a slow tokenizer; a fast one is needed")
     return tokenizer

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
 
 from astbench.backbones.swap import SwapHandle, swap_attention
@@ -17,11 +17,12 @@ WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 def save_adapter(handle: SwapHandle, folder: str | Path) -> None:
     """Write `adapter.safetensors` (the variant's parameters only) and `adapter.json` (name and options)."""
-    from astbench.runs.files import write_json
+    from astbench.runs.files import write_atomic, write_json
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: w.detach().contiguous().cpu() for name, w in handle.state_dict().items()}, folder / WEIGHTS)
+    weights = save({name: w.detach().contiguous().cpu() for name, w in handle.state_dict().items()})
+    write_atomic(folder / WEIGHTS, lambda file: file.write(weights))
     write_json(
         folder / DESCRIPTION,
         {
@@ -44,15 +45,10 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> SwapHandle:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        name, options, where, layers = (description[key] for key in ("attention", "options", "where", "layers"))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"adapter in {folder} cannot be read: {error}") from error
-    handle = swap_attention(
-        model,
-        description["attention"],
-        description["options"],
-        where=description["where"],
-        layers=description["layers"],
-    )
+    handle = swap_attention(model, name, options, where=where, layers=layers)
     wanted = handle.state_dict()
     wrong = sorted(set(wanted) ^ set(weights)) or sorted(n for n in wanted if wanted[n].shape != weights[n].shape)
     if wrong:

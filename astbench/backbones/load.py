@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -108,7 +109,7 @@ def _from_pretrained(config: BackboneConfig, head: Head) -> PreTrainedModel:
         model: PreTrainedModel = _AUTO[head].from_pretrained(
             where, attn_implementation="sdpa", dtype=torch.float32, **arguments
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise DataError(
             f"--backbone.name={config.name} cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from error
@@ -148,22 +149,21 @@ def extend_positions(model: PreTrainedModel, length: int) -> None:
             f"{type(model).__name__} has no learned position table to extend, and takes at most "
             f"{max_positions(model)} tokens; lower --data.max_length"
         )
+    # RoBERTa's configuration counts the reserved rows, BART's does not.
+    model.config.max_position_embeddings += length - max_positions(model)
     for parent, old in tables:
         reserved = _reserved_rows(old)
         trained = old.weight.data[reserved:]
         copies = -(-length // len(trained))
         rows = torch.cat([old.weight.data[:reserved], trained.repeat(copies, 1)[:length]])
-        new = nn.Embedding(len(rows), rows.shape[1], padding_idx=old.padding_idx)
-        new.weight.data.copy_(rows)
-        new.to(old.weight.device, old.weight.dtype)
-        name = next(n for n, child in parent.named_children() if child is old)
-        setattr(parent, name, new)
+        # In place: BART's and OPT's tables are classes of their own that add the reserved rows.
+        old.weight = nn.Parameter(rows)
+        old.num_embeddings = len(rows)
         for buffer in ("position_ids", "token_type_ids"):
             if isinstance(getattr(parent, buffer, None), torch.Tensor):
                 fresh = torch.arange(len(rows)) if buffer == "position_ids" else torch.zeros(len(rows)).long()
                 parent.register_buffer(buffer, fresh[None], persistent=False)
         log.info("position table extended from %d to %d tokens by repeating it", len(trained), length)
-        model.config.max_position_embeddings = len(rows)
 
 
 def _position_tables(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Embedding]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, select_blocks
-from astbench_kernels.layout import ceil_div, visible_pairs
+from astbench_kernels.layout import ceil_div
 from astbench_registry.interface import (
     Attention,
     AttentionContext,
@@ -102,10 +102,7 @@ class BlockSelectingAttention(Attention):
         scale = self.shape.head_dim**-0.5 if scale is None else scale
         selection = self.selection(q, k, mask)
         with torch.autocast(q.device.type, enabled=False):
-            if mask.key_valid is not None:
-                # Padding may hold NaN; pooling would keep it.
-                hidden = ~mask.key_valid[:, None, :, None]
-                k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+            k, v = mask.without_padding(k, v)
             scores = self.scores(q, k, v, mask, selection, scale)
             keep = self.choose(scores.detach(), selection, context)
             layout = BlockLayout.from_mask(
@@ -223,17 +220,8 @@ class BlockSelectingAttention(Attention):
         return masked_mean(wide, valid, selection.num_groups, group)
 
     def _stats(self, q: Tensor, k: Tensor, mask: AttentionMask, layout: BlockLayout, backend: str) -> AttentionStats:
-        visible = visible_pairs(
-            q.shape[2],
-            k.shape[2],
-            causal=mask.causal,
-            query_offset=mask.query_offset,
-            key_valid=mask.key_valid,
-            batch=q.shape[0],
-            device=q.device,
-        )
         attended = layout.attended_pairs(causal=mask.causal, key_valid=mask.key_valid)
-        return AttentionStats(attended, visible, backend, layout)
+        return AttentionStats(attended, mask.visible_pairs(q, k), backend, layout)
 
     def kept_keys(self, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Keys gathered over all rows of one head under the fixed budget."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from astbench_kernels import BlockLayout
+from astbench_kernels.layout import visible_pairs
 from astbench_registry.capabilities import AttentionConfig, Pattern
 
 
@@ -74,6 +75,28 @@ class AttentionMask:
         if self.query_valid is not None or self.cross or self.key_valid is None:
             return self.query_valid
         return self.key_valid[:, self.query_offset : self.query_offset + query_length]
+
+    def visible_pairs(self, q: Tensor, k: Tensor) -> Tensor:
+        """float64 `(batch,)`: the (query, key) pairs that a dense attention would compute."""
+        return visible_pairs(
+            q.shape[2],
+            k.shape[2],
+            causal=self.causal,
+            query_offset=self.query_offset,
+            key_valid=self.key_valid,
+            batch=q.shape[0],
+            device=q.device,
+        )
+
+    def without_padding(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values `(batch, heads, key_length, d)` with zeros where there is padding.
+
+        Padding may hold anything, NaN included, and a weight of zero would keep a NaN.
+        """
+        if self.key_valid is None:
+            return tensors
+        hidden = ~self.key_valid[:, None, :, None]
+        return tuple(x.masked_fill(hidden, 0.0) for x in tensors)
 
     def dense(self, query_length: int, key_length: int, device: torch.device) -> Tensor | None:
         """Bool `(batch or 1, 1, query_length or 1, key_length)`, True = may be attended; None for everything.
@@ -178,6 +201,15 @@ class Attention(nn.Module):
             context: Step, listening, hidden states.
         """
         raise NotImplementedError
+
+    def all_pairs(
+        self, q: Tensor, k: Tensor, mask: AttentionMask, context: AttentionContext | None, backend: str = "torch"
+    ) -> AttentionStats | None:
+        """Statistics of an attention that computes every visible pair; None when nobody listens."""
+        if context is None or not context.listen:
+            return None
+        visible = mask.visible_pairs(q, k)
+        return AttentionStats(visible[:, None].expand(-1, q.shape[1]), visible, backend)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int | None:
         """Operations of one forward call's matmuls (a multiply-add is 2); None: not declared."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -51,24 +50,19 @@ ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
 SEQ2SEQ = ("bart", "marian")
 
 
-def tiny_model(family, auto=None, **changes):
-    """A small random model of a family, in evaluation mode, in its own sdpa attention."""
+def tiny_model(family, auto=None, attention="sdpa", **changes):
+    """A small random model of a family, in evaluation mode, in its own attention."""
     auto = auto or {"causal": AutoModelForCausalLM, "encoder": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}[
         "causal" if family in CAUSAL else "seq2seq" if family in SEQ2SEQ else "encoder"
     ]  # fmt: skip
     torch.manual_seed(5)
     config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **{**SETTINGS.get(family, {}), **changes})
-    model = auto.from_config(config, attn_implementation="sdpa").eval()
+    model = auto.from_config(config, attn_implementation=attention).eval()
     for parameter in model.parameters():
         # Larger than Hugging Face's initialisation: attention must matter to the logits.
         if parameter.dim() >= 2:
             parameter.data.mul_(4)
     return model
-
-
-def base_model(family, **changes):
-    """As `tiny_model`, without a head."""
-    return tiny_model(family, AutoModel, **changes)
 
 
 @dataclass(frozen=True)

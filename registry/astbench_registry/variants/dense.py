@@ -5,13 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from astbench_kernels.layout import visible_pairs
 from astbench_registry.interface import (
     Attention,
     AttentionContext,
     AttentionMask,
     AttentionOutput,
-    AttentionStats,
 )
 
 
@@ -32,10 +30,7 @@ class DenseAttention(Attention):
         query_length, key_length = q.shape[2], k.shape[2]
         square = mask.query_offset == 0 and query_length == key_length
         plain = mask.key_valid is None and (not mask.causal or square)
-        if mask.key_valid is not None:
-            # Padding may hold NaN; a zero weight would keep it.
-            hidden = ~mask.key_valid[:, None, :, None]
-            k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+        k, v = mask.without_padding(k, v)
         allowed = None if plain else mask.dense(query_length, key_length, q.device)
         out = scaled_dot_product_attention(
             q,
@@ -48,22 +43,7 @@ class DenseAttention(Attention):
         )
         if allowed is not None:
             out = out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-        stats = None
-        if context is not None and context.listen:
-            stats = self._stats(q, key_length, mask)
-        return AttentionOutput(out, stats=stats)
-
-    def _stats(self, q: Tensor, key_length: int, mask: AttentionMask) -> AttentionStats:
-        visible = visible_pairs(
-            q.shape[2],
-            key_length,
-            causal=mask.causal,
-            query_offset=mask.query_offset,
-            key_valid=mask.key_valid,
-            batch=q.shape[0],
-            device=q.device,
-        )
-        return AttentionStats(visible[:, None].expand(-1, q.shape[1]), visible, f"sdpa-{q.device.type}")
+        return AttentionOutput(out, stats=self.all_pairs(q, k, mask, context, f"sdpa-{q.device.type}"))
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Two matmuls of N x M x D per head, masked pairs included: what the FLOP counter sees."""

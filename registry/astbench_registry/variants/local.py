@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from astbench_kernels.layout import ceil_div, visible_pairs
+from astbench_kernels.layout import ceil_div
 from astbench_registry.interface import (
     Attention,
     AttentionContext,
@@ -57,9 +57,7 @@ class LocalAttention(Attention):
         allowed = (near & inside[:, None, :])[None]  # (batch or 1, chunks, chunk, reach)
         if mask.key_valid is not None:
             allowed = allowed & mask.key_valid[:, index][:, :, None, :]
-            # Padding may hold NaN; a zero weight would keep it.
-            hidden = ~mask.key_valid[:, None, :, None]
-            k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+        k, v = mask.without_padding(k, v)
 
         rows = pad(q, (0, 0, 0, chunks * chunk - length)).unflatten(2, (chunks, chunk))
         out = scaled_dot_product_attention(
@@ -74,21 +72,12 @@ class LocalAttention(Attention):
         out = out.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
         stats = None
         if context is not None and context.listen:
-            stats = self._stats(q, allowed.expand(batch, -1, -1, -1).flatten(1, 2)[:, :length], key_length, mask)
+            stats = self._stats(q, k, allowed.expand(batch, -1, -1, -1).flatten(1, 2)[:, :length], mask)
         return AttentionOutput(out.masked_fill(empty, 0.0), stats=stats)
 
-    def _stats(self, q: Tensor, allowed: Tensor, key_length: int, mask: AttentionMask) -> AttentionStats:
-        visible = visible_pairs(
-            q.shape[2],
-            key_length,
-            causal=mask.causal,
-            query_offset=mask.query_offset,
-            key_valid=mask.key_valid,
-            batch=q.shape[0],
-            device=q.device,
-        )
+    def _stats(self, q: Tensor, k: Tensor, allowed: Tensor, mask: AttentionMask) -> AttentionStats:
         attended = allowed.sum((1, 2), dtype=torch.float64)[:, None].expand(-1, q.shape[1])
-        return AttentionStats(attended, visible, f"sdpa-{q.device.type}")
+        return AttentionStats(attended, mask.visible_pairs(q, k), f"sdpa-{q.device.type}")
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Two matmuls over each chunk's run of keys."""

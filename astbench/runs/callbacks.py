@@ -1,0 +1,355 @@
+"""What surrounds a run: first lines, checkpoints, SIGTERM, record, picture, last lines."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from astbench import console
+from astbench.cli import Terminated
+from astbench.errors import MissingPackageError
+from astbench.runs.files import write_json
+from astbench.runs.folder import DONE, LAST, METRICS, RECORD, RunFolder
+from astbench.runs.metrics_log import MetricsLogger
+from astbench.runs.picture import draw_pattern
+from astbench.runs.record import new_record, peak_memory
+from astbench.tasks import Task
+from astbench.training import TaskModule
+
+
+class RunCallback(Callback):
+    """Keeps the run folder: checkpoints while training, the record throughout.
+
+    Args:
+        folder: The run folder.
+        command: fit, validate, test or predict.
+        task: Row of the table of tasks.
+        checkpoint_every: Optimizer steps between checkpoints.
+    """
+
+    def __init__(self, folder: RunFolder, command: str, task: Task, checkpoint_every: int) -> None:
+        self.folder, self.command, self.task, self.checkpoint_every = folder, command, task, checkpoint_every
+        self.record: dict[str, Any] = {}
+        self.terminated = False
+        self.saved_step = -1
+        self.step_seconds: list[float] = []
+        self._step_started = 0.0
+        self._started = time.monotonic()
+        self._first_batch: Any = None
+        self._spent = 0.0
+
+    # -- before and after -------------------------------------------------------------------------------
+
+    def begin(self, config: dict[str, Any], checkpoint: str | None) -> None:
+        """First version of the record: should the process be killed, it says that it was running."""
+        self.record = new_record(self.command, config, config["seed_everything"])
+        self.record["checkpoint"] = checkpoint
+        write_json(self.folder / RECORD, self.record)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Write how it ended into the record, whatever happens."""
+        try:
+            yield
+        except BaseException as error:
+            state = {"NumericError": "diverged", "Terminated": "terminated"}
+            self.record["state"] = state.get(type(error).__name__, "failed")
+            if isinstance(error, torch.OutOfMemoryError | MemoryError):
+                self.record["state"] = "out_of_memory"
+            if isinstance(error, KeyboardInterrupt):
+                self.record["state"] = "interrupted"
+            self.record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            if "parameters" in self.record:
+                self._write_record()
+            else:
+                self.folder.discard()  # refused before anything ran: leave nothing behind
+            raise
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The tokenizer goes beside the checkpoint, so that the run can be used later."""
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        if trainer.is_global_zero and stage == "fit" and not (self.folder / "tokenizer").exists():
+            tokenizer.save_pretrained(str(self.folder / "tokenizer"))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what is about to run."""
+        self._first_lines(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what is about to run, unless training said it."""
+        if self.command == "validate":
+            self._first_lines(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what is about to run."""
+        self._first_lines(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what is about to run."""
+        self._first_lines(trainer, pl_module)
+
+    def _first_lines(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, TaskModule)
+        if not trainer.is_global_zero or "parameters" in self.record:
+            return
+        counts, data = module.counts(), trainer.datamodule.describe()  # type: ignore[attr-defined]
+        handle = module.swapped
+        self.record["parameters"] = counts
+        self.record["data"] = data
+        self.record["attached"] = {"layers": len(handle.slots), "patterns": sorted({s.pattern for s in handle.slots})}
+        self.record["precision"] = str(trainer.precision)
+        self.record["notes"] = [*handle.notes, *data["notes"]]
+        self._write_record()
+        options = {k: v for k, v in handle.options.items() if k in ("block_size", "query_group", "density", "window")}
+        console.say(f"astbench {self.command}")
+        console.table(
+            {
+                "attention": f"{handle.name} in {len(handle.slots)} layers "
+                + " ".join(f"{k}={v}" for k, v in options.items()),
+                "task": self.task.name,
+                "source": _source(data),
+                "backbone": f"{module.backbone.name}, {counts['total']:,} parameters, {counts['attention']:,} of them "
+                f"the attention's own, {counts['trainable']:,} learn",
+                "device": f"{trainer.strategy.root_device} x {trainer.world_size}, precision {trainer.precision}, "
+                f"{torch.get_num_threads()} threads",
+                "backend": _backend(module),
+                "run folder": self.folder.path,
+            }
+        )
+        for note in self.record["notes"]:
+            console.say(f"  note: {note}")
+
+    # -- training ---------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here SIGTERM waits for the end of the step, so that a checkpoint can be written."""
+        self.saved_step = trainer.global_step
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsLogger):
+                logger.forget_after(trainer.global_step)
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self.terminated = True
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock of the step."""
+        self._step_started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Checkpoint when due; stop when told to."""
+        self.step_seconds.append(time.perf_counter() - self._step_started)
+        step = trainer.global_step
+        if step == self.saved_step:
+            return  # in the middle of an accumulated step
+        due = step % self.checkpoint_every == 0
+        if due or self.terminated:
+            self._save(trainer)
+        if self.terminated:
+            raise Terminated(f"terminated by SIGTERM at step {step}; continue with --resume={self.folder.path}")
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.folder / LAST)
+        self.saved_step = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last checkpoint holds the final weights."""
+        if trainer.global_step != self.saved_step:
+            self._save(trainer)
+        signal.signal(signal.SIGTERM, _terminate)
+        self._spent = time.monotonic() - self._started
+
+    def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
+        """The evaluation after training."""
+        steps = sorted(self.step_seconds)
+        self.record["train"] = {
+            "steps": trainer.global_step,
+            "wall_seconds": round(self._spent, 3),
+            "step_ms": _quartiles(steps),
+            "steps_timed": len(steps),
+        }
+        trainer.validate(module, datamodule=data, verbose=False, weights_only=True)
+
+    # -- evaluation -------------------------------------------------------------------------------------
+
+    def _remember(self, *arguments: Any, **_: Any) -> None:
+        """Keep the first batch for the statistics and the picture."""
+        if self._first_batch is None:
+            self._first_batch = arguments[3]
+
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _remember
+
+    def finish(self, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
+        """Statistics, picture, record, `done.json`, last lines."""
+        assert isinstance(module, TaskModule)
+        if not module.trainer.is_global_zero:
+            return
+        self._listen(module)
+        self.record.update(getattr(module, "results", {}))
+        items = self.record.pop("items", None)
+        if items is not None:
+            write_json(self.folder / "items.json", items)
+        self.record["state"] = "done"
+        self._write_record()
+        write_json(self.folder / DONE, {"state": "done", "config_hash": self.record["config_hash"]})
+        self._last_lines(module, data)
+
+    @torch.no_grad()
+    def _listen(self, module: TaskModule) -> None:
+        """Density per layer and head, backend and pattern, on the first evaluation batch."""
+        if self._first_batch is None:
+            return
+        module.eval()
+        batch = module.trainer.strategy.batch_to_device(self._first_batch)
+        with module.swapped.listening() as slots:
+            module(batch)
+            stats = {slot.path: slot.stats for slot in slots if slot.stats is not None}
+            density = {path: [round(d, 5) for d in s.density.tolist()] for path, s in stats.items()}
+            everything = [d for row in density.values() for d in row]
+            self.record["density"] = {
+                "mean": sum(everything) / len(everything) if everything else None,
+                "layers": density,
+                "measured_on": "the first evaluation batch",
+            }
+            self.record["backends"] = sorted({s.backend for s in stats.values()})
+            self.record["picture"] = draw_pattern(
+                self.folder / "pattern.png", [(p, s) for p, s in stats.items()], module.swapped.name
+            )
+
+    def _write_record(self) -> None:
+        self.record["wall_seconds"] = round(time.monotonic() - self._started, 3)
+        self.record["peak_memory"] = peak_memory()
+        write_json(self.folder / RECORD, self.record)
+
+    def _last_lines(self, module: TaskModule, data: pl.LightningDataModule) -> None:
+        rows: dict[str, object] = {}
+        if answer := self.record.get("answer"):
+            doubt = "" if answer["above_null"] > 0 else ", below 'not in this document'"
+            rows["answer"] = answer["text"]
+            rows["score"] = f"{answer['above_null']:.2f} above no answer, over {answer['windows']} windows{doubt}"
+        for name, value in self.record.get("metrics", {}).items():
+            rows[name] = f"{value:.2f}" if isinstance(value, float) else value
+        if (density := self.record.get("density", {}).get("mean")) is not None:
+            rows["density"] = f"{density:.3f} of the visible (query, key) pairs, on {', '.join(self.record['backends'])}"
+        if "train" in self.record:
+            train = self.record["train"]
+            rows["training"] = f"{train['steps']} steps in {train['wall_seconds']:.0f} s"
+        rows["record"] = self.folder / RECORD
+        if (self.folder / LAST).exists():
+            rows["checkpoint"] = self.folder / LAST
+        if self.record.get("picture"):
+            rows["picture"] = self.folder / str(self.record["picture"])
+        console.say(f"done: {self.record.get('signature', self.command)}")
+        console.table(rows)
+        if self.command == "fit" and self.record["data"]["source"] == "demo":
+            console.say(
+                "  on the real data: astbench fit "
+                + shlex.join([f"--attention={module.swapped.name}", f"--task={self.task.name}"])
+                + f" {self.task.real}"
+            )
+
+
+def _source(data: dict[str, Any]) -> str:
+    counts = ", ".join(f"{n} {split}" for split, n in data.get("questions", {}).items())
+    what = {"demo": "demo (generated, not the real data set)"}.get(data["source"], data["source"])
+    return f"{what}{' ' + data['path'] if data['path'] else ''}{': ' + counts if counts else ''}"
+
+
+def _backend(module: TaskModule) -> str:
+    from astbench_kernels import choose_backend
+
+    chosen = module.swapped.options.get("backend")
+    device = next(module.parameters()).device
+    if chosen is None:
+        return f"torch scaled_dot_product_attention on {device.type}"
+    return f"{choose_backend(chosen, device)} ({'asked for' if chosen != 'auto' else 'auto'})"
+
+
+def _quartiles(seconds: list[float]) -> list[float] | None:
+    """Lower quartile, median and upper quartile in milliseconds."""
+    if len(seconds) < 4:
+        return None
+    values = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    return [round(1000 * v, 3) for v in values.tolist()]
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated("terminated by SIGTERM")
+
+
+class LineProgress(ProgressBar):
+    """Progress for logs: one line about every tenth of the training, none for evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0.0
+        self._started = time.monotonic()
+        self._first = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._started, self._first = time.monotonic(), trainer.global_step
+        self._next = trainer.global_step + trainer.max_steps / 10
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print when due."""
+        step = trainer.global_step
+        if trainer.is_global_zero and step >= self._next:
+            self._next += trainer.max_steps / 10
+            rate = (step - self._first) / max(1e-9, time.monotonic() - self._started)
+            loss = trainer.callback_metrics.get("train/loss")
+            shown = f", loss {float(loss):.3f}" if loss is not None else ""
+            console.say(f"  step {step}/{trainer.max_steps}{shown}, {rate:.2f} steps/s")
+
+
+def progress_bar() -> ProgressBar:
+    """A live bar for a terminal, lines for a log."""
+    return RichProgressBar() if console.interactive() else LineProgress()
+
+
+def build_loggers(names: list[str], folder: RunFolder, *, resume: bool) -> list[Logger]:
+    """The loggers asked for.
+
+    Raises:
+        MissingPackageError: a logger whose package is not installed.
+    """
+    found: list[Logger] = []
+    path = folder.path
+    step = None
+    if resume and (newest := folder.newest_checkpoint()):
+        step = newest[1]["step"]
+    for name in dict.fromkeys(names):
+        if name == "csv":
+            found.append(MetricsLogger(folder / METRICS, folder.path))
+        elif name == "tensorboard":
+            found.append(TensorBoardLogger(str(path), name="tensorboard", version="", purge_step=step))
+        else:
+            found.append(_remote_logger(name, path))
+    return found
+
+
+def _remote_logger(name: str, path: Path) -> Logger:
+    from lightning.pytorch import loggers
+
+    try:
+        if name == "wandb":
+            return loggers.WandbLogger(project="astbench", name=path.name, save_dir=str(path))
+        return loggers.MLFlowLogger(
+            experiment_name="astbench", run_name=path.name, tracking_uri=f"sqlite:///{path.parent / 'mlflow.db'}"
+        )
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(f"--loggers={name} needs a package: pip install 'astbench[{name}]'") from error

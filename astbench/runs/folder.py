@@ -1,0 +1,127 @@
+"""The folder of one run: who may write in it, what is in it, whether it is done. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from astbench.errors import CheckpointError, ConfigError
+from astbench.runs.files import sha256, write_json
+
+CONFIG, RECORD, DONE, METRICS = "config.yaml", "record.json", "done.json", "metrics.csv"
+LAST, PREVIOUS, MANIFEST, LOCK = "last.ckpt", "previous.ckpt", "manifest.json", ".lock"
+
+
+class RunFolder:
+    """Paths of a run and the rules about them.
+
+    `config.yaml` (runs again), `metrics.csv`, `last.ckpt` and `previous.ckpt` with `manifest.json` (sha256 of
+    every whole checkpoint), `record.json`, `tokenizer/`, `pattern.png`, and `done.json`, written last.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock: IO[str] | None = None
+        self._fresh = False
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def done(self) -> bool:
+        """The run ended as it should."""
+        return (self / DONE).is_file()
+
+    def open_for_writing(self, *, resume: bool) -> None:
+        """Create and lock the folder.
+
+        Raises:
+            ConfigError: it holds another run already (and `resume` is False), or somebody writes in it.
+        """
+        if not resume and self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError(
+                f"{self.path} holds a run already; choose another --run_dir, or continue it with --resume={self.path}"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self / LOCK, "w")  # noqa: SIM115 (held open as long as the run lasts)
+        except OSError as error:
+            raise ConfigError(f"--run_dir={self.path} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another process writes in {self.path}; choose another --run_dir") from error
+        self._fresh = not resume
+        (self / DONE).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove the folder if this process began it and no checkpoint is in it."""
+        if self._fresh and not (self / LAST).exists() and not (self / PREVIOUS).exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def manifest(self) -> dict[str, Any]:
+        """Digest of a checkpoint -> what it holds; empty when there is none."""
+        try:
+            data = json.loads((self / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self / MANIFEST} cannot be read: {error}") from error
+        return dict(data)
+
+    def remember(self, digest: str, about: dict[str, Any]) -> None:
+        """Enter a checkpoint in the manifest, keeping the entries of the files still there."""
+        there = {sha256(self / name) for name in (LAST, PREVIOUS) if (self / name).is_file()}
+        entries = {d: entry for d, entry in self.manifest().items() if d in there}
+        write_json(self / MANIFEST, {**entries, digest: about})
+
+    def newest_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint and its entry; None when the run never wrote one.
+
+        Raises:
+            CheckpointError: there are checkpoint files, but none matches its digest.
+        """
+        manifest = self.manifest()
+        files = [self / name for name in (LAST, PREVIOUS) if (self / name).is_file()]
+        for file in files:
+            entry = manifest.get(sha256(file))
+            if entry is not None:
+                return file, entry
+        if files:
+            raise CheckpointError(f"no checkpoint in {self.path} matches its sha256 in {MANIFEST}: damaged files")
+        return None
+
+
+def default_run_dir(task: str, attention: str) -> Path:
+    """`runs/<task>-<attention>-<time>`, a name that is free."""
+    stem = f"{task}-{Path(attention.split(':')[-1]).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path("runs") / stem
+    number = 2
+    while path.exists():
+        path = Path("runs") / f"{stem}-{number}"
+        number += 1
+    return path
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """A checkpoint from its own path or its run folder's, verified against the folder's manifest.
+
+    Raises:
+        CheckpointError: missing, damaged, or a folder without one.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        found = RunFolder(path).newest_checkpoint()
+        if found is None:
+            raise CheckpointError(f"no checkpoint in {path}")
+        return found[0]
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    manifest = RunFolder(path.parent).manifest()
+    if manifest and sha256(path) not in manifest:
+        raise CheckpointError(f"checkpoint {path} does not match its sha256 in {MANIFEST}: a damaged file")
+    return path

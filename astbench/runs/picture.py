@@ -1,0 +1,50 @@
+"""A picture of what was attended to: one panel a layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from astbench_registry.interface import AttentionStats
+
+PANELS = 8
+"""Layers drawn at most; of more, evenly spaced ones."""
+
+
+def draw_pattern(file: Path, stats: list[tuple[str, AttentionStats]], name: str) -> str | None:
+    """Draw the kept blocks of the first sequence, mean over heads, query groups down and key blocks across.
+
+    Returns:
+        The file's name, or None for an attention that does not choose blocks.
+    """
+    chosen = [(path, s) for path, s in stats if s.layout is not None]
+    if not chosen:
+        return None
+    # The object-oriented interface: no global state, no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    step = -(-len(chosen) // PANELS)
+    chosen = chosen[::step]
+    figure = Figure(figsize=(3.2 * len(chosen) + 0.6, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    image = None
+    for number, (path, s) in enumerate(chosen):
+        assert s.layout is not None
+        axes = figure.add_subplot(1, len(chosen), number + 1)
+        share = s.layout.to_mask()[0].float().mean(0)
+        image = axes.imshow(share.cpu().numpy(), vmin=0, vmax=1, cmap="magma_r", aspect="auto", interpolation="nearest")
+        axes.set_title(f"{_layer(path)}, density {float(s.density.mean()):.2f}", fontsize=9)
+        axes.set_xlabel(f"key blocks of {s.layout.block_size} tokens", fontsize=8)
+        if number == 0:
+            axes.set_ylabel(f"query groups of {s.layout.query_group} tokens", fontsize=8)
+        axes.tick_params(labelsize=7)
+    if image is not None:
+        figure.colorbar(image, ax=figure.axes, label="share of heads that keep the block", shrink=0.9)
+    figure.suptitle(f"{name}: blocks kept, first sequence of the evaluation", fontsize=10)
+    figure.savefig(file, dpi=110)
+    return file.name
+
+
+def _layer(path: str) -> str:
+    numbers = [part for part in path.split(".") if part.isdigit()]
+    return f"layer {numbers[-1]}" if numbers else path

@@ -1,0 +1,312 @@
+"""Backbones: presets, pretrained folders, longer position tables, adapters."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForQuestionAnswering
+
+from astbench import load_adapter, save_adapter, swap_attention
+from astbench.backbones import adapters
+from astbench.backbones.load import (
+    extend_positions,
+    has_position_table,
+    load_backbone,
+    locate,
+    max_positions,
+)
+from astbench.backbones.presets import DEFAULT_FAMILY, PRESETS, BackboneConfig, resolve_preset
+from astbench.errors import CheckpointError, ConfigError, DataError
+from astbench.tasks import qa_demo
+from astbench.tokenizers import load_tokenizer, train_tokenizer
+from tests.astbench.conftest import tiny_model
+
+TEXTS = ["Ada Vintar was born in Rookwell.", "The Silent Orchard is a work of Bram Oster.", "In 1873 the guild met."]
+AST = {"density": 0.5, "block_size": 4, "min_blocks": 1}
+SMALL_BERT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+
+
+def heads_of(preset):
+    family = preset.split("-")[0]
+    return ["causal_lm"] if family == "llama" else ["question_answering"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_builds_and_takes_every_pattern_of_its_head(preset):
+    tokenizer = train_tokenizer(TEXTS, 90)
+    for head in heads_of(preset):
+        model = load_backbone(BackboneConfig(preset), head, tokenizer=tokenizer)
+        assert model.dtype == torch.float32
+        assert model.config.vocab_size % 8 == 0
+        assert model.config.vocab_size >= len(tokenizer)
+        assert model.config.pad_token_id == tokenizer.pad_token_id
+        handle = swap_attention(model, "ast")
+        assert len(handle.slots) == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "preset"),
+    [
+        ("tiny", "question_answering", "modernbert-tiny"),
+        ("small", "causal_lm", "llama-small"),
+        ("bert-tiny", "question_answering", "bert-tiny"),
+        ("bert-base-uncased", "question_answering", None),
+        ("./tiny", "causal_lm", None),
+    ],
+)
+def test_names_of_presets(name, head, preset):
+    assert resolve_preset(name, head) == preset
+
+
+def test_default_families_have_the_short_names():
+    for family in DEFAULT_FAMILY.values():
+        assert {f"{family}-tiny", f"{family}-small"} <= PRESETS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("modernbert-tny", "unknown backbone 'modernbert-tny'; did you mean 'modernbert-tiny'?"),
+        ("./nowhere", "is not a folder with a pretrained model"),
+        ("/nowhere/at/all", "is not a folder with a pretrained model"),
+        ("a/b/c", "is not a folder with a pretrained model"),
+    ],
+)
+def test_unknown_names_are_refused(name, message):
+    with pytest.raises(ConfigError) as caught:
+        locate(BackboneConfig(name))
+    assert message in str(caught.value)
+
+
+def test_hub_names_are_left_to_the_hub():
+    assert locate(BackboneConfig("owner/model", revision="abc")) == ("owner/model", {"revision": "abc"})
+
+
+def test_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"neither a config.json nor exactly one .gguf file \(0 found\)"):
+        locate(BackboneConfig(str(tmp_path)))
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match="2 found"):
+        locate(BackboneConfig(str(tmp_path)))
+    assert locate(BackboneConfig(str(tmp_path), gguf_file="b.gguf")) == (str(tmp_path), {"gguf_file": "b.gguf"})
+
+
+# -- positions ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "reserved"), [("bert", 0), ("roberta", 2), ("bart", 2)])
+def test_extended_tables_repeat_the_trained_rows(family, reserved):
+    model = tiny_model(family)
+    old = {n: p.clone() for n, p in model.named_parameters() if "position" in n and n.endswith("weight")}
+    assert max_positions(model) == 64
+    extend_positions(model, 150)
+    assert max_positions(model) == 150
+    new = dict(model.named_parameters())
+    assert old
+    for name, table in old.items():
+        trained = table[reserved:]
+        expected = torch.cat([table, trained, trained])[: reserved + 150]
+        assert torch.equal(new[name], expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "distilbert", "bart"])
+def test_short_inputs_keep_their_logits_and_longer_ones_run(family):
+    model = tiny_model(family)
+    ids = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(ids).logits
+        extend_positions(model, 100)
+        assert torch.equal(model(ids).logits, before)
+        assert model(ids.repeat(1, 3)[:, :100]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["roberta", "bart", "gpt2"])
+def test_extended_models_save_and_load(tmp_path, family):
+    model = tiny_model(family)
+    extend_positions(model, 100)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    ids = torch.randint(3, 61, (1, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "modernbert"])
+def test_rotary_positions_have_no_table(family):
+    model = tiny_model(family, max_position_embeddings=64)
+    assert not has_position_table(model)
+    assert max_positions(model) == 64
+    with pytest.raises(ConfigError, match="no learned position table to extend"):
+        extend_positions(model, 100)
+
+
+@pytest.mark.parametrize("preset", ["bert-tiny", "modernbert-tiny"])
+def test_presets_take_any_length(preset):
+    model = load_backbone(BackboneConfig(preset, max_positions=3000), "question_answering")
+    assert max_positions(model) == 3000
+
+
+# -- pretrained folders -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bert_folder(tmp_path):
+    """A folder with a random tiny BERT, safetensors, and its tokenizer."""
+    tokenizer = train_tokenizer(TEXTS, 90)
+    torch.manual_seed(3)
+    model = BertForQuestionAnswering(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **SMALL_BERT))
+    folder = tmp_path / "bert"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, model
+
+
+def test_pretrained_folder_gives_its_weights_and_tokenizer(bert_folder):
+    folder, saved = bert_folder
+    config = BackboneConfig(str(folder), max_positions=90)
+    model = load_backbone(config, "question_answering")
+    assert max_positions(model) == 90
+    loaded = model.state_dict()
+    for name, weight in saved.state_dict().items():
+        assert torch.equal(loaded[name][: len(weight)], weight), name
+    assert load_tokenizer(config)("Ada")["input_ids"] == train_tokenizer(TEXTS, 90)("Ada")["input_ids"]
+
+
+def test_pickled_weights_are_refused(bert_folder):
+    folder, model = bert_folder
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(DataError, match=r"--backbone.name=.* cannot be loaded"):
+        load_backbone(BackboneConfig(str(folder)), "question_answering")
+    load_backbone(BackboneConfig(str(folder), trust_weights_only=False), "question_answering")
+
+
+def test_damaged_weights_are_one_data_error(bert_folder):
+    folder, _ = bert_folder
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_backbone(BackboneConfig(str(folder)), "question_answering")
+
+
+def test_missing_tokenizer_is_a_data_error(bert_folder):
+    folder, _ = bert_folder
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(DataError, match="tokenizer"):
+        load_tokenizer(BackboneConfig(str(folder)))
+
+
+def test_trained_tokenizer_is_the_same_in_every_process():
+    """The trainer's own order is that of a hash table, random in each process and each call."""
+    texts = [e.context for e in qa_demo.generate("train", 40)]
+    first, second = (train_tokenizer(texts, 700).get_vocab() for _ in range(2))
+    assert first == second
+    assert len(first) == 700
+    digest = hashlib.sha256(json.dumps(sorted(first.items())).encode()).hexdigest()
+    code = (
+        "import hashlib, json\nfrom astbench.tasks import qa_demo\nfrom astbench.tasks import qa_demo
+from astbench.tokenizers import train_tokenizer\n"
+        "texts = [e.context for e in qa_demo.generate('train', 40)]\n"
+        "text = json.dumps(sorted(train_tokenizer(texts, 700).get_vocab().items()))\n"
+        "print(hashlib.sha256(text.encode()).hexdigest())"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert other.strip() == digest
+
+
+def test_trained_tokenizer_lower_cases_and_knows_pairs():
+    tokenizer = train_tokenizer(TEXTS, 200)
+    assert tokenizer.tokenize("ADA Vintar") == tokenizer.tokenize("ada vintar")
+    encoded = tokenizer("ada", "vintar")
+    assert tokenizer.convert_ids_to_tokens(encoded["input_ids"])[0] == "[CLS]"
+    assert encoded["input_ids"].count(tokenizer.sep_token_id) == 2
+    # Single letters are parts of words, no special tokens that would cut them.
+    assert len(tokenizer.all_special_tokens) == 4
+    assert tokenizer.decode(tokenizer("rookwell")["input_ids"], skip_special_tokens=True) == "rookwell"
+
+
+# -- adapters -------------------------------------------------------------------------------------------------
+
+
+def trained(family="bert", **options):
+    """A swapped model whose variant is not in its initial state."""
+    model = tiny_model(family)
+    handle = swap_attention(model, "ast", {**AST, **options})
+    torch.manual_seed(8)
+    for parameter in handle.parameters():
+        torch.nn.init.normal_(parameter)
+    return model, handle
+
+
+def test_adapter_round_trip_is_exact(tmp_path):
+    model, handle = trained()
+    save_adapter(handle, tmp_path / "adapter")
+    again = tiny_model("bert")
+    loaded = load_adapter(again, tmp_path / "adapter")
+    assert loaded.name == "ast"
+    assert loaded.options == handle.options
+    ids = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_adapter_holds_only_the_variants_parameters(tmp_path):
+    _, handle = trained()
+    save_adapter(handle, tmp_path)
+    weights = load_file(tmp_path / adapters.WEIGHTS)
+    assert weights.keys() == handle.state_dict().keys()
+    assert all(".astbench." in name for name in weights)
+
+
+def test_adapter_of_some_layers(tmp_path):
+    model = tiny_model("bert")
+    save_adapter(swap_attention(model, "ast", AST, layers=[1]), tmp_path)
+    assert len(load_adapter(tiny_model("bert"), tmp_path).slots) == 1
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 2}, {"num_attention_heads": 4}])
+def test_adapter_of_another_backbone_is_refused_and_undone(tmp_path, change):
+    _, handle = trained()
+    save_adapter(handle, tmp_path)
+    other = tiny_model("bert", **change)
+    with pytest.raises(CheckpointError, match="does not fit BertForMaskedLM"):
+        load_adapter(other, tmp_path)
+    assert other.config._attn_implementation == "sdpa"
+
+
+def test_damaged_adapters_are_refused(tmp_path):
+    _, handle = trained()
+    save_adapter(handle, tmp_path)
+    weights = tmp_path / adapters.WEIGHTS
+    whole = weights.read_bytes()
+    for damaged in (whole[:-5], whole[:40], b""):
+        weights.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load_adapter(tiny_model("bert"), tmp_path)
+    weights.write_bytes(whole)
+    (tmp_path / adapters.DESCRIPTION).write_text(json.dumps({"attention": "ast"}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_adapter(tiny_model("bert"), tmp_path)
+    (tmp_path / adapters.DESCRIPTION).unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_adapter(tiny_model("bert"), tmp_path)
+
+
+def test_a_failing_save_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
+    _, handle = trained()
+    save_adapter(handle, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("astbench.runs.files.os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        save_adapter(trained(density=0.25)[1], tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
