@@ -12,7 +12,7 @@ demo: $(VENV)/.installed  ## Train the Adaptive Sparse Transformer on generated 
 	$(BIN)/astbench fit --attention=ast --task=triviaqa
 
 test: $(VENV)/.installed-dev  ## Style, types, import rules and the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest
 
 test-all: $(VENV)/.installed-dev  ## The slow tests too
 	$(BIN)/python -m pytest -m "not gpu"

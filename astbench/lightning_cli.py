@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from yaml import safe_load
 
 from astbench import console
@@ -161,6 +163,8 @@ class CLI(LightningCLI):
             raise ConfigError("--trainer.max_steps must be at least 1: schedules and resuming count in steps")
         if options.init_from:
             checkpoint_file(options.init_from)
+        if self.command == "fit" and options.get("ckpt_path"):
+            raise ConfigError("fit goes on with --resume=RUN, or starts from trained weights with --init_from=RUN")
         if self.command == "predict" and not options.get("ckpt_path"):
             raise ConfigError("predict needs a trained run: --ckpt_path=runs/NAME")
 
@@ -193,16 +197,17 @@ class CLI(LightningCLI):
         checkpoint = self._checkpoint()
         self._prepare_data(checkpoint)
         self.folder.open_for_writing(resume=self.found.resume is not None)
-        if self.found.resume is None:
-            self._save_config()
-        self.run_callback.begin(_plain(self.options), checkpoint)
-        run: Callable[..., Any] = getattr(self.trainer, subcommand)
-        with self.run_callback.recording():
-            quiet = {"verbose": False} if subcommand in ("validate", "test") else {}
-            run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, **quiet)
-            if subcommand == "fit":
-                self.run_callback.evaluate(self.trainer, self.model, self.datamodule)
-        self.run_callback.finish(self.model, self.datamodule)
+        with closing(self.folder):
+            if self.found.resume is None:
+                self._save_config()
+            self.run_callback.begin(_plain(self.options), checkpoint)
+            run: Callable[..., Any] = getattr(self.trainer, subcommand)
+            with self.run_callback.recording():
+                quiet = {"verbose": False} if subcommand in ("validate", "test") else {}
+                run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, **quiet)
+                if subcommand == "fit":
+                    self.run_callback.evaluate(self.trainer, self.model, self.datamodule)
+            self.run_callback.finish(self.model, self.datamodule)
 
     def _checkpoint(self) -> str | None:
         """The checkpoint to load, verified; refuse one of another attention."""
@@ -244,7 +249,7 @@ class CLI(LightningCLI):
         config = self.options.clone()
         for key in ("config", "run_dir", "ckpt_path", "weights_only", "verbose"):
             config.pop(key, None)
-        text = self._parser(self.command).dump(config, skip_none=False, skip_validation=True)
+        text = self._parser(self.command).dump(config, skip_unset=False, skip_validation=True)
         head = f"# astbench {self.command} --config={CONFIG} runs this again.\n"
         write_text(self.folder / CONFIG, head + text)
 
@@ -268,7 +273,10 @@ def run(command: str, found: Selection) -> int:
         console.say(f"{found.resume} is done already; nothing to resume")
         return 0
     found.argv = _fit_configs(found, task)
-    CLI(command, found, task)
+    try:
+        CLI(command, found, task)
+    except MisconfigurationException as error:
+        raise ConfigError(str(error)) from error
     return 0
 
 

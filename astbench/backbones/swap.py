@@ -86,7 +86,7 @@ class SwapHandle:
     Attributes:
         name: The attention's registered name.
         options: Its options as plain data.
-        slots: One per attached layer, in the order they are called.
+        slots: One per attached layer, pattern by pattern, in the order of the layers.
         notes: What the swap changed on the model, for the user to read.
     """
 

@@ -133,8 +133,11 @@ class RunCallback(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here SIGTERM waits for the end of the step, so that a checkpoint can be written."""
-        self.saved_step = trainer.global_step
         signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._continue_log(trainer)
+
+    def _continue_log(self, trainer: pl.Trainer) -> None:
+        self.saved_step = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLogger):
                 logger.forget_after(trainer.global_step)
@@ -142,23 +145,31 @@ class RunCallback(Callback):
     def _on_sigterm(self, *_: Any) -> None:
         self.terminated = True
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock of the step."""
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Checkpoint the step before when due; stop when told to; start the clock of this one.
+
+        Not at the end of the step before: Lightning logs a step's metrics after that, and a kill in between
+        would leave a checkpoint without them.
+        """
+        step = trainer.global_step
+        # When and as which step metrics are logged; Lightning restores it one too high.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = step
+        if step != self.saved_step and (self.terminated or step % self.checkpoint_every == 0):
+            self._save(trainer)
+        if self.terminated and step == self.saved_step:  # else in the middle of an accumulated step
+            raise self._stopped(step)
         self._step_started = time.perf_counter()
+
+    def _stopped(self, step: int) -> Terminated:
+        return Terminated(f"terminated by SIGTERM at step {step}; continue with --resume={self.folder.path}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Checkpoint when due; stop when told to."""
+        """Stop the clock."""
         self.step_seconds.append(time.perf_counter() - self._step_started)
-        step = trainer.global_step
-        if step == self.saved_step:
-            return  # in the middle of an accumulated step
-        due = step % self.checkpoint_every == 0
-        if due or self.terminated:
-            self._save(trainer)
-        if self.terminated:
-            raise Terminated(f"terminated by SIGTERM at step {step}; continue with --resume={self.folder.path}")
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.folder / LAST)
@@ -168,11 +179,15 @@ class RunCallback(Callback):
         """The last checkpoint holds the final weights."""
         if trainer.global_step != self.saved_step:
             self._save(trainer)
+        if self.terminated:
+            raise self._stopped(trainer.global_step)
         signal.signal(signal.SIGTERM, _terminate)
         self._spent = time.monotonic() - self._started
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
         """The evaluation after training."""
+        if self.saved_step < 0:
+            self._continue_log(trainer)  # killed after the last step: this process had nothing to train
         steps = sorted(self.step_seconds)
         self.record["train"] = {
             "steps": trainer.global_step,
@@ -242,7 +257,9 @@ class RunCallback(Callback):
         for name, value in self.record.get("metrics", {}).items():
             rows[name] = f"{value:.2f}" if isinstance(value, float) else value
         if (density := self.record.get("density", {}).get("mean")) is not None:
-            rows["density"] = f"{density:.3f} of the visible (query, key) pairs, on {', '.join(self.record['backends'])}"
+            rows["density"] = (
+                f"{density:.3f} of the visible (query, key) pairs, on {', '.join(self.record['backends'])}"
+            )
         if "train" in self.record:
             train = self.record["train"]
             rows["training"] = f"{train['steps']} steps in {train['wall_seconds']:.0f} s"

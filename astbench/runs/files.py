@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+TEMPORARY = ".tmp"
+"""How the name of a file that is being written ends; a kill may leave one behind."""
+
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> str:
     """Write a file so that a reader sees the old one or the whole new one; return its sha256.
@@ -20,7 +23,7 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> str:
         OSError: disk full, no permission; the old file is untouched.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)

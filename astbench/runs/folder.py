@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from astbench.errors import CheckpointError, ConfigError
-from astbench.runs.files import sha256, write_json
+from astbench.runs.files import TEMPORARY, sha256, write_json
 
 CONFIG, RECORD, DONE, METRICS = "config.yaml", "record.json", "done.json", "metrics.csv"
 LAST, PREVIOUS, MANIFEST, LOCK = "last.ckpt", "previous.ckpt", "manifest.json", ".lock"
@@ -54,9 +54,18 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self.close()
             raise ConfigError(f"another process writes in {self.path}; choose another --run_dir") from error
         self._fresh = not resume
+        for left in self.path.glob(f".*{TEMPORARY}"):
+            left.unlink()
         (self / DONE).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let others write in it."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def discard(self) -> None:
         """Remove the folder if this process began it and no checkpoint is in it."""
@@ -71,7 +80,9 @@ class RunFolder:
             return {}
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self / MANIFEST} cannot be read: {error}") from error
-        return dict(data)
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{self / MANIFEST} cannot be read: it is no table of checkpoints")
+        return data
 
     def remember(self, digest: str, about: dict[str, Any]) -> None:
         """Enter a checkpoint in the manifest, keeping the entries of the files still there."""

@@ -48,6 +48,8 @@ class WikiTextData(pl.LightningDataModule):
             raise ConfigError(f"--data.context must be at least 2 tokens, got {context}")
         if stride is not None and not 1 <= stride <= context:
             raise ConfigError(f"--data.stride must be between 1 and context={context}, got {stride}")
+        if eval_batch_size < 1:
+            raise ConfigError(f"--data.eval_batch_size must be at least 1, got {eval_batch_size}")
         if windows is not None and windows < 1:
             raise ConfigError(f"--data.windows must be at least 1, got {windows}")
         self.source, self.path, self.context = source, path, context

@@ -258,6 +258,21 @@ class SpanQAData(pl.LightningDataModule):
         document: str = "",
     ) -> None:
         super().__init__()
+        for name, value, least in (
+            ("max_length", max_length, 1),
+            ("stride", stride, 0),
+            ("max_question", max_question, 1),
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("max_train", max_train, 1),
+            ("max_eval", max_eval, 1),
+            ("vocab_size", vocab_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"--data.{name} must be at least {least}, got {value}")
+        if not 0 <= negative_share <= 1:
+            raise ConfigError(f"--data.negative_share must be between 0 and 1, got {negative_share}")
         if stride >= max_length - max_question - 3:
             raise ConfigError(
                 f"--data.stride={stride} must be below max_length - max_question - 3 = {max_length - max_question - 3}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import warnings
 from dataclasses import dataclass
 from textwrap import dedent
 
@@ -65,6 +67,20 @@ def tiny_model(family, auto=None, attention="sdpa", **changes):
     return model
 
 
+NAMES = ["--attention=ast", "--task=triviaqa"]
+DEMO = [
+    "--data.demo_train=64",
+    "--data.demo_eval=8",
+    "--data.max_length=128",
+    "--data.stride=32",
+    "--data.max_question=32",
+    "--data.batch_size=4",
+    "--trainer.max_steps=3",
+    "--trainer.log_every_n_steps=1",
+]
+"""A fit of a few seconds."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended."""
@@ -84,14 +100,19 @@ def fresh_registry(monkeypatch):
 def astbench(capsys, monkeypatch, fresh_registry):
     """Run a command line in this process: `astbench("list")`."""
     monkeypatch.setattr("sys.argv", ["astbench"])
+    before = signal.getsignal(signal.SIGTERM)
 
     def run(*words):
         capsys.readouterr()
-        code = main([str(w) for w in words])
+        with warnings.catch_warnings():
+            # Lightning calls a method of jsonargparse that has a new name.
+            warnings.filterwarnings("ignore", message=r"(?s).*(instantiate_classes|JSONARGPARSE_DEPRECATION)")
+            code = main([str(w) for w in words])
         out, err = capsys.readouterr()
         return Outcome(code, out, err)
 
-    return run
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
 PLUGIN = '''
@@ -112,16 +133,17 @@ class MineConfig(AttentionConfig):
     """
 
     power: float = 1.0
-    capabilities: ClassVar = Capabilities(patterns=("bidirectional_self",))
+    capabilities: ClassVar = Capabilities(patterns=("bidirectional_self",), gqa=False)
 
 
 @register_attention("NAME", MineConfig)
 class Mine(Attention):
     def forward(self, q, k, v, mask, *, scale=None, context=None):
+        k, v = mask.without_padding(k, v)
         allowed = mask.dense(q.shape[2], k.shape[2], q.device)
         scale = (scale or q.shape[-1] ** -0.5) * self.config.power
         out = F.scaled_dot_product_attention(q, k, v, allowed, scale=scale)
-        return AttentionOutput(out)
+        return AttentionOutput(out, stats=self.all_pairs(q, k, mask, context))
 '''
 
 

@@ -54,9 +54,7 @@ def test_full_density_gives_the_stock_logits_and_undo_restores_them(family, name
     stock, keys = logits(model, batch), list(model.state_dict())
     handle = swap_attention(model, name, options)
     swapped = logits(model, batch)
-    torch.testing.assert_close(
-        real_rows(family, batch, swapped), real_rows(family, batch, stock), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(real_rows(family, batch, swapped), real_rows(family, batch, stock), rtol=1e-4, atol=1e-4)
     assert model.config._attn_implementation == "astbench"
     handle.undo()
     assert torch.equal(logits(model, batch), stock)

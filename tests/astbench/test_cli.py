@@ -1,0 +1,460 @@
+"""The command line: what works, and what every bad input answers: one line, its exit code, nothing left behind."""
+
+import csv
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from astbench.backbones.presets import PRESETS
+from astbench.runs.folder import CONFIG, DONE, LAST, MANIFEST, METRICS, PREVIOUS, RECORD
+from astbench.runs.record import SCHEMA
+from astbench.tasks import TASKS
+from tests.astbench.conftest import DEMO, NAMES
+
+FIT = ["fit", *NAMES, *DEMO]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def assert_refused(outcome, code, *parts):
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("astbench: error: ")
+    for part in parts:
+        assert part in lines[0], lines[0]
+    assert outcome.code == code
+    assert "unexpected" not in lines[0]
+
+
+# -- without running anything -----------------------------------------------------------------------------------
+
+
+def test_list_names_everything(astbench):
+    done = astbench("list")
+    assert done.code == 0 and done.err == ""
+    for name in ("dense", "local", "ast", "random_topk", "oracle_topk", "pooled_topk", *TASKS, *PRESETS):
+        assert name in done.out
+
+
+def test_describe_names_options_abilities_and_paper(astbench):
+    done = astbench("describe", "ast")
+    assert done.code == 0 and done.err == ""
+    for part in ("block_size", "density", "distill_weight", "default 16", "strict", "with a KV cache"):
+        assert part in done.out
+
+
+def test_help_of_a_choice_shows_its_options(astbench):
+    with pytest.raises(SystemExit) as end:
+        astbench("fit", *NAMES, "--help")
+    assert end.value.code == 0
+
+
+def test_doctor_says_what_works_here(astbench):
+    done = astbench("doctor")
+    assert done.code == 0 and done.err == ""
+    for part in ("torch", "gather", "reference", "sdpa_math", "optional packages"):
+        assert part in done.out
+
+
+def test_check_runs_the_conformance_suite(astbench, plugin_file):
+    done = astbench("check", f"{plugin_file()}:Mine")
+    assert done.code == 0, done.out
+    assert "0 failed" in done.out
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["list"], ["fit", "--help"], ["describe", "ast"], ["predict", "--help"], ["--version"]]
+)
+def test_answers_without_importing_torch(words):
+    code = (
+        "import sys; from astbench.cli import main; code = main(sys.argv[1:])\n"
+        "sys.exit(code or ('torch was imported' if 'torch' in sys.modules else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_help_is_fast():
+    def seconds():
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "astbench", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_console_script_is_installed():
+    script = shutil.which("astbench", path=os.path.dirname(sys.executable))
+    assert script
+    done = subprocess.run([script, "no-such-command"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("astbench: error: unknown command")
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+
+REFUSALS = {
+    "unknown command": (["fti"], 2, "unknown command 'fti' (did you mean fit?)"),
+    "unknown attention": ([*FIT, "--attention=asst"], 4, "unknown attention 'asst'; did you mean 'ast'?"),
+    "unknown task": ([*FIT, "--task=trivia"], 4, "unknown task 'trivia'; did you mean 'triviaqa'?"),
+    "unknown option": ([*FIT, "--attention.blok_size=3"], 2, "did you mean --attention.block_size?"),
+    "option of another attention": ([*FIT, "--attention=dense", "--attention.density=0.5"], 2, "unknown option"),
+    "wrong type": ([*FIT, "--attention.block_size=abc"], 2, "--attention.block_size must be of type int, got abc"),
+    "bad value": ([*FIT, "--attention.block_size=0"], 2, "--attention.block_size must be at least 1"),
+    "bad learning rate": ([*FIT, "--optim.lr=-1"], 2, "--optim.lr must be above 0"),
+    "bad batch size": ([*FIT, "--data.batch_size=0"], 2, "--data.batch_size must be at least 1, got 0"),
+    "bad limit": ([*FIT, "--data.max_train=-1"], 2, "--data.max_train must be at least 1, got -1"),
+    "bad share": ([*FIT, "--data.negative_share=1.5"], 2, "--data.negative_share must be between 0 and 1"),
+    "bad stride": ([*FIT, "--data.stride=100"], 2, "--data.stride=100 must be below"),
+    "no steps": ([*FIT, "--trainer.max_steps=0"], 2, "--trainer.max_steps must be at least 1"),
+    "no checkpoints": ([*FIT, "--checkpoint_every=0"], 2, "--checkpoint_every must be at least 1"),
+    "no names": (["fit"], 2, "--attention=NAME is required"),
+    "no task": (["fit", "--attention=ast"], 2, "--task=NAME is required"),
+    "stray word": ([*FIT, "stray"], 2, "unknown option stray"),
+    "unknown source": ([*FIT, "--data.source=web"], 2, "data.source", "'demo', 'hub', 'local'"),
+    "no path": ([*FIT, "--data.source=local"], 3, "--data.source=local needs --data.path"),
+    "missing path": ([*FIT, "--data.source=local", "--data.path=/no/where"], 3, "/no/where does not exist"),
+    "empty source": ([*FIT, "--data.demo_train=0"], 3, "the train split of source demo holds no question"),
+    "what the trainer refuses": ([*FIT, "--trainer.fast_dev_run=-1"], 2, "fast_dev_run"),
+    "unknown backbone": ([*FIT, "--backbone=tny"], 2, "unknown backbone 'tny'; did you mean 'tiny'?"),
+    "longer than the table": (
+        [*FIT, "--backbone=bert-tiny", "--data.max_length=4000"],
+        2,
+        "--data.max_length=4000 tokens is longer than the backbone's position table of 1024",
+        "--backbone.max_positions=4000",
+    ),
+    "nothing to train": ([*FIT, "--attention=dense", "--optim.train=attention"], 2, "needs an attention with"),
+    "missing config": ([*FIT, "--config=no.yaml"], 2, "--config=no.yaml does not exist"),
+    "resume of nothing": (["fit", "--resume=nothing"], 6, "--resume=nothing is not a run folder"),
+    "resume without a folder": (["fit", "--resume"], 2, "--resume needs the run folder"),
+    "predict untrained": (["predict", *NAMES], 2, "predict needs a trained run"),
+    "missing checkpoint": (["test", "--ckpt_path=nothing"], 6, "--ckpt_path=nothing does not exist"),
+    "missing init": ([*FIT, "--init_from=nothing"], 6, "nothing"),
+    "class_path": ([*FIT, "--trainer.callbacks=os.system"], 2, "a config may not name os.system"),
+    "task cannot fit": (["fit", "--attention=ast", "--task=wikitext103"], 2, "has only `astbench test`"),
+    "missing plugin": ([*FIT, "--plugins=./no.py"], 4, "plugin file ./no.py does not exist"),
+    "describe nothing": (["describe", "asst"], 4, "did you mean 'ast'?"),
+    "check nothing": (["check", "asst"], 4, "did you mean 'ast'?"),
+    "list with options": (["list", "--density=3"], 2, "takes no --density=3"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_bad_input_is_one_line_and_its_exit_code(astbench, here, case):
+    words, code, *parts = REFUSALS[case]
+    assert_refused(astbench(*words, *(["--run_dir=run"] if words[0] == "fit" else [])), code, *parts)
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "code", "part"),
+    [
+        ("broken.yaml", "a: [1", 2, "cannot be read"),
+        ("list.yaml", "- 1", 2, "holds no options"),
+        ("typo.yaml", "optim: {lrr: 1}", 2, "lrr"),
+        ("code.yaml", "trainer: {callbacks: [{class_path: os.system}]}", 2, "os.system"),
+    ],
+)
+def test_bad_configs(astbench, here, name, text, code, part):
+    (here / name).write_text(text)
+    assert_refused(astbench(*FIT, f"--config={name}", "--run_dir=run"), code, part)
+    assert not (here / "run").exists()
+
+
+def test_class_path_denial_runs_nothing(astbench, here):
+    config = {"trainer": {"callbacks": [{"class_path": "os.system", "init_args": {"command": "touch owned"}}]}}
+    (here / "evil.yaml").write_text(yaml.safe_dump(config))
+    assert_refused(astbench(*FIT, "--config=evil.yaml"), 2, "a config may not name os.system")
+    assert [f.name for f in here.iterdir()] == ["evil.yaml"]
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "jsonl.gz"])
+def test_truncated_data(astbench, here, ending):
+    row = {"question_id": "1", "question": "Who?", "answer": {"value": "x", "aliases": []}, "entity_pages": {}}
+    text = json.dumps({"Data": [row]} if ending == "json" else row).encode()[:-9]
+    name = "wikipedia-train.json" if ending == "json" else f"train.{ending}"
+    (here / "data").mkdir()
+    (here / "data" / name).write_bytes(gzip.compress(text)[:-9] if ending.endswith("gz") else text)
+    outcome = astbench(*FIT, "--data.source=local", "--data.path=data", "--run_dir=run")
+    assert_refused(outcome, 3, name, "cannot be read")
+    assert not (here / "run").exists()
+
+
+def test_plugins_that_do_not_load(astbench, here, plugin_file):
+    raising = plugin_file(file="raising.py", code="1 / 0\n")
+    empty = plugin_file(file="empty.py", code="x = 1\n")
+    typo = plugin_file(file="typo.py", code="def f(:\n")
+    assert_refused(astbench(*FIT, f"--plugins={raising}"), 4, "raising.py does not load: ZeroDivisionError")
+    assert_refused(astbench(*FIT, f"--plugins={empty}"), 4, "registers no attention")
+    assert_refused(astbench(*FIT, f"--plugins={typo}"), 4, "typo.py does not load: SyntaxError")
+    assert_refused(astbench("list", f"--plugins={raising}"), 4, "raising.py does not load")
+    assert list(here.iterdir()) == []
+
+
+def test_two_plugins_of_one_name(astbench, plugin_file):
+    one, two = plugin_file("twin", "one.py"), plugin_file("twin", "two.py")
+    outcome = astbench("list", f"--plugins={one},{two}")
+    assert_refused(outcome, 4, "attention 'twin' is registered twice: by", "one.py and by", "two.py")
+
+
+def test_a_plugin_may_not_take_a_built_in_name(astbench, plugin_file):
+    assert_refused(astbench("list", f"--plugins={plugin_file('ast')}"), 4, "registered twice: by astbench")
+
+
+def test_a_config_naming_a_plugin_needs_trust(astbench, here, plugin_file):
+    marker = here / "ran"
+    plugin = plugin_file(file="marking.py", code=f"open({str(marker)!r}, 'w').close()\n")
+    (here / "c.yaml").write_text(yaml.safe_dump({"plugins": [str(plugin)]}))
+    assert_refused(astbench(*FIT, "--config=c.yaml"), 2, "plugins are code: add --plugins=")
+    assert not marker.exists()
+    assert_refused(astbench(*FIT, "--config=c.yaml", "--trust_config"), 4, "registers no attention")
+    assert marker.exists()
+
+
+def test_debug_shows_the_traceback(astbench, here):
+    outcome = astbench(*FIT, "--data.source=local", "--data.path=/no/where", "--debug")
+    assert outcome.code == 3
+    assert "Traceback" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("astbench: error: ")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(astbench, here):
+    outcome = astbench(*FIT, "--optim.lr=1e30", "--optim.warmup_steps=0", "--run_dir=run")
+    assert_refused(outcome, 5, "is not finite at step 1", "lower --optim.lr")
+    record = json.loads((here / "run" / RECORD).read_text())
+    assert record["state"] == "diverged"
+    assert "not finite" in record["error"]
+    assert not (here / "run" / DONE).exists()
+
+
+# -- one tiny run, from end to end ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on the demo source, and what it printed."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "astbench", *FIT, f"--run_dir={folder}"],
+        capture_output=True,
+        text=True,
+        cwd=folder.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder, done.stdout
+
+
+def record_of(folder):
+    return json.loads((folder / RECORD).read_text())
+
+
+def test_first_and_last_lines(run):
+    _, out = run
+    lines = out.splitlines()
+    assert lines[0] == "astbench fit"
+    heads = [line.split()[0] for line in lines[1:8]]
+    assert heads == ["attention", "task", "source", "backbone", "device", "backend", "run"]
+    assert "demo (generated, not the real data set): 64 train, 8 validation" in out
+    for part in ("f1", "density", "record", "checkpoint", "picture", "on the real data: astbench fit"):
+        assert part in out
+    assert "--data.source=hub" in lines[-1]
+
+
+def test_run_folder_is_complete(run):
+    folder, _ = run
+    names = {f.name for f in folder.iterdir()}
+    assert {CONFIG, RECORD, DONE, METRICS, LAST, MANIFEST, "tokenizer", "pattern.png", "items.json"} <= names
+    assert not [n for n in names if n.startswith(".") and n != ".lock"]
+    assert (folder / "pattern.png").read_bytes().startswith(b"\x89PNG")
+    with open(folder / METRICS, newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [r["step"] for r in rows if r["train/loss"]] == ["0", "1", "2"]
+    assert rows[-1]["val/f1"]
+    items = json.loads((folder / "items.json").read_text())
+    assert len(items) == 8 and all(row.keys() == {"em", "f1", "prediction"} for row in items.values())
+
+
+def test_record_fields(run):
+    folder, _ = run
+    record = record_of(folder)
+    assert record["schema"] == SCHEMA
+    assert (record["command"], record["state"], record["seed"]) == ("fit", "done", 0)
+    assert record["metrics"].keys() == {"f1", "em", "title_f1"}
+    assert record["config"]["attention"]["name"] == "ast"
+    assert record["data"]["source"] == "demo"
+    assert record["data"]["fingerprints"].keys() == {"train", "validation"}
+    assert record["parameters"]["total"] == record["parameters"]["trainable"] > record["parameters"]["attention"] > 0
+    assert record["attached"] == {"layers": 2, "patterns": ["bidirectional_self"]}
+    assert record["train"]["steps"] == 3
+    assert 0 < record["density"]["mean"] <= 1 and len(record["density"]["layers"]) == 2
+    assert record["backends"] == ["gather"]
+    assert record["peak_memory"]["cpu_bytes"] > 0 and record["wall_seconds"] > 0
+    assert record["signature"].endswith("8 questions")
+    assert json.loads((folder / DONE).read_text()) == {"state": "done", "config_hash": record["config_hash"]}
+
+
+def test_the_saved_config_runs_again_to_the_same_result(astbench, here, run):
+    folder, _ = run
+    assert astbench("fit", f"--config={folder / CONFIG}", "--run_dir=again").code == 0
+    again, first = record_of(here / "again"), record_of(folder)
+    assert again["config_hash"] == first["config_hash"]
+    assert again["metrics"] == first["metrics"]
+    assert (here / "again" / METRICS).read_bytes() == (folder / METRICS).read_bytes()
+    assert (here / "again" / CONFIG).read_text() == (folder / CONFIG).read_text()
+
+
+def test_validate_repeats_the_metrics(astbench, here, run):
+    folder, _ = run
+    before = sorted(f.name for f in folder.iterdir())
+    for checkpoint in (folder, folder / LAST):
+        done = astbench("validate", f"--ckpt_path={checkpoint}", f"--run_dir=val-{checkpoint.name}")
+        assert done.code == 0, done.err
+        assert record_of(here / f"val-{checkpoint.name}")["metrics"] == record_of(folder)["metrics"]
+    assert sorted(f.name for f in folder.iterdir()) == before
+
+
+def test_test_evaluates_another_split(astbench, here, run):
+    folder, _ = run
+    assert astbench("test", f"--ckpt_path={folder}", "--run_dir=t").code == 0
+    record = record_of(here / "t")
+    assert (record["command"], record["split"]) == ("test", "test")
+    assert record["checkpoint"] == str(folder / LAST)
+
+
+def test_predict_answers_from_a_file(astbench, here, run):
+    folder, _ = run
+    document = here / "doc.txt"
+    document.write_text("Ada Vintar was born in Rookwell. " * 40)
+    ask = ["predict", f"--ckpt_path={folder}", "--data.question=Where was Ada born?"]
+    done = astbench(*ask, f"--data.document={document}", "--run_dir=p")
+    assert done.code == 0, done.err
+    answer = record_of(here / "p")["answer"]
+    assert answer["text"] in document.read_text() and answer["windows"] > 1
+    assert f"answer   {answer['text']}" in done.out
+    (here / "empty.txt").write_text(" \n")
+    (here / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (here / "word.txt").write_text("Rookwell")
+    for name, part in (("no.txt", "does not exist"), ("empty.txt", "is empty"), ("binary.txt", "cannot be read")):
+        assert_refused(astbench(*ask, f"--data.document={name}", "--run_dir=q"), 3, name, part)
+        assert not (here / "q").exists()
+    assert_refused(astbench("predict", f"--ckpt_path={folder}"), 2, "predict needs --data.question")
+    assert astbench(*ask, "--data.document=word.txt", "--run_dir=w").code == 0
+    assert record_of(here / "w")["answer"]["text"] in "Rookwell"
+
+
+def test_a_trained_run_takes_no_other_options(astbench, here, run):
+    folder, _ = run
+    for words in (["--attention.density=0.9"], ["--attention=dense"], ["--backbone.name=small"]):
+        outcome = astbench("test", f"--ckpt_path={folder}", *words, "--run_dir=t")
+        assert_refused(outcome, 6, "was trained with other", "--init_from")
+        assert not (here / "t").exists()
+    # The kernel may differ: it computes the same function.
+    assert astbench("test", f"--ckpt_path={folder}", "--attention.backend=reference", "--run_dir=t").code == 0
+    assert record_of(here / "t")["backends"] == ["reference"]
+
+
+def test_a_damaged_run_is_refused(astbench, here, run):
+    folder = shutil.copytree(run[0], here / "copy")
+    data = bytearray((folder / LAST).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / LAST).write_bytes(data)
+    assert_refused(astbench("test", f"--ckpt_path={folder}", "--run_dir=t"), 6, "matches its sha256")
+    assert_refused(astbench("test", f"--ckpt_path={folder / LAST}", "--run_dir=t"), 6, "damaged")
+    (folder / PREVIOUS).unlink(missing_ok=True)
+    (folder / LAST).unlink()
+    assert_refused(astbench("test", f"--ckpt_path={folder}", "--run_dir=t"), 6, "no checkpoint in")
+    (folder / CONFIG).unlink()
+    assert_refused(astbench("test", f"--ckpt_path={folder}", "--run_dir=t"), 6, f"no {CONFIG} beside it")
+    assert not (here / "t").exists()
+
+
+def test_a_run_folder_is_not_written_twice(astbench, run):
+    folder, _ = run
+    before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
+    assert_refused(astbench(*FIT, f"--run_dir={folder}"), 2, "holds a run already")
+    done = astbench("fit", f"--resume={folder}")
+    assert (done.code, done.out) == (0, f"{folder} is done already; nothing to resume\n")
+    assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == before
+
+
+def test_fit_takes_no_checkpoint(astbench, here, run):
+    assert_refused(astbench(*FIT, f"--ckpt_path={run[0]}"), 2, "--resume=RUN", "--init_from=RUN")
+    assert_refused(astbench("test", f"--resume={run[0]}"), 2, "--resume goes with fit")
+
+
+def test_init_from_puts_the_weights_into_another_attention(astbench, here, run):
+    folder, _ = run
+    words = ["fit", f"--config={folder / CONFIG}", f"--init_from={folder}", "--run_dir=dense", "--optim.lr=1e-12"]
+    done = astbench(*words, "--attention=dense")
+    assert done.code == 0, done.err
+    assert "attention dense replaces ast" in done.out
+    # At this length ast keeps everything: the same function of the same weights.
+    assert record_of(here / "dense")["metrics"] == record_of(folder)["metrics"]
+    assert record_of(here / "dense")["parameters"]["attention"] == 0
+
+
+def test_init_from_another_backbone_is_refused(astbench, here, run):
+    outcome = astbench(*FIT, f"--init_from={run[0]}", "--backbone=bert-tiny", "--run_dir=x")
+    assert_refused(outcome, 6, "was trained on another backbone")
+    assert not (here / "x").exists()
+
+
+def test_a_loose_file_goes_through_list_describe_and_fit(astbench, here, plugin_file):
+    path = plugin_file()
+    assert "mine" in astbench("list", f"--plugins={path}").out
+    assert "power" in astbench("describe", "mine", f"--plugins={path}").out
+    words = ["fit", f"--attention={path}:Mine", "--task=triviaqa", *DEMO, "--attention.power=1.5", "--run_dir=run"]
+    done = astbench(*words)
+    assert done.code == 0, done.err
+    record = record_of(here / "run")
+    assert record["config"]["attention"] == {"name": "mine", "power": 1.5}
+    assert record["config"]["plugins"] == [str(path)]
+    refused = astbench("test", "--ckpt_path=run", "--run_dir=t")
+    assert_refused(refused, 2, f"add --plugins={path}")
+    assert astbench("test", "--ckpt_path=run", "--run_dir=t", f"--plugins={path}").code == 0
+
+
+def test_local_data_with_every_awkward_document(astbench, here):
+    """Empty, one word, no answer in any window, no room for the question: trained and scored, with notes."""
+    rows = [
+        ("Who was born in Rookwell?", "Bram Oster", "Bram Oster was born in Rookwell. " * 30),
+        ("Who was born in Rookwell?", "Bram Oster", ""),
+        ("Who was born in Rookwell?", "Oster", "Oster"),
+        ("Who was born in Rookwell?", "Nobody", "Bram Oster was born in Rookwell. " * 30),
+        ("Who was it? " * 60, "Oster", "Bram Oster met Ada."),
+    ]
+    (here / "data").mkdir()
+    for split in ("train", "validation"):
+        with open(here / "data" / f"{split}.jsonl", "w") as out:
+            for number, (question, answer, text) in enumerate(rows):
+                pages = {"title": ["Bram Oster"], "wiki_context": [text]}
+                answers = {"value": answer, "aliases": [answer]}
+                row = {"question_id": f"{split}{number}", "question": question, "answer": answers}
+                out.write(json.dumps({**row, "entity_pages": pages}) + "\n")
+    done = astbench(*FIT, "--data.source=local", "--data.path=data", "--run_dir=run")
+    assert done.code == 0, done.err
+    record = record_of(here / "run")
+    assert record["metrics"]["title_f1"] > 0
+    assert "1 of 5 training documents are empty: left out" in record["notes"]
+    assert any("have no answer in their document" in note for note in record["notes"])
+    items = json.loads((here / "run" / "items.json").read_text())
+    assert items["validation1"] == {"em": 0.0, "f1": 0.0, "prediction": ""}
+    assert items["validation2"]["prediction"] in "Oster"

@@ -1,0 +1,127 @@
+"""The repository keeps its own rules: style, types, floors, packaging, documents."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+def run(*command, cwd=ROOT, **options):
+    return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["lint-imports"]],
+    ids=" ".join,
+)
+def test_lint(command):
+    done = run(BIN / command[0], *command[1:])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_source_roots_are_not_packages():
+    """`import kernels` must stay Hugging Face's, and `registry` nobody's."""
+    assert not (ROOT / "registry" / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)"
+    assert str(ROOT) not in run(sys.executable, "-c", code, cwd="/").stdout
+
+
+def test_wheel_holds_exactly_the_three_packages(tmp_path):
+    done = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    top = {n.split("/")[0] for n in names if ".dist-info/" not in n}
+    assert top == {"astbench", "astbench_kernels", "astbench_registry"}
+    for package in top:
+        assert f"{package}/py.typed" in names
+    tracked = run("git", "ls-files", "astbench", "registry", "kernels").stdout.split()
+    code = {re.sub(r"^(registry|kernels)/", "", f) for f in tracked if f.endswith(".py")}
+    assert code <= set(names), "tracked code that the wheel leaves out"
+
+
+def test_git_tracks_every_source_file():
+    """An ignore rule once swallowed a package."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    ignored = run("git", "status", "--porcelain", "--ignored", "astbench", "registry", "kernels", "tests").stdout
+    lost = [line for line in ignored.splitlines() if line.startswith("!!") and "__pycache__" not in line]
+    assert not lost
+
+
+def test_constraints_pin_every_dependency_within_its_floor():
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )  # name -> version
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    assert pins["torch"] == "2.13.0"
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["test"], *extras["dev"], *extras["hub"], *extras["gguf"]]:
+        requirement = Requirement(text)
+        if requirement.name == "astbench":
+            continue
+        pin = pins.get(requirement.name.lower().replace("_", "-"))
+        assert pin is not None, f"{requirement.name} is not pinned"
+        assert requirement.specifier.contains(pin), f"{requirement} does not allow the pinned {pin}"
+
+
+def test_readme_commands_exist():
+    readme = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)", readme):
+        assert re.search(rf"^{target}:", makefile, re.M), f"README names make {target}"
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme):
+        assert (ROOT / path).exists(), f"README links to {path}"
+
+
+def test_readme_tables_come_from_the_records():
+    done = run(sys.executable, ROOT / "results" / "tables.py")
+    assert done.returncode == 0, done.stderr
+    readme = (ROOT / "README.md").read_text()
+    for name, table in re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", done.stdout, re.S):
+        assert f"<!-- {name} -->\n{table}<!-- end -->" in readme, f"run: python results/tables.py --write ({name})"
+
+
+def test_contributing_example_passes_conformance(tmp_path):
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code = re.search(r"<!-- example:begin -->\n```python\n(.*?)```", text, re.S)
+    assert code is not None
+    (tmp_path / "relu.py").write_text(code[1])
+    done = run(sys.executable, "-m", "astbench", "check", "relu", "--plugins=./relu.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 failed" in done.stdout
+    assert "relu" in run(sys.executable, "-m", "astbench", "list", "--plugins=./relu.py", cwd=tmp_path).stdout
+
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_recipe_parses(recipe, tmp_path):
+    """Every option of a recipe exists: the resolved configuration is printed without an error."""
+    names = yaml.safe_load(recipe.read_text())
+    assert names["attention"]["name"] and names["task"]["name"]
+    done = run(
+        sys.executable, "-m", "astbench", names.pop("command", "fit"), f"--config={recipe}", "--print_config",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    resolved = yaml.safe_load(done.stdout)
+    for group, options in names.items():
+        if isinstance(options, dict):
+            for key, value in options.items():
+                assert resolved[group][key] == value, f"{group}.{key}"
