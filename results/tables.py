@@ -100,9 +100,7 @@ def wikitext() -> str:
         line = [f"`{name}`", str(group)]
         for density in densities:
             record = row.get(density)
-            line.append(
-                f"{record['metrics']['perplexity']:.2f} ({record['density']['mean']:.2f})" if record else ""
-            )
+            line.append(f"{record['metrics']['perplexity']:.2f} ({record['density']['mean']:.2f})" if record else "")
         lines.append(line)
     return markdown(["attention", "query group", *[f"density {d:g}" for d in densities]], lines)
 

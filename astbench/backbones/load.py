@@ -60,7 +60,7 @@ def load_backbone(
 
 def _from_preset(name: str, head: Head, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     settings = dict(PRESETS[name])
-    model_type = settings.pop("model_type")
+    model_type, mimetic = settings.pop("model_type"), settings.pop("mimetic", False)
     if tokenizer is not None:
         # Multiples of 8 keep the embedding's matmul on the fast path.
         settings["vocab_size"] = -(-len(tokenizer) // 8) * 8
@@ -68,7 +68,29 @@ def _from_preset(name: str, head: Head, tokenizer: PreTrainedTokenizerBase | Non
             settings[f"{token}_token_id"] = getattr(tokenizer, f"{token}_token_id")
     config = AutoConfig.for_model(model_type, **settings)
     model: PreTrainedModel = _AUTO[head].from_config(config, attn_implementation="sdpa")
+    if mimetic:
+        _mimetic_init(model)
     return model.float()
+
+
+def _mimetic_init(model: PreTrainedModel) -> None:
+    """Start with query = key projections, so that equal tokens attend to each other from the first step.
+
+    After Trockman and Kolter 2023 (Mimetic Initialization of Self-Attention Layers, arXiv 2305.09828), who set
+    W_q W_k^T near a multiple of the identity; here the two are drawn equal, and the embeddings wide enough that
+    training does not blur rare tokens before they are used. Without it, small encoders stay for thousands of
+    steps at the loss of "some answer of the right kind".
+    """
+    scales = {"q_proj": 0.15, "v_proj": 0.08, "o_proj": 0.08}
+    for module in model.modules():
+        parts = dict(module.named_children())
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.3)
+        elif {*scales, "k_proj"} <= parts.keys():
+            weights = {name: parts[name].get_parameter("weight") for name in (*scales, "k_proj")}
+            for name, std in scales.items():
+                nn.init.normal_(weights[name], std=std)
+            weights["k_proj"].data.copy_(weights["q_proj"].data)
 
 
 def locate(config: BackboneConfig) -> tuple[str, dict[str, Any]]:

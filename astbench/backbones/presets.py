@@ -61,6 +61,23 @@ def _modernbert(size: str) -> dict[str, Any]:
     }
 
 
+def _rope_bert(size: str) -> dict[str, Any]:
+    hidden, layers, heads, feed_forward = _ENCODER_SIZES[size]
+    return {
+        # BERT with rotary positions and token types (question or document).
+        "model_type": "jina_embeddings_v3",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": feed_forward,
+        "max_position_embeddings": 8192,
+        "type_vocab_size": 2,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "mimetic": True,
+    }
+
+
 def _bert(size: str) -> dict[str, Any]:
     hidden, layers, heads, feed_forward = _ENCODER_SIZES[size]
     return {
@@ -92,6 +109,7 @@ def _llama(size: str) -> dict[str, Any]:
 PRESETS: dict[str, dict[str, Any]] = {
     f"{family}-{size}": make(size)
     for family, make, sizes in (
+        ("rope-bert", _rope_bert, _ENCODER_SIZES),
         ("modernbert", _modernbert, _ENCODER_SIZES),
         ("bert", _bert, _ENCODER_SIZES),
         ("llama", _llama, _DECODER_SIZES),
@@ -99,7 +117,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     for size in sizes
 }
 
-DEFAULT_FAMILY: dict[Head, str] = {"question_answering": "modernbert", "causal_lm": "llama"}
+DEFAULT_FAMILY: dict[Head, str] = {"question_answering": "rope-bert", "causal_lm": "llama"}
 """What a bare `tiny` or `small` means for a head."""
 
 

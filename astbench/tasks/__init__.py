@@ -71,6 +71,19 @@ TASKS: dict[str, Task] = {
             real="--data.source=hub --backbone=FacebookAI/roberta-base --backbone.max_positions=4096 "
             "--data.max_length=4096",
             metric="f1",
+            demo={
+                "data.demo_train": 51_200,
+                "data.batch_size": 16,
+                "data.negative_share": 0.0,
+                "trainer.max_steps": 3200,
+                "optim.lr": 3e-3,
+                "optim.beta2": 0.98,
+                "optim.warmup_steps": 50,
+                "attention.block_size": 8,
+                "attention.query_group": 8,
+                "attention.density": 0.125,
+                "attention.min_blocks": 4,
+            },
         ),
         Task(
             name="wikitext103",

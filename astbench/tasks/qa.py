@@ -37,8 +37,9 @@ class SpanQA(TaskModule):
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Start and end scores `(batch, length)`, float32, -inf outside the document and the first token."""
         assert self.model is not None
-        inputs = {n: batch[n] for n in ("input_ids", "attention_mask", "token_type_ids") if n in batch}
-        inputs["attention_mask"] = inputs["attention_mask"].long()
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"].long()}
+        if "token_type_ids" in batch and getattr(self.model.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = batch["token_type_ids"]
         out = self.model(**inputs)
         allowed = batch["answerable"].clone()
         allowed[:, 0] = True

@@ -471,8 +471,9 @@ class TriviaQAData(SpanQAData):
         source: demo, hub (mandarjoshi/trivia_qa, rc.wikipedia) or local.
         path: For `local`: a folder in the official layout (qa/wikipedia-train.json and evidence/), or with
             train/validation/test.jsonl[.gz] or .parquet in the hub's columns.
-        demo_train: Generated training questions, for `demo`.
-        demo_eval: Generated evaluation questions, for `demo`.
+        demo_train: Generated training questions, for `demo`: three quarters about one paragraph, a tenth about
+            two or three, the rest about whole articles, in this order in the first epoch.
+        demo_eval: Generated evaluation questions, for `demo`, about whole articles.
     """
 
     task = "triviaqa"
@@ -491,14 +492,28 @@ class TriviaQAData(SpanQAData):
     def read(self, split: str) -> list[QAExample]:
         """See the base class. The real test answers are not public: there `test` is the validation split."""
         if self.source == "demo":
-            count = self.demo_train if split == "train" else self.demo_eval
-            return qa_demo.generate(split, count, seed=0)
+            return self._demo(split)
         if split == "test":
             self.notes.append("TriviaQA's test answers are not public: tested on the validation split")
             split = "validation"
         if self.source == "hub":
             return qa_sources.read_hub("triviaqa", split)
         return qa_sources.read_triviaqa(self.path, split)
+
+    def _demo(self, split: str) -> list[QAExample]:
+        """Short documents first: matching a name across a long one is hard to begin with."""
+        if split != "train":
+            return qa_demo.generate(split, self.demo_eval)
+        short, middle = self.demo_train * 3 // 4, self.demo_train // 10
+        return [
+            *qa_demo.generate("train", short, seed=0, paragraphs=1),
+            *qa_demo.generate("train", middle, seed=1, paragraphs=(2, 3)),
+            *qa_demo.generate("train", self.demo_train - short - middle, seed=2),
+        ]
+
+    def first_epoch(self) -> list[int] | None:
+        """The demo's questions in the order they were generated."""
+        return list(range(len(self.sets["train"]))) if self.source == "demo" else None
 
 
 class SquadData(SpanQAData):

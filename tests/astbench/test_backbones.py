@@ -48,7 +48,7 @@ def test_every_preset_builds_and_takes_every_pattern_of_its_head(preset):
 @pytest.mark.parametrize(
     ("name", "head", "preset"),
     [
-        ("tiny", "question_answering", "modernbert-tiny"),
+        ("tiny", "question_answering", "rope-bert-tiny"),
         ("small", "causal_lm", "llama-small"),
         ("bert-tiny", "question_answering", "bert-tiny"),
         ("bert-base-uncased", "question_answering", None),
@@ -142,7 +142,7 @@ def test_rotary_positions_have_no_table(family):
         extend_positions(model, 100)
 
 
-@pytest.mark.parametrize("preset", ["bert-tiny", "modernbert-tiny"])
+@pytest.mark.parametrize("preset", ["bert-tiny", "rope-bert-tiny"])
 def test_presets_take_any_length(preset):
     model = load_backbone(BackboneConfig(preset, max_positions=3000), "question_answering")
     assert max_positions(model) == 3000
