@@ -402,12 +402,14 @@ def test_fit_takes_no_checkpoint(astbench, here, run):
 
 def test_init_from_puts_the_weights_into_another_attention(astbench, here, run):
     folder, _ = run
-    words = ["fit", f"--config={folder / CONFIG}", f"--init_from={folder}", "--run_dir=dense", "--optim.lr=1e-12"]
-    done = astbench(*words, "--attention=dense")
+    words = ["fit", f"--config={folder / CONFIG}", f"--init_from={folder}", "--optim.lr=1e-12"]
+    done = astbench(*words, "--attention=dense", "--run_dir=dense")
     assert done.code == 0, done.err
     assert "attention dense replaces ast" in done.out
-    # At this length ast keeps everything: the same function of the same weights.
-    assert record_of(here / "dense")["metrics"] == record_of(folder)["metrics"]
+    full = astbench(*words, "--attention.density=1.0", "--run_dir=full")
+    assert full.code == 0, full.err
+    # At full density ast is dense: the same function of the same weights.
+    assert record_of(here / "dense")["metrics"] == record_of(here / "full")["metrics"]
     assert record_of(here / "dense")["parameters"]["attention"] == 0
 
 
