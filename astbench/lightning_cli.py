@@ -66,6 +66,8 @@ class Parser(LightningArgumentParser):
             )
         if wrong := re.match(r'Parser key "([^"]+)": Expected a <class \'(\w+)\'>\. Got value: (.*)', message):
             return f"--{wrong[1]} must be of type {wrong[2]}, got {wrong[3][:100]}"
+        if wrong := re.match(r'Parser key "([^"]+)": Expected a typing.Literal\[(.*?)\]\. Got value: (.*)', message):
+            return f"--{wrong[1]} must be one of {wrong[2]}, got {wrong[3][:100]}"
         marker = "nrecognized arguments:"
         if marker not in message:
             return message if len(message) < 400 else f"{message[:400]} ..."

@@ -239,8 +239,9 @@ class RunCallback(Callback):
                 "measured_on": "the first evaluation batch",
             }
             self.record["backends"] = sorted({s.backend for s in stats.values()})
+            real = int(batch["attention_mask"][0].sum()) if "attention_mask" in batch else None
             self.record["picture"] = draw_pattern(
-                self.folder / "pattern.png", [(p, s) for p, s in stats.items()], module.swapped.name
+                self.folder / "pattern.png", list(stats.items()), module.swapped.name, real
             )
 
     def _write_record(self) -> None:

@@ -10,8 +10,16 @@ PANELS = 8
 """Layers drawn at most; of more, evenly spaced ones."""
 
 
-def draw_pattern(file: Path, stats: list[tuple[str, AttentionStats]], name: str) -> str | None:
+def draw_pattern(
+    file: Path, stats: list[tuple[str, AttentionStats]], name: str, length: int | None = None
+) -> str | None:
     """Draw the kept blocks of the first sequence, mean over heads, query groups down and key blocks across.
+
+    Args:
+        file: PNG to write.
+        stats: Layer path and statistics.
+        name: The attention's name.
+        length: Real tokens of the first sequence; what lies behind is padding and is not drawn.
 
     Returns:
         The file's name, or None for an attention that does not choose blocks.
@@ -32,6 +40,8 @@ def draw_pattern(file: Path, stats: list[tuple[str, AttentionStats]], name: str)
         assert s.layout is not None
         axes = figure.add_subplot(1, len(chosen), number + 1)
         share = s.layout.to_mask()[0].float().mean(0)
+        if length is not None:
+            share = share[: -(-length // s.layout.query_group), : -(-length // s.layout.block_size)]
         image = axes.imshow(share.cpu().numpy(), vmin=0, vmax=1, cmap="magma_r", aspect="auto", interpolation="nearest")
         axes.set_title(f"{_layer(path)}, density {float(s.density.mean()):.2f}", fontsize=9)
         axes.set_xlabel(f"key blocks of {s.layout.block_size} tokens", fontsize=8)

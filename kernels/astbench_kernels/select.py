@@ -33,7 +33,7 @@ def select_blocks(scores: Tensor, *, forced: Tensor, candidates: Tensor, budget:
 def soft_top_k(scores: Tensor, k: Tensor, candidates: Tensor, temperature: float) -> Tensor:
     """Log-probabilities of a differentiable top-k: `p = sigmoid((s - tau) / T)` with `sum(p) = k`.
 
-    tau is found by bisection without a graph; its gradient is put back by the implicit function theorem
+    tau is found by bisection and Newton's method without a graph; its gradient is put back by the implicit function theorem
     (`d tau / d s_j = w_j`, `w = p(1-p) / sum p(1-p)`), so that raising one score lowers the others' p.
 
     Args:
@@ -57,12 +57,19 @@ def soft_top_k(scores: Tensor, k: Tensor, candidates: Tensor, temperature: float
         low = values.masked_fill(~mask, torch.inf).amin(-1) - 30 * temperature
         high = values.masked_fill(~mask, -torch.inf).amax(-1) + 30 * temperature
         low, high = low.masked_fill(~live, -1.0), high.masked_fill(~live, 1.0)
-        for _ in range(40 if scores.dtype == torch.float32 else 70):
+        # Bisection until Newton is safe; Newton's error squares with every pass.
+        for _ in range(12):
             middle = (low + high) / 2
             p = torch.sigmoid((values - middle.unsqueeze(-1)) / temperature)
             too_many = (p * mask).sum(-1) > k
             low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
-        tau = ((low + high) / 2).unsqueeze(-1)
+        tau = (low + high) / 2
+        for _ in range(4 if scores.dtype == torch.float32 else 7):
+            p = torch.sigmoid((values - tau.unsqueeze(-1)) / temperature) * mask
+            slope = (p * (1 - p)).sum(-1).clamp(min=torch.finfo(p.dtype).tiny) / temperature
+            # Never out of the bracket, wherever a flat slope points.
+            tau = (tau + (p.sum(-1) - k) / slope).clamp(low, high)
+        tau = tau.unsqueeze(-1)
         p = torch.sigmoid((values - tau) / temperature) * mask
         weight = p * (1 - p)
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
