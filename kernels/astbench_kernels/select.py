@@ -33,8 +33,8 @@ def select_blocks(scores: Tensor, *, forced: Tensor, candidates: Tensor, budget:
 def soft_top_k(scores: Tensor, k: Tensor, candidates: Tensor, temperature: float) -> Tensor:
     """Log-probabilities of a differentiable top-k: `p = sigmoid((s - tau) / T)` with `sum(p) = k`.
 
-    tau is found by bisection and Newton's method without a graph; its gradient is put back by the implicit function theorem
-    (`d tau / d s_j = w_j`, `w = p(1-p) / sum p(1-p)`), so that raising one score lowers the others' p.
+    tau is found by bisection and Newton's method without a graph; its gradient is put back by the implicit function
+    theorem (`d tau / d s_j = w_j`, `w = p(1-p) / sum p(1-p)`), so that raising one score lowers the others' p.
 
     Args:
         scores: `(..., key_blocks)`, finite on candidates.
