@@ -60,13 +60,12 @@ def demo() -> str:
 def triviaqa() -> str:
     """Real questions over whole Wikipedia articles."""
     rows = []
-    order = {"zero": 0, "untrained": 1}
     found = records("triviaqa")
-    for name, record in sorted(found.items(), key=lambda item: (order.get(item[0].split("-")[-1], 2), item[0])):
+    for record in sorted(found.values(), key=lambda r: (r.get("train", {}).get("steps", 0), -r["metrics"]["f1"])):
         train = record.get("train")
         rows.append(
             [
-                f"`{attention(record)['name']}` ({name})",
+                f"`{attention(record)['name']}`",
                 f"{record['metrics']['f1']:.1f}",
                 f"{record['metrics']['em']:.1f}",
                 f"{record['density']['mean']:.2f}",
@@ -77,41 +76,37 @@ def triviaqa() -> str:
     if found:
         title = next(iter(found.values()))["metrics"]["title_f1"]
         rows.append(["always the article's title", f"{title:.1f}", "", "", "", ""])
-    return markdown(["attention (run)", "F1", "EM", "density", "steps", "training"], rows)
+    return markdown(["attention", "F1", "EM", "density", "steps", "training"], rows)
 
 
 def wikitext() -> str:
     """A pretrained causal model, no training."""
-    runs = records("wikitext2")
-    cells: dict[tuple[str, int], dict[float, Record]] = {}
-    lines = []
-    for record in runs.values():
+    rows = []
+    for record in sorted(records("wikitext2").values(), key=lambda r: r["metrics"]["perplexity"]):
         options = attention(record)
-        if "query_group" in options:
-            cells.setdefault((options["name"], options["query_group"]), {})[options["density"]] = record
-    densities = sorted({d for row in cells.values() for d in row}, reverse=True)
-    for record in runs.values():
-        options = attention(record)
-        if "query_group" not in options:
-            window = f", window {options['window']}" if "window" in options else ""
-            cell = f"{record['metrics']['perplexity']:.2f} ({record['density']['mean']:.2f})"
-            lines.append([f"`{options['name']}`{window}", "", cell, *[""] * (len(densities) - 1)])
-    for (name, group), row in sorted(cells.items(), key=lambda c: (c[0][1], c[0][0])):
-        line = [f"`{name}`", str(group)]
-        for density in densities:
-            record = row.get(density)
-            line.append(f"{record['metrics']['perplexity']:.2f} ({record['density']['mean']:.2f})" if record else "")
-        lines.append(line)
-    return markdown(["attention", "query group", *[f"density {d:g}" for d in densities]], lines)
+        window = f", window {options['window']}" if "window" in options else ""
+        rows.append(
+            [
+                f"`{options['name']}`{window}",
+                str(options.get("query_group", "")),
+                f"{options['density']:g}" if "density" in options else "",
+                f"{record['density']['mean']:.3f}",
+                f"{record['metrics']['perplexity']:.2f}",
+            ]
+        )
+    return markdown(["attention", "query group", "density asked", "density measured", "perplexity"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "triviaqa": triviaqa, "wikitext": wikitext}
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, "triviaqa": triviaqa, "wikitext2": wikitext}
+"""Folder of records -> its table."""
 
 
 def main() -> None:
     """Print the tables, or put them into the README between their markers."""
     text = README.read_text(encoding="utf-8")
     for name, make in TABLES.items():
+        if not records(name):
+            continue
         block = f"<!-- {name} -->\n{make()}<!-- end -->"
         if "--write" in sys.argv:
             text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, b=block: b, text, flags=re.S)
