@@ -505,14 +505,17 @@ class TriviaQAData(SpanQAData):
         if split != "train":
             return qa_demo.generate(split, self.demo_eval)
         short, middle = self.demo_train * 3 // 4, self.demo_train // 10
-        return [
-            *qa_demo.generate("train", short, seed=0, paragraphs=1),
-            *qa_demo.generate("train", middle, seed=1, paragraphs=(2, 3)),
-            *qa_demo.generate("train", self.demo_train - short - middle, seed=2),
-        ]
+        stages = ((short, 1), (middle, (2, 3)), (self.demo_train - short - middle, qa_demo.PARAGRAPHS))
+        examples = []
+        for seed, (count, paragraphs) in enumerate(stages):
+            stage = qa_demo.generate("train", count, seed=seed, paragraphs=paragraphs)
+            # The generator asks several questions in a row about one article: not into one batch.
+            random.Random(derived_seed(self.seed, seed)).shuffle(stage)
+            examples += stage
+        return examples
 
     def first_epoch(self) -> list[int] | None:
-        """The demo's questions in the order they were generated."""
+        """The demo's stages in their order."""
         return list(range(len(self.sets["train"]))) if self.source == "demo" else None
 
 
