@@ -505,7 +505,11 @@ class TriviaQAData(SpanQAData):
         if split != "train":
             return qa_demo.generate(split, self.demo_eval)
         short, middle = self.demo_train * 3 // 4, self.demo_train // 10
-        stages = ((short, 1), (middle, (2, 3)), (self.demo_train - short - middle, qa_demo.PARAGRAPHS))
+        stages: tuple[tuple[int, int | tuple[int, int]], ...] = (
+            (short, 1),
+            (middle, (2, 3)),
+            (self.demo_train - short - middle, qa_demo.PARAGRAPHS),
+        )
         examples = []
         for seed, (count, paragraphs) in enumerate(stages):
             stage = qa_demo.generate("train", count, seed=seed, paragraphs=paragraphs)
