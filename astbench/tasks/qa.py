@@ -38,7 +38,7 @@ class SpanQA(TaskModule):
         """Start and end scores `(batch, length)`, float32, -inf outside the document and the first token."""
         assert self.model is not None
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"].long()}
-        if "token_type_ids" in batch and getattr(self.model.config, "type_vocab_size", 0) > 1:
+        if getattr(self.model.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = batch["token_type_ids"]
         out = self.model(**inputs)
         allowed = batch["answerable"].clone()

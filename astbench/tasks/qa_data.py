@@ -33,14 +33,14 @@ class Window:
 
     Attributes:
         input_ids: The question, the stretch, and special tokens between and around them.
-        token_type_ids: Which of the two each token belongs to, where the tokenizer says so.
+        token_type_ids: Which of the two each token belongs to.
         offsets: Character span in the document for each token of the stretch; None for others.
         starts: Tokens at which a right answer starts.
         ends: Tokens at which one ends, inclusive.
     """
 
     input_ids: list[int]
-    token_type_ids: list[int] | None
+    token_type_ids: list[int]
     offsets: list[tuple[int, int] | None]
     starts: tuple[int, ...]
     ends: tuple[int, ...]
@@ -74,6 +74,8 @@ class Windower:
             stride=self.stride,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
+            # Not every tokenizer gives them by itself, and an encoder with token types is lost without.
+            return_token_type_ids=True,
         )
         mentions = find_mentions(example)
         found = []
@@ -84,7 +86,7 @@ class Windower:
             ]
             if not any(offsets):
                 continue
-            types = encoded["token_type_ids"][number] if "token_type_ids" in encoded else None
+            types = encoded["token_type_ids"][number]
             starts, ends = _token_spans(mentions, offsets)
             found.append(Window(ids, types, offsets, starts, ends))
         return found
@@ -204,11 +206,8 @@ class Collate:
             masks["answerable"][row, :size] = torch.tensor([span is not None for span in window.offsets])
             masks["starts"][row, list(window.starts) or [0]] = True  # the first token stands for "not here"
             masks["ends"][row, list(window.ends) or [0]] = True
-            if window.token_type_ids is not None:
-                types[row, :size] = torch.tensor(window.token_type_ids)
-        batch: dict[str, Any] = {"input_ids": input_ids, **masks}
-        if windows[0].token_type_ids is not None:
-            batch["token_type_ids"] = types
+            types[row, :size] = torch.tensor(window.token_type_ids)
+        batch: dict[str, Any] = {"input_ids": input_ids, "token_type_ids": types, **masks}
         batch["index"] = torch.tensor([row["index"] for row in rows])
         batch["offsets"] = [w.offsets for w in windows]
         return batch

@@ -513,3 +513,13 @@ def test_limits(tmp_path):
     data = local(tmp_path, [hub_row(n) for n in range(9)], [hub_row(n) for n in range(9)], max_train=5, max_eval=2)
     data.setup("fit")
     assert {s: len(e) for s, e in data.examples.items()} == {"train": 5, "validation": 2}
+
+
+def test_question_and_document_have_their_own_token_types():
+    """A tokenizer that leaves them out by default once cost the demo its learnability."""
+    example = qa_demo.generate("validation", 1, paragraphs=1)[0]
+    tokenizer = train_tokenizer([example.question, example.context], 8192)
+    for window in Windower(tokenizer, 64, 8, 40).windows(example):
+        real = [kind for kind, span in zip(window.token_type_ids, window.offsets, strict=True) if span is not None]
+        assert set(real) == {1}
+        assert window.token_type_ids[1] == 0
