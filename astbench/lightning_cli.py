@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import closing
@@ -274,18 +275,17 @@ def run(command: str, found: Selection) -> int:
     if found.resume and RunFolder(found.resume).done:
         console.say(f"{found.resume} is done already; nothing to resume")
         return 0
-    found.argv = _fit_configs(found, task)
-    try:
-        CLI(command, found, task)
-    except MisconfigurationException as error:
-        raise ConfigError(str(error)) from error
+    with tempfile.TemporaryDirectory(prefix="astbench-") as folder:
+        found.argv = _fit_configs(found, task, Path(folder))
+        try:
+            CLI(command, found, task)
+        except MisconfigurationException as error:
+            raise ConfigError(str(error)) from error
     return 0
 
 
-def _fit_configs(found: Selection, task: Task) -> list[str]:
-    """Replace configs by ones that hold only what the chosen attention and task know, with a note on the rest."""
-    import tempfile
-
+def _fit_configs(found: Selection, task: Task, folder: Path) -> list[str]:
+    """Replace configs by ones, in `folder`, of what the chosen attention and task know, with a note on the rest."""
     import yaml
 
     argv = []
@@ -312,9 +312,9 @@ def _fit_configs(found: Selection, task: Task) -> list[str]:
             config["seed_everything"] = config.pop("seed")
         for key in ("plugins", "run_dir"):
             config.pop(key, None)
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="astbench-", delete=False) as file:
-            yaml.safe_dump(config, file)
-        argv.append(f"--config={file.name}")
+        fitted = folder / f"{len(argv)}.yaml"
+        fitted.write_text(yaml.safe_dump(config), encoding="utf-8")
+        argv.append(f"--config={fitted}")
     return argv
 
 

@@ -255,7 +255,6 @@ def run(tmp_path_factory):
         capture_output=True,
         text=True,
         cwd=folder.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
