@@ -73,24 +73,47 @@ def _from_preset(name: str, head: Head, tokenizer: PreTrainedTokenizerBase | Non
     return model.float()
 
 
+SLOW_TURN = 0.01
+"""Radians a token: slower rotary dimensions hardly turn within a document of the demo."""
+
+EQUAL_SCORE = 11.0
+"""Attention logit of a token with its equal at the start: above a few hundred others' noise."""
+
+
+LOCAL_BIAS = 1.0
+"""Constant in the fast dimensions of the heads that look around."""
+
+
 def _mimetic_init(model: PreTrainedModel) -> None:
-    """Start with query = key projections, so that equal tokens attend to each other from the first step.
+    """Start with heads that do something: the first half find equal tokens at any distance, the rest look around.
 
     After Trockman and Kolter 2023 (Mimetic Initialization of Self-Attention Layers, arXiv 2305.09828), who set
-    W_q W_k^T near a multiple of the identity; here the two are drawn equal, and the embeddings wide enough that
-    training does not blur rare tokens before they are used. Without it, small encoders stay for thousands of
-    steps at the loss of "some answer of the right kind".
+    W_q W_k^T near a multiple of the identity. Here the query and key projections of the first half of the heads
+    are drawn equal, and only where rotary positions turn slowly: fast dimensions would blur a match at a
+    distance. The other heads get a constant in the fast dimensions, which rotary positions turn into a preference
+    for near tokens. Without this, small encoders stay for thousands of steps at "some answer of the right kind".
     """
-    scales = {"q_proj": 0.15, "v_proj": 0.08, "o_proj": 0.08}
+    hidden, heads = model.config.hidden_size, model.config.num_attention_heads
+    dim = hidden // heads
+    turn = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
+    slow = (turn < SLOW_TURN).repeat(2)  # dimensions i and i + dim/2 turn together
+    finds_equal = torch.arange(heads) < heads // 2
+    content = (finds_equal[:, None] & slow).flatten()
+    position = (~finds_equal[:, None] & ~slow).flatten()
+    # A token of unit variance scores EQUAL_SCORE with its equal.
+    std = (EQUAL_SCORE * dim**0.5 / (int(slow.sum()) * hidden)) ** 0.5
     for module in model.modules():
         parts = dict(module.named_children())
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.3)
-        elif {*scales, "k_proj"} <= parts.keys():
-            weights = {name: parts[name].get_parameter("weight") for name in (*scales, "k_proj")}
-            for name, std in scales.items():
-                nn.init.normal_(weights[name], std=std)
-            weights["k_proj"].data.copy_(weights["q_proj"].data)
+            # Wide, so that training does not blur rare words before they are used; token types stay a hint.
+            nn.init.normal_(module.weight, std=0.3 if module.num_embeddings > 2 else 0.06)
+        elif {"q_proj", "k_proj", "v_proj", "o_proj"} <= parts.keys():
+            equal = torch.randn(hidden, hidden) * std
+            for name in ("q_proj", "k_proj"):
+                parts[name].get_parameter("weight").data[content] = equal[content]
+                parts[name].get_parameter("bias").data[position] = LOCAL_BIAS
+            for name in ("v_proj", "o_proj"):
+                nn.init.normal_(parts[name].get_parameter("weight"), std=hidden**-0.5)
 
 
 def locate(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
@@ -152,6 +175,20 @@ def max_positions(model: PreTrainedModel) -> int:
         _, module = table[0]
         return int(module.num_embeddings - _reserved_rows(module))
     return int(getattr(model.config, "max_position_embeddings", 2**31))
+
+
+def require_positions(model: PreTrainedModel, length: int, flag: str) -> None:
+    """Refuse inputs of `length` tokens, as `flag` set them, where the model has fewer positions.
+
+    Raises:
+        ConfigError: naming both numbers and the flags to change.
+    """
+    limit = max_positions(model)
+    if length > limit:
+        raise ConfigError(
+            f"{flag} tokens is longer than the backbone's position table of {limit}; lower it, or set "
+            f"--backbone.max_positions={length} to extend a learned table by copying"
+        )
 
 
 def has_position_table(model: PreTrainedModel) -> bool:

@@ -37,7 +37,7 @@ class BackboneConfig:
 
 _ENCODER_SIZES = {
     # hidden, layers, heads, feed-forward
-    "tiny": (64, 2, 4, 128),
+    "tiny": (64, 3, 2, 128),
     "small": (256, 4, 4, 512),
 }
 _DECODER_SIZES = {
@@ -71,6 +71,7 @@ def _rope_bert(size: str) -> dict[str, Any]:
         "num_attention_heads": heads,
         "intermediate_size": feed_forward,
         "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         "type_vocab_size": 2,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers import PreTrainedModel
 
+from astbench.backbones.hooks import IMPLEMENTATION, PROBE_LENGTHS, AttentionSlot, Call, recorded_calls
 from astbench_registry import Capabilities, CapabilityError, Pattern, build_attention
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionShape,
-    AttentionStats,
-)
+from astbench_registry.interface import Attention, AttentionShape
 from astbench_registry.registry import make_config
-
-IMPLEMENTATION = "astbench"
-"""The name under which the hooks are registered with transformers."""
 
 Where = Literal["encoder_self", "decoder_self", "cross"]
 WHERE: dict[Pattern, Where] = {
@@ -38,46 +28,6 @@ FAMILIES = (
     "modernbert opt pegasus qwen3 roberta"
 ).split()
 """Model types known to call the attention interface; others may too, and are probed."""
-
-_REFUSED = {
-    "sliding_window": "a built-in sliding window",
-    "softcap": "logit soft-capping",
-    "position_bias": "an additive position bias (T5)",
-    "s_aux": "attention sinks",
-    "head_mask": "a head mask",
-}
-
-
-class UnsupportedMask:
-    """Stands for a mask that :class:`AttentionMask` cannot hold."""
-
-
-class AttentionSlot(nn.Module):
-    """Sits on a Hugging Face attention module as its submodule `astbench` and holds the variant."""
-
-    def __init__(self, attention: Attention, pattern: Pattern, path: str) -> None:
-        super().__init__()
-        self.attention = attention
-        self.pattern: Pattern = pattern
-        self.path = path
-        self.step = 0
-        self.listen = False
-        self.hidden_states: Tensor | None = None
-        self.losses: Mapping[str, Tensor] = {}
-        self.stats: AttentionStats | None = None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None) -> Tensor:
-        """Run the variant; keep what it reports for the handle."""
-        if mask.causal != (self.pattern == "causal_self"):
-            raise CapabilityError(
-                f"{self.path} was attached for {self.pattern} attention but is called with a "
-                f"{'causal' if mask.causal else 'non-causal'} mask"
-            )
-        context = AttentionContext(self.step, self.listen, self.hidden_states)
-        out, self.losses, self.stats = self.attention(
-            q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context
-        )
-        return out
 
 
 class SwapHandle:
@@ -149,22 +99,6 @@ class SwapHandle:
         self.slots.clear()
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What one attention module was called with in the probing pass."""
-
-    module: nn.Module
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    pattern: Pattern
-
-
-_probe: list[_Call] | None = None
-_PROBE_LENGTHS = (8, 5)
-"""Encoder and decoder lengths of the probing pass: different, so that cross-attention shows."""
-
-
 def swap_attention(
     model: PreTrainedModel,
     name: str,
@@ -231,22 +165,20 @@ def _enter(model: PreTrainedModel, handle: SwapHandle) -> None:
 
 
 @torch.no_grad()
-def _probe_attention(model: PreTrainedModel) -> list[_Call]:
+def _probe_attention(model: PreTrainedModel) -> list[Call]:
     """One tiny forward pass that writes down which modules call the interface, and how."""
-    global _probe
-    encoder, decoder = _PROBE_LENGTHS
+    encoder, decoder = PROBE_LENGTHS
     inputs = {"input_ids": torch.ones(1, encoder, dtype=torch.long, device=model.device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.ones(1, decoder, dtype=torch.long, device=model.device)
     training, cpu_state = model.training, torch.get_rng_state()
     model.eval()
-    _probe = []
     try:
-        model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
-        return _probe
+        with recorded_calls() as calls:
+            model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
+        return calls
     finally:
-        _probe = None
         model.train(training)
         torch.set_rng_state(cpu_state)
 
@@ -255,9 +187,9 @@ def _takes_cache(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "use_cache", False))
 
 
-def _choose(calls: list[_Call], handle: SwapHandle) -> list[tuple[_Call, int, int]]:
+def _choose(calls: list[Call], handle: SwapHandle) -> list[tuple[Call, int, int]]:
     """(call, layer index, number of layers) of the modules to attach to."""
-    stacks: dict[Pattern, list[_Call]] = {}
+    stacks: dict[Pattern, list[Call]] = {}
     for call in calls:
         stacks.setdefault(call.pattern, []).append(call)
     chosen = [
@@ -275,7 +207,7 @@ def _choose(calls: list[_Call], handle: SwapHandle) -> list[tuple[_Call, int, in
     return chosen
 
 
-def _check(can: Capabilities, name: str, call: _Call) -> None:
+def _check(can: Capabilities, name: str, call: Call) -> None:
     can.check(
         name,
         call.pattern,
@@ -285,7 +217,7 @@ def _check(can: Capabilities, name: str, call: _Call) -> None:
     )
 
 
-def _attach(model: PreTrainedModel, call: _Call, attention: Attention, can: Capabilities, handle: SwapHandle) -> None:
+def _attach(model: PreTrainedModel, call: Call, attention: Attention, can: Capabilities, handle: SwapHandle) -> None:
     path = next(name for name, module in model.named_modules() if module is call.module)
     parameter = next(call.module.parameters())
     slot = AttentionSlot(attention.to(parameter.device), call.pattern, path)
@@ -317,98 +249,3 @@ def _no_dropout(modules: list[nn.Module], handle: SwapHandle) -> None:
                 setattr(module, name, 0.0)
     if found:
         handle.notes.append(f"attention dropout {found} -> 0 (the same for every variant)")
-
-
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: AttentionMask | UnsupportedMask | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The function that transformers calls in place of its own attention.
-
-    Raises:
-        CapabilityError: the model asks for something that would be silently lost.
-    """
-    asked = [why for name, why in _REFUSED.items() if kwargs.get(name) is not None]
-    if dropout:
-        asked.append(f"attention dropout {dropout}")
-    if asked:
-        raise CapabilityError(f"{type(module).__name__} asks for {' and '.join(asked)}, which no variant honours")
-    mask = _as_mask(module, query, key, attention_mask)
-    if _probe is not None:
-        pattern = mask.pattern
-        if query.shape[2] == _PROBE_LENGTHS[1] and key.shape[2] == _PROBE_LENGTHS[0]:
-            pattern = "causal_cross"
-        _probe.append(_Call(module, query.shape[1], key.shape[1], query.shape[-1], pattern))
-    slot = getattr(module, IMPLEMENTATION, None)
-    if slot is None:
-        out = _dense(query, key, value, mask, scaling)
-    else:
-        out = slot(query, key, value, mask, scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _as_mask(
-    module: nn.Module, query: Tensor, key: Tensor, mask: AttentionMask | UnsupportedMask | None
-) -> AttentionMask:
-    if isinstance(mask, AttentionMask):
-        return mask
-    if isinstance(mask, UnsupportedMask):
-        raise CapabilityError(
-            f"{type(module).__name__} asks for a packed, sliding-window or otherwise special mask, which no variant "
-            "honours; choose a model, or a configuration of it, with full attention in every layer"
-        )
-    if mask is not None:
-        raise CapabilityError(
-            f"{type(module).__name__} passes a ready-made {type(mask).__name__} as its mask; only padding masks "
-            "(batch, length) are supported"
-        )
-    if getattr(module, "is_causal", False) and query.shape[2] == key.shape[2]:
-        raise CapabilityError(f"{type(module).__name__} is causal but passes no mask; it would see the future")
-    return AttentionMask("bidirectional_self")
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None) -> Tensor:
-    shape = AttentionShape(q.shape[1], k.shape[1], q.shape[-1])
-    return build_attention("dense", {}, shape)(q, k, v, mask, scale=scale).context
-
-
-def attention_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> AttentionMask | UnsupportedMask:
-    """The function that transformers calls to build a mask: O(batch x length) instead of N x M.
-
-    Packed sequences, sliding windows and other masks that this form cannot hold come back as
-    :class:`UnsupportedMask`, which the attention refuses.
-    """
-    patterns: dict[Any, Pattern] = {
-        causal_mask_function: "causal_self",
-        bidirectional_mask_function: "bidirectional_self",
-    }
-    if mask_function not in patterns or kv_offset:
-        # Some models build masks that none of their layers uses: refuse when one is used.
-        return UnsupportedMask()
-    valid = attention_mask
-    if valid is not None:
-        valid = valid[:, :kv_length].bool()
-        # A static cache has room for more keys than the padding mask speaks of.
-        valid = nn.functional.pad(valid, (0, kv_length - valid.shape[1]))
-        if bool(valid.all()):
-            valid = None
-    return AttentionMask(patterns[mask_function], query_offset=int(q_offset), key_valid=valid)
-
-
-AttentionInterface.register(IMPLEMENTATION, attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)

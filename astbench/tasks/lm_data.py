@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from astbench.backbones.load import max_positions
+from astbench.backbones.load import require_positions
 from astbench.backbones.presets import BackboneConfig, resolve_preset
 from astbench.errors import ConfigError, DataError
 from astbench.reading import read_bytes
@@ -135,12 +135,7 @@ class WikiTextData(pl.LightningDataModule):
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Refuse windows longer than the model's positions."""
-        limit = max_positions(model)
-        if self.context > limit:
-            raise ConfigError(
-                f"--data.context={self.context} tokens is longer than the backbone's {limit} positions; lower it, or "
-                f"extend a learned table with --backbone.max_positions={self.context}"
-            )
+        require_positions(model, self.context, f"--data.context={self.context}")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Windows in text order; a batch holds windows of one length."""

@@ -1,9 +1,14 @@
 """Invented articles and questions that a tiny model learns from scratch in minutes.
 
-Real in form: articles of 250 to 450 words about invented makers and towns, questions in many
+Real in form: articles of 200 to 400 words about invented makers and towns, questions in several
 wordings, answers with aliases, eight or so distractors of the same kind in each article. Names come
 from finite pools that all splits share (a word-level vocabulary of under 3,000 words covers them),
 facts are drawn afresh for every article, so nothing can be memorised.
+
+Learnable in minutes, because each paragraph states facts of one kind about several people: only the name
+tells them apart, so that matching names pays from the first steps on; and sentences name the person before
+the answer, so that the nearest name before an answer is its own. Otherwise small encoders stay for thousands
+of steps where they find the kind and guess the person.
 
 The form also separates attention patterns. Everything that a question does not share with all others
 (the person's name) stands after its first 16 tokens, so a token that sees only its own block, the
@@ -22,12 +27,12 @@ from astbench.tasks.qa_examples import QAExample
 
 _T = TypeVar("_T")
 
-PARAGRAPHS = (5, 8)
+PARAGRAPHS = (5, 7)
 """How many paragraphs a full-length article has, smallest and largest."""
 
+MOST_PARAGRAPHS = 8
 QUESTIONS_PER_ARTICLE = 2
-PEOPLE_PER_PARAGRAPH = 2
-FACTS_PER_PERSON = 2
+PEOPLE_PER_PARAGRAPH = 4
 NAME_SHARE = 0.3
 
 _GIVEN = (
@@ -55,7 +60,7 @@ _SURNAMES = (
     "Yule Zeller"
 ).split()
 
-_FAMILIES = _SURNAMES[::6]
+_FAMILIES = _SURNAMES[::4]
 _MASTERS = [name for name in _SURNAMES if name not in _FAMILIES]
 
 _TOWN_STEMS = (
@@ -71,11 +76,13 @@ _OLD_NAME_OF = dict(zip(_TOWNS[::3], _OLD_NAMES, strict=True))
 
 _TITLE_FIRST = (
     "Amber Ashen Bitter Blue Broken Crimson Distant Drowned Empty Frozen Gilded Hidden Hollow Iron Ivory "
-    "Lonely Painted Paper Quiet Salt Scarlet Silent Silver Sleeping Velvet Winter"
+    "Lonely Painted Paper Quiet Salt Scarlet Silent Silver Sleeping Velvet Winter Golden Marble Restless Secret "
+    "Stolen Wooden"
 ).split()
 _TITLE_SECOND = (
     "Balcony Bell Candle Cathedral Compass Crown Falcon Ferry Garden Gate Harvest Lantern Meadow Mirror "
-    "Nightingale Pilgrim Procession Shepherd Staircase Tower Voyage Willow"
+    "Nightingale Pilgrim Procession Shepherd Staircase Tower Voyage Willow Anchor Bridge Chapel Fountain Island "
+    "Letter Orchid Portrait Riddle Window"
 ).split()
 
 _PROFESSIONS = (
@@ -109,40 +116,12 @@ _KINDS = (
             "{s} was born in {a} during a hard winter.",
             "The {p} {s} was born in {a}.",
             "{s}, who was born in {a}, was the eldest of five.",
-            "Born in {a}, {s} left school early.",
             "{s} came into the world in {a}.",
-            "The birthplace of {s} was {a}, then a quiet place.",
-            "It was in {a} that {s} was born.",
-            "{s} was a native of {a} and always kept its accent.",
-            "The parish book of {a} records the birth of {s}.",
         ),
         (
             "in which town was the {p} {s} born?",
             "what is the birthplace of the {p} {s}?",
             "which town was the birthplace of {s}, the {p}?",
-            "of which town was the {p} {s} a native?",
-            "where was the {p} named {s} born?",
-        ),
-    ),
-    _Kind(
-        "residence",
-        (
-            "{s} later settled in {a} and bought a small house.",
-            "{s} moved to {a} to be near the sea.",
-            "In later life {s} settled in {a}.",
-            "The {p} {s} moved to {a} for good.",
-            "{s} lived in {a} for the last twenty years.",
-            "Weary of travel, {s} moved to {a}.",
-            "{s} spent old age in {a}, among friends.",
-            "The house where {s} lived in {a} still stands.",
-            "A cottage in {a} was home to {s} in old age.",
-        ),
-        (
-            "in which town did the {p} {s} settle later?",
-            "to which town did the {p} {s} move?",
-            "which town did the {p} {s} settle in?",
-            "where did the {p} named {s} settle in later life?",
-            "in which town did {s}, the {p}, spend old age?",
         ),
     ),
     _Kind(
@@ -150,21 +129,14 @@ _KINDS = (
         (
             "{s} is best known for {a}, which took three years.",
             "{s} finished {a} after a long illness.",
-            "{a} is the best known work of {s}.",
-            "With {a}, {s} found a wide public.",
             "{s} won the praise of critics with {a}.",
-            "The fame of {s} rests on {a}.",
-            "Critics praised {s} for {a}.",
             "{s} gave the world {a}, a strange and lovely work.",
             "The {p} {s} is remembered for {a}.",
-            "{a} made {s} famous within weeks.",
         ),
         (
             "for which work is the {p} {s} best known?",
             "which work made the {p} {s} famous?",
             "what is the best known work of the {p} {s}?",
-            "what work is the {p} {s} remembered for?",
-            "on which work does the fame of {s}, the {p}, rest?",
         ),
     ),
     _Kind(
@@ -172,42 +144,29 @@ _KINDS = (
         (
             "{s} studied under {a} for six years.",
             "{s} learned the craft from {a}.",
-            "{a} was the teacher of {s} and a stern critic.",
-            "The first teacher of {s} was {a}.",
             "{s} was a pupil of {a}, by all accounts a diligent one.",
-            "As a pupil of {a}, {s} learned to work slowly.",
             "{s} owed much to {a}, a patient teacher.",
-            "{a} taught {s} for a modest fee.",
-            "For six years {a} taught {s} the craft.",
             "The {p} {s} was taught by {a}.",
         ),
         (
             "by which teacher was the {p} {s} taught?",
             "under which teacher did the {p} {s} study?",
             "who was the teacher of the {p} {s}?",
-            "of which teacher was the {p} {s} a pupil?",
-            "from whom did {s}, the {p}, learn the craft?",
         ),
     ),
     _Kind(
         "guild_year",
         (
             "{s} joined the guild in {a}.",
-            "In {a} {s} was admitted to the guild.",
-            "The guild admitted {s} in {a}, after some debate.",
+            "{s} was admitted to the guild in {a}, after some debate.",
             "{s} became a member of the guild in {a}.",
             "{s} entered the guild in the spring of {a}.",
-            "The year {a} saw {s} join the guild.",
-            "By a narrow vote the guild elected {s} in {a}.",
             "The {p} {s} entered the guild in {a}.",
-            "Since {a} {s} had been a member of the guild.",
         ),
         (
             "in which year did the {p} {s} join the guild?",
             "in what year was the {p} {s} admitted to the guild?",
             "when did the {p} named {s} enter the guild?",
-            "since which year was the {p} {s} a member of the guild?",
-            "in which year did the guild elect {s}, the {p}?",
         ),
     ),
 )
@@ -286,11 +245,11 @@ def generate(
 
     Returns: The examples, with `answer_starts` holding the one mention of the answer.
 
-    Raises: ValueError when `num_questions` is negative or `paragraphs` is not within 1 to 10.
+    Raises: ValueError when `num_questions` is negative or `paragraphs` is not within 1 to `MOST_PARAGRAPHS`.
     """
     low, high = (paragraphs, paragraphs) if isinstance(paragraphs, int) else paragraphs
-    if not 1 <= low <= high <= 10:
-        raise ValueError(f"paragraphs must be between 1 and 10, smallest first, got {paragraphs}")
+    if not 1 <= low <= high <= MOST_PARAGRAPHS:
+        raise ValueError(f"paragraphs must be between 1 and {MOST_PARAGRAPHS}, smallest first, got {paragraphs}")
     if num_questions < 0:
         raise ValueError(f"num_questions must not be negative, got {num_questions}")
     examples: list[QAExample] = []
@@ -305,25 +264,20 @@ def generate(
 
 def _article(rng: random.Random, name: str, num_paragraphs: int) -> list[QAExample]:
     region = _choose(rng, _REGIONS)
-    facts = _draw_facts(rng, num_paragraphs * PEOPLE_PER_PARAGRAPH)
-    facts_per_paragraph = PEOPLE_PER_PARAGRAPH * FACTS_PER_PERSON
-    introduced: dict[str, int] = {}
-    starts: dict[int, int] = {}
+    facts = _draw_facts(rng, num_paragraphs)
+    introduced: list[int] = []
+    starts: list[int] = []
     context = _choose(rng, _INTRODUCTIONS).format(r=region)
     for paragraph in range(num_paragraphs):
-        first = paragraph * facts_per_paragraph
-        order = _sample(rng, range(first, first + facts_per_paragraph), facts_per_paragraph)
-        aside = 1 + _below(rng, facts_per_paragraph - 1)
-        for place, index in enumerate(order):
+        aside = 1 + _below(rng, PEOPLE_PER_PARAGRAPH - 1)
+        for place in range(PEOPLE_PER_PARAGRAPH):
             context += "\n" if place == 0 else " "
             if place == aside:
                 context += _choose(rng, _ASIDES) + " "
-            fact = facts[index]
-            first_mention = fact.surname not in introduced
-            sentence, offset = _state(rng, fact, fact.full_name if first_mention else fact.surname)
-            starts[index] = len(context) + offset
-            if first_mention:
-                introduced[fact.surname] = len(context) + sentence.index(fact.full_name)
+            fact = facts[paragraph * PEOPLE_PER_PARAGRAPH + place]
+            sentence, offset = _state(rng, fact)
+            starts.append(len(context) + offset)
+            introduced.append(len(context) + sentence.index(fact.full_name))
             context += sentence
     title = _choose(rng, _TITLES).format(r=region)
     examples = []
@@ -331,7 +285,7 @@ def _article(rng: random.Random, name: str, num_paragraphs: int) -> list[QAExamp
         fact = facts[index]
         answers: tuple[str, ...]
         if rng.random() < NAME_SHARE:
-            template, start = _choose(rng, _NAME_QUESTIONS), introduced[fact.surname]
+            template, start = _choose(rng, _NAME_QUESTIONS), introduced[index]
             answers = (fact.full_name, fact.full_name.split()[0])
         else:
             template, answers, start = _choose(rng, fact.kind.questions), fact.answers, starts[index]
@@ -340,33 +294,30 @@ def _article(rng: random.Random, name: str, num_paragraphs: int) -> list[QAExamp
     return examples
 
 
-def _draw_facts(rng: random.Random, num_people: int) -> list[_Fact]:
-    """Draw everyone's facts; no surname, town, work or year comes twice in an article."""
+def _draw_facts(rng: random.Random, num_paragraphs: int) -> list[_Fact]:
+    """Draw everyone's fact, one kind a paragraph; no surname, town, work or year comes twice in an article."""
+    num_people = num_paragraphs * PEOPLE_PER_PARAGRAPH
     surnames = _sample(rng, _FAMILIES, num_people)
     masters = _sample(rng, _MASTERS, num_people)
     given = _sample(rng, _GIVEN, 2 * num_people)
-    towns = _sample(rng, _TOWNS, 2 * num_people)
+    towns = _sample(rng, _TOWNS, num_people)
     firsts = _sample(rng, _TITLE_FIRST, num_people)
     seconds = _sample(rng, _TITLE_SECOND, num_people)
     years = _sample(rng, range(_FIRST_YEAR, _LAST_YEAR + 1), num_people)
+    kinds = [_choose(rng, _KINDS) for _ in range(num_paragraphs)]
     facts: list[_Fact] = []
-    kinds: list[_Kind] = []
     for i in range(num_people):
+        kind = kinds[i // PEOPLE_PER_PARAGRAPH]
         teacher = f"{given[num_people + i]} {masters[i]}"
         work = f"{firsts[i]} {seconds[i]}"
-        mention_and_answers = {
-            "birthplace": _town_answers(rng, towns[2 * i]),
-            "residence": _town_answers(rng, towns[2 * i + 1]),
+        mention, answers = {
+            "birthplace": _town_answers(rng, towns[i]),
             "work": (f"The {work}", (f"The {work}", work)),
             "teacher": (teacher, (teacher, masters[i])),
             "guild_year": (str(years[i]), (str(years[i]),)),
-        }
+        }[kind.name]
         profession = _choose(rng, _PROFESSIONS)
-        if i % PEOPLE_PER_PARAGRAPH == 0:
-            kinds = _sample(rng, _KINDS, FACTS_PER_PERSON)
-        for kind in kinds:
-            mention, answers = mention_and_answers[kind.name]
-            facts.append(_Fact(f"{given[i]} {surnames[i]}", surnames[i], profession, kind, mention, answers))
+        facts.append(_Fact(f"{given[i]} {surnames[i]}", surnames[i], profession, kind, mention, answers))
     return facts
 
 
@@ -376,10 +327,10 @@ def _town_answers(rng: random.Random, town: str) -> tuple[str, tuple[str, ...]]:
     return _choose(rng, names), names
 
 
-def _state(rng: random.Random, fact: _Fact, name: str) -> tuple[str, int]:
+def _state(rng: random.Random, fact: _Fact) -> tuple[str, int]:
     """State a fact; and where the answer begins in the sentence."""
     before, after = _choose(rng, fact.kind.statements).split("{a}")
-    before, after = (part.format(s=name, p=fact.profession) for part in (before, after))
+    before, after = (part.format(s=fact.full_name, p=fact.profession) for part in (before, after))
     return before + fact.mention + after, len(before)
 
 

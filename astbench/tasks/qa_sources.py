@@ -93,8 +93,11 @@ def _official_triviaqa(file: Path, evidence: Path) -> Iterator[QAExample]:
         )
 
 
-def read_squad(path: str | Path) -> list[QAExample]:
-    """SQuAD's official JSON: a paragraph and its questions each.
+PARAGRAPH_BREAK = "\n\n"
+
+
+def read_squad(path: str | Path, whole_articles: bool = False) -> list[QAExample]:
+    """SQuAD's official JSON: a question and its paragraph each, or its whole article.
 
     Raises:
         DataError: missing or damaged file, or another format; names the file.
@@ -109,7 +112,11 @@ def read_squad(path: str | Path) -> list[QAExample]:
     examples = []
     try:
         for article in data["data"]:
+            whole = PARAGRAPH_BREAK.join(p["context"] for p in article["paragraphs"])
+            begin = 0
             for paragraph in article["paragraphs"]:
+                shift = begin if whole_articles else 0
+                begin += len(paragraph["context"]) + len(PARAGRAPH_BREAK)
                 for question in paragraph["qas"]:
                     answers = question["answers"]
                     if not answers:
@@ -119,9 +126,9 @@ def read_squad(path: str | Path) -> list[QAExample]:
                             question_id=question["id"],
                             question=question["question"].strip(),
                             answers=_distinct([a["text"] for a in answers], str(file)),
-                            context=paragraph["context"],
+                            context=whole if whole_articles else paragraph["context"],
                             title=article["title"],
-                            answer_starts=tuple(sorted({a["answer_start"] for a in answers})),
+                            answer_starts=tuple(sorted({a["answer_start"] + shift for a in answers})),
                         )
                     )
     except (KeyError, TypeError) as error:

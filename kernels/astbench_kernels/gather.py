@@ -56,19 +56,23 @@ class _Plan:
                 yield slice(start, stop), width
             start = stop
 
-    def hidden(self, units: slice, width: int) -> Tensor:
-        """Bool `(units, rows or 1, width * block_size)`: True where a pair must not be seen."""
+    def addend(self, units: slice, width: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What is added to the logits, `(units, rows or 1, width * block_size)`: bias, or -inf on unseen pairs."""
         size = self.layout.block_size
         position = self.key_positions[units, :width, None] + torch.arange(size, device=self.blocks.device)
         hidden = ~self.slots[units, :width, None] | (position >= self.layout.key_length)
         if self.valid is not None:
-            hidden = hidden | ~self.valid[self.blocks[units, :width]]
-        hidden = hidden.flatten(1).unsqueeze(1)
+            hidden |= ~self.valid[self.blocks[units, :width]]
+        if bias is None:
+            addend = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        else:
+            addend = bias[units, :width, None].expand(hidden.shape).clone()
+        addend = addend.masked_fill_(hidden, -torch.inf).flatten(1).unsqueeze(1)
         if self.causal:
             groups = torch.arange(units.start, units.stop, device=position.device) % self.layout.num_groups
             rows = self.row_positions[groups]  # (units, rows)
-            hidden = hidden | (position.flatten(1).unsqueeze(1) > rows.unsqueeze(-1))
-        return hidden
+            addend = addend.masked_fill(position.flatten(1).unsqueeze(1) > rows.unsqueeze(-1), -torch.inf)
+        return addend
 
 
 def gather_attention(
@@ -177,11 +181,17 @@ class _GatherAttention(torch.autograd.Function):
         for units, width in plan.chunks(k.shape[-1] * k.element_size()):
             index = plan.blocks[units, :width].reshape(-1)
             count = units.stop - units.start
-            logits = _logits(queries[units], keys, index, bias, plan, units, width, compute)
-            lse[units] = torch.logsumexp(logits, -1)
-            weights = _weights(logits, lse[units])
-            gathered = values.index_select(0, index).view(count, -1, v.shape[-1])
-            torch.bmm(weights.to(v.dtype), gathered, out=out[units])
+            key = keys.index_select(0, index).view(count, -1, k.shape[-1])
+            weights = _logits(queries[units], key, plan.addend(units, width, bias, compute), scale)
+            # Rows that see nothing: weights 0, log-sum-exp log 0 = -inf; no NaN on the way.
+            highest = weights.amax(-1, keepdim=True)
+            highest.masked_fill_(highest == -torch.inf, 0.0)
+            weights.sub_(highest).exp_()
+            total = weights.sum(-1, keepdim=True)
+            lse[units] = (highest + total.log()).squeeze(-1)
+            weights.div_(total.clamp_(min=torch.finfo(compute).tiny))
+            value = values.index_select(0, index).view(count, -1, v.shape[-1])
+            torch.bmm(weights.to(v.dtype), value, out=out[units])
         result, lse_rows = _from_units(out, plan), _from_units(lse.unsqueeze(-1), plan).squeeze(-1)
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.plan = plan
@@ -203,21 +213,22 @@ class _GatherAttention(torch.autograd.Function):
         d_bias = None if bias is None else torch.zeros_like(bias)
         # d logits = P * (dP - delta + d lse), delta = rowsum(dO * O)
         shift = (d_out.to(compute) * out.to(compute)).sum(-1, keepdim=True) - d_lse
+        known_lse = lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)  # rows that see nothing: exp(-inf - 0) = 0
         size = plan.layout.block_size
         for units, width in plan.chunks(k.shape[-1] * k.element_size()):
             index = plan.blocks[units, :width].reshape(-1)
             count = units.stop - units.start
-            logits = _logits(queries[units], keys, index, bias, plan, units, width, compute)
-            weights = _weights(logits, lse[units])
             key = keys.index_select(0, index).view(count, -1, k.shape[-1])
+            weights = _logits(queries[units], key, plan.addend(units, width, bias, compute), plan.scale)
+            weights.sub_(known_lse[units]).exp_()
             value = values.index_select(0, index).view(count, -1, v.shape[-1])
             d_value = torch.bmm(weights.to(v.dtype).transpose(1, 2), d_out[units])
             d_values.index_add_(0, index, d_value.view(len(index), -1).to(compute))
-            d_weights = torch.bmm(d_out[units], value.transpose(1, 2)).to(compute)
-            d_logits = weights * (d_weights - shift[units])
+            d_logits = torch.bmm(d_out[units], value.transpose(1, 2)).to(compute)
+            d_logits.sub_(shift[units]).mul_(weights)
             if d_bias is not None:
                 d_bias[units, :width] = d_logits.view(count, plan.rows, width, size).sum((1, 3))
-            d_logits = (d_logits * plan.scale).to(q.dtype)
+            d_logits = d_logits.mul_(plan.scale).to(q.dtype)
             torch.bmm(d_logits, key, out=d_queries[units])
             d_key = torch.bmm(d_logits.transpose(1, 2), queries[units])
             d_keys.index_add_(0, index, d_key.view(len(index), -1).to(compute))
@@ -233,27 +244,11 @@ class _GatherAttention(torch.autograd.Function):
         )
 
 
-def _logits(
-    queries: Tensor,
-    keys: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    plan: _Plan,
-    units: slice,
-    width: int,
-    compute: torch.dtype,
-) -> Tensor:
-    """`(units, rows, width * block_size)` in the compute dtype, -inf where nothing may be seen."""
-    gathered = keys.index_select(0, index).view(len(queries), -1, queries.shape[-1])
-    logits = torch.bmm(queries, gathered.transpose(1, 2)).to(compute) * plan.scale
-    if bias is not None:
-        logits = logits + bias[units, :width].repeat_interleave(plan.layout.block_size, 1).unsqueeze(1)
-    return logits.masked_fill_(plan.hidden(units, width), -torch.inf)
-
-
-def _weights(logits: Tensor, lse: Tensor) -> Tensor:
-    """exp(logits - lse); rows that see nothing (lse = -inf) are zero, not NaN."""
-    return torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
+def _logits(queries: Tensor, key: Tensor, addend: Tensor, scale: float) -> Tensor:
+    """`(units, rows, keys)` in the dtype of `addend`, in which the sum is taken."""
+    if queries.dtype == addend.dtype:
+        return torch.baddbmm(addend, queries, key.transpose(1, 2), alpha=scale)
+    return torch.bmm(queries, key.transpose(1, 2)).to(addend.dtype).mul_(scale).add_(addend)
 
 
 def _from_blocks(x: Tensor, like: Tensor, key_valid: Tensor | None) -> Tensor:

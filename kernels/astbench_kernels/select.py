@@ -53,26 +53,27 @@ def soft_top_k(scores: Tensor, k: Tensor, candidates: Tensor, temperature: float
     live = (k > 0) & (k < candidates.sum(-1))
     mask = candidates & live.unsqueeze(-1)
     with torch.no_grad():
-        values = scores.detach()
-        low = values.masked_fill(~mask, torch.inf).amin(-1) - 30 * temperature
-        high = values.masked_fill(~mask, -torch.inf).amax(-1) + 30 * temperature
-        low, high = low.masked_fill(~live, -1.0), high.masked_fill(~live, 1.0)
+        # In units of the temperature, and -inf where there is no choice: sigmoid(-inf) = 0 stays out of every sum.
+        values = (scores.detach() / temperature).masked_fill(~mask, -torch.inf)
+        high = values.amax(-1, keepdim=True) + 30
+        low = values.masked_fill(~mask, torch.inf).amin(-1, keepdim=True) - 30
+        low, high = low.masked_fill(~live.unsqueeze(-1), -1.0), high.masked_fill(~live.unsqueeze(-1), 1.0)
+        target = k.unsqueeze(-1)
         # Bisection until Newton is safe; Newton's error squares with every pass.
         for _ in range(12):
             middle = (low + high) / 2
-            p = torch.sigmoid((values - middle.unsqueeze(-1)) / temperature)
-            too_many = (p * mask).sum(-1) > k
+            too_many = (values - middle).sigmoid_().sum(-1, keepdim=True) > target
             low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
         tau = (low + high) / 2
         for _ in range(4 if scores.dtype == torch.float32 else 7):
-            p = torch.sigmoid((values - tau.unsqueeze(-1)) / temperature) * mask
-            slope = (p * (1 - p)).sum(-1).clamp(min=torch.finfo(p.dtype).tiny) / temperature
+            p = (values - tau).sigmoid_()
+            slope = (p * (1 - p)).sum(-1, keepdim=True).clamp_(min=torch.finfo(p.dtype).tiny)
             # Never out of the bracket, wherever a flat slope points.
-            tau = (tau + (p.sum(-1) - k) / slope).clamp(low, high)
-        tau = tau.unsqueeze(-1)
-        p = torch.sigmoid((values - tau) / temperature) * mask
+            tau = (tau + (p.sum(-1, keepdim=True) - target) / slope).clamp(low, high)
+        p = (values - tau).sigmoid_()
         weight = p * (1 - p)
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    safe = torch.where(mask, scores, values)
-    tau = tau + (weight * (safe - values)).sum(-1, keepdim=True)
+    safe = torch.where(mask, scores, 0.0)
+    # The weights sum to one: in value this adds nothing, in gradient it is the implicit function theorem's.
+    tau = tau * temperature + (weight * (safe - safe.detach())).sum(-1, keepdim=True)
     return torch.nn.functional.logsigmoid((safe - tau) / temperature).masked_fill(~mask, 0.0)

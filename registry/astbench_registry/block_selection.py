@@ -157,7 +157,7 @@ class BlockSelectingAttention(Attention):
             forced = forced | (start == 0)
         visible = visible[None, None]
         if mask.key_valid is not None:
-            seen = pad(mask.key_valid, (0, blocks * size - k.shape[2])).unflatten(1, (blocks, size)).any(-1)
+            seen = valid_in_blocks(mask.key_valid, blocks, size).any(-1)
             visible = visible & seen[:, None, None, :]
         return Selection(
             block_size=size,
@@ -217,7 +217,10 @@ class BlockSelectingAttention(Attention):
         if mask.sequential:
             rows = first_valid(valid, selection.num_groups, group)[:, None, :, None]
             return wide.take_along_dim(rows, 2)
-        return masked_mean(wide, valid, selection.num_groups, group)
+        # Not a product with zero: padding may hold NaN.
+        wide = wide.masked_fill(~valid[:, None, :, None], 0.0)
+        groups = selection.num_groups
+        return block_mean(in_blocks(wide, groups, group), valid_in_blocks(valid, groups, group))
 
     def _stats(self, q: Tensor, k: Tensor, mask: AttentionMask, layout: BlockLayout, backend: str) -> AttentionStats:
         attended = layout.attended_pairs(causal=mask.causal, key_valid=mask.key_valid)
@@ -243,22 +246,31 @@ class BlockSelectingAttention(Attention):
         return self.kv_cache_size(key_length)
 
 
-def masked_mean(x: Tensor, valid: Tensor, blocks: int, size: int) -> Tensor:
-    """Mean over the valid rows of each block: `(batch, heads, length, d)` -> `(batch, heads, blocks, d)`.
-
-    Blocks without a valid row are zero.
-    """
+def in_blocks(x: Tensor, blocks: int, size: int) -> Tensor:
+    """`(batch, heads, length, d)` -> `(batch, heads, blocks, size, d)`, zeros behind the end."""
     missing = blocks * size - x.shape[2]
-    hidden = ~pad(valid, (0, missing)).unflatten(1, (blocks, size))[:, None, :, :, None]
-    # Not a product with zero: padding may hold NaN.
-    total = pad(x, (0, 0, 0, missing)).unflatten(2, (blocks, size)).masked_fill(hidden, 0.0).sum(3)
-    return total / (~hidden).sum(3).clamp(min=1)
+    return (pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (blocks, size))
+
+
+def valid_in_blocks(valid: Tensor, blocks: int, size: int) -> Tensor:
+    """Bool `(batch, length)` -> `(batch, blocks, size)`, False behind the end."""
+    return pad(valid, (0, blocks * size - valid.shape[1])).unflatten(1, (blocks, size))
+
+
+def block_mean(x: Tensor, valid: Tensor) -> Tensor:
+    """Mean over each block's valid rows, zero where there is none; `x` is zero on the others.
+
+    Args:
+        x: From :func:`in_blocks`.
+        valid: From :func:`valid_in_blocks`.
+    """
+    return x.sum(3) / valid.sum(-1)[:, None, :, None].clamp(min=1)
 
 
 def first_valid(valid: Tensor, groups: int, size: int) -> Tensor:
     """int64 `(batch, groups)`: row of each group's first valid query; its first row where there is none."""
-    grouped = pad(valid, (0, groups * size - valid.shape[1])).unflatten(1, (groups, size))
-    return torch.arange(groups, device=valid.device) * size + grouped.to(torch.uint8).argmax(-1)
+    within = valid_in_blocks(valid, groups, size).to(torch.uint8).argmax(-1)
+    return torch.arange(groups, device=valid.device) * size + within
 
 
 def block_scores(query: Tensor, key: Tensor) -> Tensor:

@@ -141,7 +141,8 @@ class ASTConfig(BlockSelectionConfig):
         distill_decay_steps: Training steps over which that weight falls linearly to 0; 0 = it stays.
         distill_fraction: Share of the query rows whose dense attention is computed for that loss.
         density_start: Density at step 0, moved linearly to `density`; default: `density` throughout.
-        density_steps: Training steps of that schedule.
+        density_hold: Training steps before that schedule leaves `density_start`.
+        density_steps: Training steps after which it has reached `density`.
         lambda_density: Weight of (predicted density - density)^2; moves it under the adaptive budget.
         lambda_entropy: Weight of the entropy of the choice; sharpens it.
     """
@@ -155,6 +156,7 @@ class ASTConfig(BlockSelectionConfig):
     distill_decay_steps: int = 0
     distill_fraction: float = 0.125
     density_start: float | None = None
+    density_hold: int = 0
     density_steps: int = 0
     lambda_density: float = 0.0
     lambda_entropy: float = 0.0
@@ -183,11 +185,12 @@ class ASTConfig(BlockSelectionConfig):
             "density_start",
             "above 0 and at most 1",
         )
+        self.require(self.density_hold >= 0, "density_hold", "0 or more steps")
         self.require(self.density_steps >= 0, "density_steps", "0 or more steps")
         self.require(
-            self.density_start is None or self.density_steps > 0,
+            self.density_start is None or self.density_steps > self.density_hold,
             "density_steps",
-            "above 0 when density_start is set",
+            f"above density_hold ({self.density_hold}) when density_start is set",
         )
         self.require(self.lambda_density >= 0, "lambda_density", "0 or more")
         self.require(self.lambda_entropy >= 0, "lambda_entropy", "0 or more")

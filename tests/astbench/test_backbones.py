@@ -148,6 +148,20 @@ def test_presets_take_any_length(preset):
     assert max_positions(model) == 3000
 
 
+def test_rope_bert_starts_with_heads_that_find_equal_tokens_and_heads_that_look_around():
+    model = load_backbone(BackboneConfig("tiny"), "question_answering").eval()
+    model.set_attn_implementation("eager")
+    torch.manual_seed(0)
+    half = 100
+    ids = torch.randperm(1000)[:half].repeat(2)
+    equal, around = model(input_ids=ids[None], output_attentions=True).attentions[0][0].detach()
+    token = torch.arange(half)
+    assert equal[token + half, token].mean() > 0.2  # by chance 0.005
+    assert around[token + half, token].mean() < 0.005
+    distance = (torch.arange(2 * half)[:, None] - torch.arange(2 * half)).abs()
+    assert around[distance <= 5].mean() > 4 * around[distance > 50].mean()
+
+
 # -- pretrained folders -----------------------------------------------------------------------------------
 
 

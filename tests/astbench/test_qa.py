@@ -14,10 +14,11 @@ from astbench.data import Draw
 from astbench.errors import ConfigError, DataError
 from astbench.tasks import qa_demo
 from astbench.tasks.qa import best_spans, marginal_nll
-from astbench.tasks.qa_data import Collate, QADataset, SquadData, TriviaQAData, Windower, find_mentions
+from astbench.tasks.qa_data import SquadData, TriviaQAData
 from astbench.tasks.qa_examples import QAExample
 from astbench.tasks.qa_metrics import exact_match, f1_score, mean, normalize_squad, normalize_triviaqa, score
 from astbench.tasks.qa_sources import fingerprint, read_squad, read_triviaqa
+from astbench.tasks.qa_windows import Collate, QADataset, Windower, find_mentions
 from astbench.tokenizers import train_tokenizer
 
 # -- metrics ----------------------------------------------------------------------------------------------
@@ -456,6 +457,22 @@ def test_squad_holds_whole_articles_out(tmp_path):
     titles = {split: {e.title for e in data.read(split)} for split in ("train", "validation")}
     assert titles["validation"] == {"Article 0", "Article 4", "Article 8"}
     assert len(titles["train"]) == 6 and not titles["train"] & titles["validation"]
+
+
+def test_squad_by_whole_articles(tmp_path):
+    data = squad_json(2)
+    for article in data["data"]:
+        paragraph = article["paragraphs"][0]
+        later = {**paragraph, "qas": [{**q, "id": f"{q['id']}-later"} for q in paragraph["qas"]]}
+        article["paragraphs"].append(later)
+    (tmp_path / "dev.json").write_text(json.dumps(data))
+    first, later, *_ = SquadData("local", str(tmp_path), holdout=2, whole_articles=True).read("train")
+    assert first.context == later.context and first.context.count("Bram Oster") == 2
+    for example in (first, later):
+        assert [example.context[a:b] for a, b in find_mentions(example)] == ["Bram Oster", "Oster"]
+    assert later.answer_starts[0] > first.answer_starts[1]
+    with pytest.raises(ConfigError, match="source=local"):
+        SquadData("hub", whole_articles=True)
 
 
 def test_fingerprint_sees_everything(demo):

@@ -31,7 +31,7 @@ def examples() -> list[QAExample]:
 def test_same_arguments_same_bytes() -> None:
     text = repr(qa_demo.generate("train", 7, seed=3))
     assert (
-        hashlib.sha256(text.encode()).hexdigest() == "e0117a44deeed660415de19da54347d4fdff48565e58d7c291ed4d9acedcd32b"
+        hashlib.sha256(text.encode()).hexdigest() == "f3980e20e1a27e9026042db432caf991d4202bc4f5ff8bada9be2219f7cbfcb0"
     )
 
 
@@ -97,7 +97,7 @@ def test_some_answers_have_aliases_and_some_mentions_are_aliases(examples: list[
     assert any(mention(e) != e.answers[0] for e in examples)
 
 
-@pytest.mark.parametrize("paragraphs", [0, 11, (3, 2), (0, 4)])
+@pytest.mark.parametrize("paragraphs", [0, 9, (3, 2), (0, 4)])
 def test_refuses_impossible_paragraphs(paragraphs: int | tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="paragraphs"):
         qa_demo.generate("train", 1, paragraphs=paragraphs)

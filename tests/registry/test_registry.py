@@ -172,7 +172,7 @@ def test_unknown_option_suggests_the_nearest():
         (
             "ast",
             {"density_start": 0.9},
-            "--attention.density_steps must be above 0 when density_start is set, got 0",
+            "--attention.density_steps must be above density_hold (0) when density_start is set, got 0",
         ),
     ],
 )

@@ -13,8 +13,10 @@ from astbench_registry.block_selection import (
     BIDIRECTIONAL_GROUP,
     BlockSelectingAttention,
     Selection,
+    block_mean,
     block_scores,
-    masked_mean,
+    in_blocks,
+    valid_in_blocks,
 )
 from astbench_registry.interface import AttentionContext, AttentionMask, AttentionShape
 from astbench_registry.table import ASTConfig
@@ -56,15 +58,16 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         """See the base class. Time O(M) for the features, O(groups x blocks) for the scores."""
         blocks, size = selection.num_blocks, selection.block_size
         compute = torch.promote_types(q.dtype, torch.float32)
-        key, value = k.to(compute), v.to(compute)
         valid = mask.key_valid
         if valid is None:
             valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
-        mean_key, mean_value = (masked_mean(x, valid, blocks, size) for x in (key, value))
+        valid = valid_in_blocks(valid, blocks, size)
+        key, value = in_blocks(k.to(compute), blocks, size), in_blocks(v.to(compute), blocks, size)
+        mean_key, mean_value = block_mean(key, valid), block_mean(value, valid)
         speaker = self.speaker(q, mask, selection)
         pooled = block_scores(speaker, mean_key) * scale * self.gain.to(compute).exp()[:, None, None]
 
-        local = torch.cat([mean_key, *_extremes(key, valid, blocks, size), mean_value], -1)
+        local = torch.cat([mean_key, *_extremes(key, valid), mean_value], -1)
         context = _global_context(mean_value, valid, mask, selection)
         context = context.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
         query_side = torch.cat([speaker, context], -1)
@@ -78,7 +81,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         config = self.config
         if config.density_start is None or not self.training or step >= config.density_steps:
             return config.density
-        done = step / config.density_steps
+        done = max(0, step - config.density_hold) / (config.density_steps - config.density_hold)
         return config.density_start + (config.density - config.density_start) * done
 
     def choose(self, scores: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
@@ -195,29 +198,25 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         return super().flops(batch, query_length, key_length, mask) + predictor
 
 
-def _extremes(x: Tensor, valid: Tensor, blocks: int, size: int) -> tuple[Tensor, Tensor]:
+def _extremes(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum and minimum over each block's valid rows, zero where there is none."""
-    missing = blocks * size - x.shape[2]
-    rows = pad(x, (0, 0, 0, missing)).unflatten(2, (blocks, size))
-    hidden = ~pad(valid, (0, missing)).unflatten(1, (blocks, size))[:, None, :, :, None]
+    hidden = ~valid[:, None, :, :, None]
     empty = hidden.all(3)
-    high = rows.masked_fill(hidden, -torch.inf).amax(3).masked_fill(empty, 0.0)
-    low = rows.masked_fill(hidden, torch.inf).amin(3).masked_fill(empty, 0.0)
+    high = x.masked_fill(hidden, -torch.inf).amax(3).masked_fill(empty, 0.0)
+    low = x.masked_fill(hidden, torch.inf).amin(3).masked_fill(empty, 0.0)
     return high, low
 
 
 def _global_context(mean_value: Tensor, valid: Tensor, mask: AttentionMask, selection: Selection) -> Tensor:
     """`(batch, kv_heads, groups, d)`: mean of the values that each group may know of."""
-    blocks, size = selection.num_blocks, selection.block_size
-    count = pad(valid, (0, blocks * size - valid.shape[1])).unflatten(1, (blocks, size)).sum(-1)
-    count = count[:, None, :, None].to(mean_value.dtype)  # (batch or 1, 1, blocks, 1)
+    count = valid.sum(-1)[:, None, :, None].to(mean_value.dtype)  # (batch or 1, 1, blocks, 1)
     total = (mean_value * count).cumsum(2)
     seen = count.cumsum(2)
     mean = pad(total / seen.clamp(min=1), (0, 0, 1, 0))  # entry n: over the first n blocks
     if mask.causal:
-        known = (selection.first // size).clamp(max=blocks)
+        known = (selection.first // selection.block_size).clamp(max=selection.num_blocks)
     else:
-        known = torch.full_like(selection.first, blocks)
+        known = torch.full_like(selection.first, selection.num_blocks)
     return mean[:, :, known]
 
 
@@ -262,16 +261,17 @@ def _pooled_attention(
     scale: float,
 ) -> Tensor:
     """Dense attention of rows times value norms, block maximum: `(batch, heads, rows, blocks)`."""
-    heads = q.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)
-    repeats = heads // k.shape[1]
-    logits = torch.matmul(q, k.repeat_interleave(repeats, 1).transpose(-1, -2)).to(compute) * scale
+    logits = block_scores(q, k).to(compute).mul_(scale)
     if mask.key_valid is not None:
-        logits = logits.masked_fill(~mask.key_valid[:, None, None, :], -torch.inf)
+        logits.masked_fill_(~mask.key_valid[:, None, None, :], -torch.inf)
     if mask.causal:
         future = torch.arange(k.shape[2], device=q.device) > (index + mask.query_offset)[:, None]
-        logits = logits.masked_fill(future, -torch.inf)
-    norm = v.to(compute).norm(dim=-1).repeat_interleave(repeats, 1)[:, :, None, :]
-    weights = logits.softmax(-1).nan_to_num(0.0) * norm  # rows that see nothing teach nothing
+        logits.masked_fill_(future, -torch.inf)
+    norm = v.norm(dim=-1, dtype=compute).repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None, :]
+    # Rows that see nothing teach nothing.
+    weights = logits.softmax(-1).nan_to_num_(0.0).mul_(norm)
     missing = selection.num_blocks * selection.block_size - k.shape[2]
-    return pad(weights, (0, missing)).unflatten(-1, (selection.num_blocks, -1)).amax(-1)
+    if missing:
+        weights = pad(weights, (0, missing))
+    return weights.unflatten(-1, (selection.num_blocks, -1)).amax(-1)

@@ -8,8 +8,10 @@ from torch import Tensor
 from astbench_registry.block_selection import (
     BlockSelectingAttention,
     Selection,
+    block_mean,
     block_scores,
-    masked_mean,
+    in_blocks,
+    valid_in_blocks,
 )
 from astbench_registry.interface import AttentionMask
 
@@ -29,5 +31,6 @@ class PooledTopKAttention(BlockSelectingAttention):
         if valid is None:
             valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
         keys = k.to(torch.promote_types(k.dtype, torch.float32))
-        pooled = masked_mean(keys, valid, selection.num_blocks, selection.block_size)
+        blocks, size = selection.num_blocks, selection.block_size
+        pooled = block_mean(in_blocks(keys, blocks, size), valid_in_blocks(valid, blocks, size))
         return block_scores(self.speaker(q, mask, selection), pooled) * scale

@@ -1,0 +1,181 @@
+"""The two functions that transformers calls in place of its own attention and mask, and the slot they look for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from astbench_registry import CapabilityError, Pattern, build_attention
+from astbench_registry.interface import Attention, AttentionContext, AttentionMask, AttentionShape, AttentionStats
+
+IMPLEMENTATION = "astbench"
+"""The name under which the hooks are registered with transformers."""
+
+_REFUSED = {
+    "sliding_window": "a built-in sliding window",
+    "softcap": "logit soft-capping",
+    "position_bias": "an additive position bias (T5)",
+    "s_aux": "attention sinks",
+    "head_mask": "a head mask",
+}
+
+
+class UnsupportedMask:
+    """Stands for a mask that :class:`AttentionMask` cannot hold."""
+
+
+class AttentionSlot(nn.Module):
+    """Sits on a Hugging Face attention module as its submodule `astbench` and holds the variant."""
+
+    def __init__(self, attention: Attention, pattern: Pattern, path: str) -> None:
+        super().__init__()
+        self.attention = attention
+        self.pattern: Pattern = pattern
+        self.path = path
+        self.step = 0
+        self.listen = False
+        self.hidden_states: Tensor | None = None
+        self.losses: Mapping[str, Tensor] = {}
+        self.stats: AttentionStats | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None) -> Tensor:
+        """Run the variant; keep what it reports for the handle."""
+        if mask.causal != (self.pattern == "causal_self"):
+            raise CapabilityError(
+                f"{self.path} was attached for {self.pattern} attention but is called with a "
+                f"{'causal' if mask.causal else 'non-causal'} mask"
+            )
+        context = AttentionContext(self.step, self.listen, self.hidden_states)
+        out, self.losses, self.stats = self.attention(
+            q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context
+        )
+        return out
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one attention module was called with in the probing pass."""
+
+    module: nn.Module
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    pattern: Pattern
+
+
+PROBE_LENGTHS = (8, 5)
+"""Encoder and decoder lengths of a probing pass: different, so that cross-attention shows."""
+
+_calls: list[Call] | None = None
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[Call]]:
+    """Within, every call of the interface is written down; inputs must have `PROBE_LENGTHS`."""
+    global _calls
+    _calls = []
+    try:
+        yield _calls
+    finally:
+        _calls = None
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AttentionMask | UnsupportedMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls in place of its own attention.
+
+    Raises:
+        CapabilityError: the model asks for something that would be silently lost.
+    """
+    asked = [why for name, why in _REFUSED.items() if kwargs.get(name) is not None]
+    if dropout:
+        asked.append(f"attention dropout {dropout}")
+    if asked:
+        raise CapabilityError(f"{type(module).__name__} asks for {' and '.join(asked)}, which no variant honours")
+    mask = _as_mask(module, query, key, attention_mask)
+    if _calls is not None:
+        pattern = mask.pattern
+        if query.shape[2] == PROBE_LENGTHS[1] and key.shape[2] == PROBE_LENGTHS[0]:
+            pattern = "causal_cross"
+        _calls.append(Call(module, query.shape[1], key.shape[1], query.shape[-1], pattern))
+    slot = getattr(module, IMPLEMENTATION, None)
+    if slot is None:
+        out = _dense(query, key, value, mask, scaling)
+    else:
+        out = slot(query, key, value, mask, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _as_mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: AttentionMask | UnsupportedMask | None
+) -> AttentionMask:
+    if isinstance(mask, AttentionMask):
+        return mask
+    if isinstance(mask, UnsupportedMask):
+        raise CapabilityError(
+            f"{type(module).__name__} asks for a packed, sliding-window or otherwise special mask, which no variant "
+            "honours; choose a model, or a configuration of it, with full attention in every layer"
+        )
+    if mask is not None:
+        raise CapabilityError(
+            f"{type(module).__name__} passes a ready-made {type(mask).__name__} as its mask; only padding masks "
+            "(batch, length) are supported"
+        )
+    if getattr(module, "is_causal", False) and query.shape[2] == key.shape[2]:
+        raise CapabilityError(f"{type(module).__name__} is causal but passes no mask; it would see the future")
+    return AttentionMask("bidirectional_self")
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None) -> Tensor:
+    shape = AttentionShape(q.shape[1], k.shape[1], q.shape[-1])
+    return build_attention("dense", {}, shape)(q, k, v, mask, scale=scale).context
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> AttentionMask | UnsupportedMask:
+    """The function that transformers calls to build a mask: O(batch x length) instead of N x M.
+
+    Packed sequences, sliding windows and other masks that this form cannot hold come back as
+    :class:`UnsupportedMask`, which the attention refuses.
+    """
+    patterns: dict[Any, Pattern] = {
+        causal_mask_function: "causal_self",
+        bidirectional_mask_function: "bidirectional_self",
+    }
+    if mask_function not in patterns or kv_offset:
+        # Some models build masks that none of their layers uses: refuse when one is used.
+        return UnsupportedMask()
+    valid = attention_mask
+    if valid is not None:
+        valid = valid[:, :kv_length].bool()
+        # A static cache has room for more keys than the padding mask speaks of.
+        valid = nn.functional.pad(valid, (0, kv_length - valid.shape[1]))
+        if bool(valid.all()):
+            valid = None
+    return AttentionMask(patterns[mask_function], query_offset=int(q_offset), key_valid=valid)
+
+
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)
