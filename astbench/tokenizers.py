@@ -18,7 +18,7 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "se
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Lower-casing WordPiece in BERT's form, trained on `texts`; the same texts give the same vocabulary."""
-    texts = list(texts)
+    texts = list(dict.fromkeys(texts))  # several questions share a document
     trained = _bert_form(models.WordPiece(unk_token="[UNK]"))
     # Left to itself, the trainer numbers the word-inner letters in the random order of a hash table, and breaks
     # ties between merges by these numbers: another vocabulary in every process. So it is given them in order.
@@ -43,7 +43,9 @@ def _bert_form(model: models.WordPiece) -> tokenizers.Tokenizer:
 
 def _words(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> set[str]:
     split, normalize = tokenizer.pre_tokenizer.pre_tokenize_str, tokenizer.normalizer.normalize_str
-    return {word for text in texts for word, _ in split(normalize(text))}
+    # Both work character by character and end words at white space: each piece between need be seen once.
+    pieces = {piece for text in texts for piece in text.split()}
+    return {word for piece in pieces for word, _ in split(normalize(piece))}
 
 
 def load_tokenizer(backbone: BackboneConfig) -> PreTrainedTokenizerBase:

@@ -73,10 +73,11 @@ class SpanQA(TaskModule):
     def _collect(self, batch: dict[str, Any], split: str) -> list[float]:
         start, end = self(batch)
         values, firsts, lasts = best_spans(start, end, batch["answerable"], self.config.max_answer_tokens)
-        rows = zip(batch["index"].tolist(), values.tolist(), firsts.tolist(), lasts.tolist(), strict=True)
-        for row, (index, value, first, last) in enumerate(rows):
-            offsets = batch["offsets"][row]
-            text = self.data.example(split, index).context[offsets[first][0] : offsets[last][1]]
+        row = torch.arange(len(values), device=values.device)
+        begins, ends = batch["offsets"][row, firsts, 0], batch["offsets"][row, lasts, 1]
+        rows = zip(batch["index"].tolist(), values.tolist(), begins.tolist(), ends.tolist(), strict=True)
+        for index, value, begin, stop in rows:
+            text = self.data.example(split, index).context[begin:stop]
             if index not in self.guesses or value > self.guesses[index][0]:
                 self.guesses[index] = (value, text)
         return values.tolist()
