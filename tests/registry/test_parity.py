@@ -302,6 +302,24 @@ def test_distillation_teaches_the_oracles_blocks(pattern):
     assert after > before + 0.15, f"recall of the oracle's blocks went from {before:.2f} to {after:.2f}"
 
 
+def test_ast_schedules():
+    options = {"density": 0.2, "density_start": 1.0, "density_hold": 4, "density_steps": 8, "distill_decay_steps": 10}
+    attention = build_attention("ast", options, AttentionShape(2, 2, 8)).train()
+    assert [round(attention.density_at(step), 9) for step in (0, 4, 6, 8, 99)] == [1.0, 1.0, 0.6, 0.2, 0.2]
+    q, k, v = (torch.randn(1, 2, 256, 8) for _ in range(3))
+    mask = AttentionMask("bidirectional_self")
+
+    def run(step):
+        output = attention(q, k, v, mask, context=AttentionContext(step=step, listen=True))
+        return output.stats.layout.density(causal=False).mean().item(), output.losses.get("distill", torch.tensor(0.0))
+
+    (dense, taught), (half, _), (sparse, last) = run(0), run(6), run(10)
+    assert dense == 1.0 and 0.6 <= half < 0.7 and sparse < 0.55  # at least 8 of the 16 blocks are kept
+    assert taught > 0 and last == 0
+    attention.eval()
+    assert attention.density_at(0) == 0.2
+
+
 def test_given_layout_is_masked_softmax():
     """The kernel call that all selectors share, with a layout that nobody chose."""
     (q, k, v), valid = draw(37, 53, padding=0.2)
