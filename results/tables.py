@@ -57,6 +57,10 @@ def demo() -> str:
     return markdown(["attention", "F1", "EM", "density", "training", "seed"], rows)
 
 
+STARTS = {None: "pretrained", "runs/squad-dense": "SQuAD, paragraphs", "runs/squad-long": "SQuAD, articles"}
+"""What the weights had learned before."""
+
+
 def triviaqa() -> str:
     """Real questions over whole Wikipedia articles."""
     rows = []
@@ -66,6 +70,7 @@ def triviaqa() -> str:
         rows.append(
             [
                 f"`{attention(record)['name']}`",
+                STARTS[record["config"].get("init_from")],
                 f"{record['metrics']['f1']:.1f}",
                 f"{record['metrics']['em']:.1f}",
                 f"{record['density']['mean']:.2f}",
@@ -75,8 +80,8 @@ def triviaqa() -> str:
         )
     if found:
         title = next(iter(found.values()))["metrics"]["title_f1"]
-        rows.append(["always the article's title", f"{title:.1f}", "", "", "", ""])
-    return markdown(["attention", "F1", "EM", "density", "steps", "training"], rows)
+        rows.append(["always the article's title", "", f"{title:.1f}", "", "", "", ""])
+    return markdown(["attention", "start", "F1", "EM", "density", "steps", "training"], rows)
 
 
 def wikitext() -> str:
