@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from yaml import safe_load
 
 from astbench import console
-from astbench.backbones.presets import BackboneConfig, Head
+from astbench.backbones.presets import BackboneConfig, Head, resolve_preset
 from astbench.config import OptimConfig
 from astbench.errors import CheckpointError, ConfigError
 from astbench.runs.callbacks import RunCallback, build_loggers, progress_bar
@@ -181,6 +181,18 @@ class CLI(LightningCLI):
             checkpoint_file(options.init_from)
         if self.command == "fit" and options.get("ckpt_path"):
             raise ConfigError("fit goes on with --resume=RUN, or starts from trained weights with --init_from=RUN")
+        if options.trainer.get("accumulate_grad_batches", 1) < 1:
+            raise ConfigError("--trainer.accumulate_grad_batches must be at least 1")
+        untrained = not (options.get("ckpt_path") or options.init_from)
+        if self.command in ("validate", "test") and untrained:
+            head = self.module_class.head
+            if resolve_preset(options.backbone.name, head):
+                raise ConfigError(
+                    f"{self.command} needs trained weights: --ckpt_path=runs/NAME, --init_from=runs/NAME, or a "
+                    "pretrained --backbone"
+                )
+            if head == "question_answering":
+                console.say("note: no --ckpt_path and no --init_from: the backbone's answer layer may be untrained")
         if self.command == "predict" and not options.get("ckpt_path"):
             raise ConfigError("predict needs a trained run: --ckpt_path=runs/NAME")
 
@@ -263,7 +275,7 @@ class CLI(LightningCLI):
 
         assert self.folder is not None
         config = self.options.clone()
-        for key in ("config", "run_dir", "ckpt_path", "weights_only", "verbose"):
+        for key in ("config", "run_dir", "weights_only", "verbose"):
             config.pop(key, None)
         text = self._parser(self.command).dump(config, skip_unset=False, skip_validation=True)
         head = f"# astbench {self.command} --config={CONFIG} runs this again.\n"

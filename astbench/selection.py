@@ -84,7 +84,9 @@ def select(argv: list[str]) -> Selection:
                 found.resume = value
             case "--config" | "-c" if value:
                 configs.append(value)
-                rest += original
+                rest.append(f"--config={value}")
+            case "--config" | "-c":
+                raise ConfigError("--config needs a file: --config=runs/NAME/config.yaml")
             case "--ckpt_path" if value:
                 configs += (beside := _beside(value))
                 rest = [f"--config={file}" for file in beside] + rest + [f"--ckpt_path={value}"]
@@ -94,6 +96,12 @@ def select(argv: list[str]) -> Selection:
         config = str(Path(found.resume) / CONFIG)
         if not Path(config).is_file():
             raise CheckpointError(f"--resume={found.resume} is not a run folder: it has no {CONFIG}")
+        if rest or found.attention or found.task:
+            others = rest or ["--attention or --task"]
+            raise ConfigError(
+                f"--resume goes on with a run as it was configured and takes no {others[0].split('=')[0]}; to change "
+                "options start a new run, from its weights with --init_from=RUN"
+            )
         configs.insert(0, config)
         rest = [f"--config={config}", *rest, f"--run_dir={found.resume}"]
     for config in configs:
@@ -145,6 +153,14 @@ def read_config(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config={path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"--config={path} holds no options")
+    for group in ("attention", "task", "backbone"):
+        if not isinstance(data.get(group), (dict, str, type(None))):
+            raise ConfigError(f"--config={path}: {group} must be a name or a group of options")
+    for group in ("data", "optim", "trainer"):
+        if not isinstance(data.get(group), (dict, type(None))):
+            raise ConfigError(f"--config={path}: {group} must be a group of options")
+    if not isinstance(data.get("plugins"), (list, type(None))):
+        raise ConfigError(f"--config={path}: plugins must be a list")
     return data
 
 

@@ -75,6 +75,8 @@ def saved_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         DataError: missing or damaged.
     """
+    if not (Path(folder) / "tokenizer").is_dir():
+        raise DataError(f"{folder} holds no tokenizer; it is not a whole run folder")  # and not a name on the hub
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(Path(folder) / "tokenizer"))
     except (OSError, ValueError, KeyError) as error:

@@ -113,8 +113,8 @@ class TaskModule(pl.LightningModule):
                 **{n: float(v.detach()) for n, v in auxiliary.items()},
             }
             raise NumericError(
-                f"the loss is not finite at step {self.global_step}: {parts}; lower --optim.lr or set "
-                "--trainer.gradient_clip_val (the last checkpoint holds the state before)"
+                f"the loss is not finite at step {self.global_step}: {parts}; lower --optim.lr, or "
+                "--trainer.gradient_clip_val (the weights are as they were before this step)"
             )
         self.log("train/loss", task_loss.detach(), prog_bar=True)
         for name, value in auxiliary.items():
@@ -136,8 +136,8 @@ class TaskModule(pl.LightningModule):
         norm = torch.nn.utils.get_total_norm(grads)
         if not torch.isfinite(norm):
             raise NumericError(
-                f"the gradient is not finite at step {self.global_step}; lower --optim.lr or set "
-                "--trainer.gradient_clip_val (the last checkpoint holds the state before)"
+                f"the gradient is not finite at step {self.global_step}; lower --optim.lr, or "
+                "--trainer.gradient_clip_val (the weights are as they were before this step)"
             )
 
     def configure_optimizers(self) -> Any:

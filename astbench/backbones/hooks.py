@@ -12,7 +12,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from astbench_registry import CapabilityError, Pattern, build_attention
-from astbench_registry.interface import Attention, AttentionContext, AttentionMask, AttentionShape, AttentionStats
+from astbench_registry.interface import (
+    Attention,
+    AttentionContext,
+    AttentionMask,
+    AttentionOutput,
+    AttentionShape,
+    AttentionStats,
+)
 
 IMPLEMENTATION = "astbench"
 """The name under which the hooks are registered with transformers."""
@@ -52,9 +59,15 @@ class AttentionSlot(nn.Module):
                 f"{'causal' if mask.causal else 'non-causal'} mask"
             )
         context = AttentionContext(self.step, self.listen, self.hidden_states)
-        out, self.losses, self.stats = self.attention(
-            q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context
-        )
+        output = self.attention(q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context)
+        wanted = (*q.shape[:3], v.shape[-1])
+        shape = tuple(output.context.shape) if isinstance(output, AttentionOutput) else type(output).__name__
+        if shape != wanted:
+            raise CapabilityError(
+                f"{type(self.attention).__name__} must return an AttentionOutput with a context (batch, num_heads, "
+                f"query_length, head_dim) = {wanted}, got {shape}"
+            )
+        out, self.losses, self.stats = output
         return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def locate(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
             names = [*PRESETS, "tiny", "small"]
             near = difflib.get_close_matches(config.name, names, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"unknown backbone '{config.name}'{hint} presets: {', '.join(sorted(names))}")
+            raise ConfigError(f"unknown backbone '{config.name}'{hint or ';'} presets: {', '.join(sorted(names))}")
         return config.name, {"revision": config.revision} if config.revision else {}
     gguf = config.gguf_file
     if gguf is None and not (folder / "config.json").is_file():
@@ -154,7 +155,7 @@ def _from_pretrained(config: BackboneConfig, head: Head) -> PreTrainedModel:
         model: PreTrainedModel = _AUTO[head].from_pretrained(
             where, attn_implementation="sdpa", dtype=torch.float32, **arguments
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, IndexError, struct.error, SafetensorError) as error:
         raise DataError(
             f"--backbone.name={config.name} cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from error

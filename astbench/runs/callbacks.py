@@ -263,7 +263,9 @@ class RunCallback(Callback):
             )
         if "train" in self.record:
             train = self.record["train"]
-            rows["training"] = f"{train['steps']} steps in {train['wall_seconds']:.0f} s"
+            wanted = module.trainer.max_steps
+            short = f", of {wanted} asked for" if train["steps"] < wanted else ""
+            rows["training"] = f"{train['steps']} steps in {train['wall_seconds']:.0f} s{short}"
         rows["record"] = self.folder / RECORD
         if (self.folder / LAST).exists():
             rows["checkpoint"] = self.folder / LAST
@@ -272,9 +274,10 @@ class RunCallback(Callback):
         console.say(f"done: {self.record.get('signature', self.command)}")
         console.table(rows)
         if self.command == "fit" and self.record["data"]["source"] == "demo":
+            plugins = [f"--plugins={plugin}" for plugin in self.record["config"].get("plugins") or []]
             console.say(
                 "  on the real data: astbench fit "
-                + shlex.join([f"--attention={module.swapped.name}", f"--task={self.task.name}"])
+                + shlex.join([f"--attention={module.swapped.name}", f"--task={self.task.name}", *plugins])
                 + f" {self.task.real}"
             )
 
@@ -287,11 +290,13 @@ def _source(data: dict[str, Any]) -> str:
 
 def _backend(module: TaskModule) -> str:
     from astbench_kernels import choose_backend
+    from astbench_registry.table import BUILTIN
 
     chosen = module.swapped.options.get("backend")
     device = next(module.parameters()).device
     if chosen is None:
-        return f"torch scaled_dot_product_attention on {device.type}"
+        built_in = module.swapped.name in BUILTIN
+        return f"{'torch scaled_dot_product_attention' if built_in else 'its own'} on {device.type}"
     return f"{choose_backend(chosen, device)} ({'asked for' if chosen != 'auto' else 'auto'})"
 
 

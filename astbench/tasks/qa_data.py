@@ -84,6 +84,8 @@ class SpanQAData(pl.LightningDataModule):
             raise ConfigError(
                 f"--data.stride={stride} must be below max_length - max_question - 3 = {max_length - max_question - 3}"
             )
+        if path and source != "local":
+            raise ConfigError(f"--data.path={path} is read with --data.source=local only; --data.source is {source}")
         self.source, self.path = source, path
         self.max_length, self.stride, self.max_question = max_length, stride, max_question
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -187,7 +189,7 @@ class SpanQAData(pl.LightningDataModule):
         return dataset
 
     def _asked(self) -> QAExample:
-        if not self.question or not self.document:
+        if not self.question.strip() or not self.document:
             raise ConfigError("predict needs --data.question='...' and --data.document=FILE")
         file = Path(self.document).expanduser()
         try:
@@ -198,6 +200,11 @@ class SpanQAData(pl.LightningDataModule):
             raise DataError(f"--data.document={self.document} cannot be read as UTF-8 text: {error}") from error
         if not text.strip():
             raise DataError(f"--data.document={self.document} is empty")
+        words = self.tokenizer(self.question, add_special_tokens=False)["input_ids"]
+        if len(words) > self.max_question:
+            self.notes.append(
+                f"the question is cut from {len(words)} to {self.max_question} tokens; --data.max_question allows more"
+            )
         return QAExample("asked", self.question, ("",), text, title=file.stem, answer_starts=())
 
     def check_model(self, model: PreTrainedModel) -> None:

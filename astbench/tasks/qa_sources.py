@@ -47,16 +47,12 @@ def read_triviaqa(path: str | Path, split: str) -> list[QAExample]:
 
 def triviaqa_row(row: dict[str, Any], where: str) -> QAExample:
     """One row with the hub's columns; all of its pages make one document."""
-    try:
-        answer, pages = row["answer"], row["entity_pages"]
-        aliases = [answer["value"], *answer["aliases"]]
-        contexts, titles = list(pages["wiki_context"]), list(pages["title"])
-        question_id, question = str(row["question_id"]), str(row["question"])
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{where}: column {error} is missing or of the wrong form") from error
+    answer, pages = _column(row, "answer", dict, where), _column(row, "entity_pages", dict, where)
+    aliases = [_column(answer, "value", str, where), *_texts(answer, "aliases", where)]
+    contexts, titles = _texts(pages, "wiki_context", where), _texts(pages, "title", where)
     return QAExample(
-        question_id=question_id,
-        question=question,
+        question_id=str(_column(row, "question_id", (str, int), where)),
+        question=_column(row, "question", str, where),
         answers=_distinct(aliases, where),
         context="\n\n".join(contexts),
         title=titles[0] if titles else "",
@@ -65,18 +61,20 @@ def triviaqa_row(row: dict[str, Any], where: str) -> QAExample:
 
 def _official_triviaqa(file: Path, evidence: Path) -> Iterator[QAExample]:
     data = _json(file)
-    if not isinstance(data, dict) or "Data" not in data:
+    if not isinstance(data, dict) or not isinstance(data.get("Data"), list):
         raise DataError(f"{file}: no 'Data' list; not TriviaQA's official format")
     for number, item in enumerate(data["Data"]):
         where = f"{file}: question {number + 1}"
-        try:
-            answer = item["Answer"]
-            aliases = [answer["Value"], *answer["Aliases"], *answer.get("HumanAnswers", [])]
-            pages = item["EntityPages"]
-            question_id, question = item["QuestionId"], item["Question"]
-            names = [(page["Filename"], page["Title"]) for page in pages]
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{where}: {error} is missing or of the wrong form") from error
+        answer = _column(item, "Answer", dict, where)
+        aliases = [_column(answer, "Value", str, where), *_texts(answer, "Aliases", where)]
+        if "HumanAnswers" in answer:
+            aliases += _texts(answer, "HumanAnswers", where)
+        question_id = str(_column(item, "QuestionId", (str, int), where))
+        question = _column(item, "Question", str, where)
+        names = [
+            (_column(page, "Filename", str, where), _column(page, "Title", str, where))
+            for page in _column(item, "EntityPages", list, where)
+        ]
         texts = []
         for name, _ in names:
             # The name comes from a file: it may not lead out of the evidence folder.
@@ -131,7 +129,7 @@ def read_squad(path: str | Path, whole_articles: bool = False) -> list[QAExample
                             answer_starts=tuple(sorted({a["answer_start"] + shift for a in answers})),
                         )
                     )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not SQuAD's official format ({error})") from error
     return examples
 
@@ -174,10 +172,18 @@ def read_hub(task: str, split: str) -> list[QAExample]:
 
 
 def fingerprint(examples: list[QAExample]) -> str:
-    """Short digest of everything in the examples, in order."""
+    """Short digest of everything in the examples, in order.
+
+    Raises:
+        DataError: text that cannot be encoded (JSON can hold half a surrogate pair).
+    """
     digest = hashlib.sha256()
     for e in examples:
-        digest.update("\x1f".join([e.question_id, e.question, *e.answers, e.title, e.context, "\x1e"]).encode())
+        text = "\x1f".join([e.question_id, e.question, *e.answers, e.title, e.context, "\x1e"])
+        try:
+            digest.update(text.encode())
+        except UnicodeEncodeError as error:
+            raise DataError(f"question {e.question_id}: its text is not valid Unicode ({error.reason})") from error
     return digest.hexdigest()[:16]
 
 
@@ -189,6 +195,23 @@ def existing(path: str | Path) -> Path:
     if not path.exists():
         raise DataError(f"--data.path={path} does not exist")
     return path
+
+
+def _column(row: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """A row's value of the expected type, or a :class:`DataError` that says where it is not."""
+    if not isinstance(row, dict) or name not in row:
+        raise DataError(f"{where}: column {name!r} is missing")
+    if not isinstance(row[name], kind):
+        raise DataError(f"{where}: column {name!r} is of the wrong form: {str(row[name])[:60]!r}")
+    return row[name]
+
+
+def _texts(row: Any, name: str, where: str) -> list[str]:
+    """A row's list of texts."""
+    values = _column(row, name, (list, tuple), where)
+    if not all(isinstance(value, str) for value in values):
+        raise DataError(f"{where}: column {name!r} must be a list of texts")
+    return list(values)
 
 
 def _distinct(answers: list[str], where: str) -> tuple[str, ...]:
@@ -217,8 +240,10 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{file}:{number}", json.loads(line)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError) as error:
         raise DataError(f"{file}:{number + 1} cannot be read: {_first_line(error)}") from error
+    except ValueError as error:
+        raise DataError(f"{file}:{number} cannot be read: {_first_line(error)}") from error
 
 
 def _parquet(file: Path) -> Iterator[dict[str, Any]]:

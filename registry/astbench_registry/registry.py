@@ -179,7 +179,7 @@ def _import_plugin(target: str) -> Any:
             return _import(target)
     except PluginError:
         raise
-    except Exception as error:  # whatever a plugin raises is reported under its name
+    except (Exception, SystemExit) as error:  # whatever a plugin raises is reported under its name
         raise PluginError(f"plugin {target} does not load: {type(error).__name__}: {_one_line(error)}") from error
 
 

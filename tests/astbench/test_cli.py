@@ -134,6 +134,14 @@ REFUSALS = {
         "bf16-mixed",
         "got foo",
     ),
+    "path without local": (
+        [*FIT, "--data.path=/no/where"],
+        2,
+        "--data.path=/no/where is read with --data.source=local only",
+    ),
+    "validate untrained": (["validate", *NAMES], 2, "validate needs trained weights"),
+    "no accumulation": ([*FIT, "--trainer.accumulate_grad_batches=0"], 2, "accumulate_grad_batches must be at least 1"),
+    "config without a file": ([*FIT, "--config"], 2, "--config needs a file"),
     "stray word": ([*FIT, "stray"], 2, "unknown option stray"),
     "unknown source": ([*FIT, "--data.source=web"], 2, "data.source", "'demo', 'hub', 'local'"),
     "no path": ([*FIT, "--data.source=local"], 3, "--data.source=local needs --data.path"),
@@ -174,6 +182,9 @@ def test_bad_input_is_one_line_and_its_exit_code(astbench, here, case):
     ("name", "text", "code", "part"),
     [
         ("broken.yaml", "a: [1", 2, "cannot be read"),
+        ("flat.yaml", "trainer: 3", 2, "flat.yaml: trainer must be a group of options"),
+        ("list.yaml", "attention: [ast]", 2, "list.yaml: attention must be a name or a group of options"),
+        ("plugins.yaml", "plugins: ./mine.py", 2, "plugins.yaml: plugins must be a list"),
         ("list.yaml", "- 1", 2, "holds no options"),
         ("typo.yaml", "optim: {lrr: 1}", 2, "lrr"),
         ("code.yaml", "trainer: {callbacks: [{class_path: os.system}]}", 2, "os.system"),
@@ -309,9 +320,9 @@ def test_record_fields(run):
     assert record["data"]["source"] == "demo"
     assert record["data"]["fingerprints"].keys() == {"train", "validation"}
     assert record["parameters"]["total"] == record["parameters"]["trainable"] > record["parameters"]["attention"] > 0
-    assert record["attached"] == {"layers": 2, "patterns": ["bidirectional_self"]}
+    assert record["attached"] == {"layers": 3, "patterns": ["bidirectional_self"]}
     assert record["train"]["steps"] == 3
-    assert 0 < record["density"]["mean"] <= 1 and len(record["density"]["layers"]) == 2
+    assert 0 < record["density"]["mean"] <= 1 and len(record["density"]["layers"]) == 3
     assert record["backends"] == ["gather"]
     assert record["peak_memory"]["cpu_bytes"] > 0 and record["wall_seconds"] > 0
     assert record["signature"].endswith("8 questions")
@@ -326,6 +337,22 @@ def test_the_saved_config_runs_again_to_the_same_result(astbench, here, run):
     assert again["metrics"] == first["metrics"]
     assert (here / "again" / METRICS).read_bytes() == (folder / METRICS).read_bytes()
     assert (here / "again" / CONFIG).read_text() == (folder / CONFIG).read_text()
+
+
+def test_the_config_of_an_evaluation_runs_again_on_its_checkpoint(astbench, here, run):
+    folder, _ = run
+    assert astbench("validate", f"--ckpt_path={folder}", "--run_dir=val").code == 0
+    assert astbench("validate", "--config", "val/config.yaml", "--run_dir=again").code == 0
+    first, again = record_of(here / "val"), record_of(here / "again")
+    assert again["metrics"] == first["metrics"]
+    assert again["checkpoint"] == first["checkpoint"] is not None
+
+
+@pytest.mark.parametrize("word", ["--optim.lr=0.5", "--seed=9", "--attention=dense", "--attention.bogus=1"])
+def test_resume_takes_no_options(astbench, here, run, word):
+    assert_refused(
+        astbench("fit", f"--resume={run[0]}", word), 2, "goes on with a run as it was configured", "--init_from"
+    )
 
 
 def test_validate_repeats_the_metrics(astbench, here, run):

@@ -153,7 +153,7 @@ def refused(astbench, model_folder, data, *options):
         (["--data.stride=49"], 2, "--data.stride must be between 1 and context=48"),
         (["--data.windows=0"], 2, "--data.windows must be at least 1"),
         (["--data.eval_batch_size=0"], 2, "--data.eval_batch_size must be at least 1"),
-        (["--data.context=257"], 2, "longer than the backbone's 256 positions"),
+        (["--data.context=257"], 2, "longer than the backbone's position table of 256"),
         (["--backbone=tiny"], 2, "needs trained weights"),
         (["--data.path=/no/where"], 3, "/no/where does not exist"),
         (["--data.path="], 3, "needs --data.path"),

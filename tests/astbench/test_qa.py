@@ -6,6 +6,7 @@ import json
 import math
 import random
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -325,7 +326,7 @@ def test_missing_fields_name_the_question(official, gone):
     row = question(0, ["A"], "x")
     del row[gone]
     write_official(official, [question(1, ["A"], "y"), row])
-    with pytest.raises(DataError, match=f"question 2: '{gone}' is missing"):
+    with pytest.raises(DataError, match=f"question 2: column '{gone}' is missing"):
         read_triviaqa(official, "train")
 
 
@@ -398,6 +399,47 @@ def test_missing_paths(path, message):
     for read in (lambda: read_triviaqa(path, "train"), lambda: read_squad(path)):
         with pytest.raises(DataError, match=message):
             read()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("entity_pages", "wiki_context"), "one text", "'wiki_context' is of the wrong form: 'one text'"),
+        (("entity_pages", "wiki_context"), ["a", None], "'wiki_context' must be a list of texts"),
+        (("entity_pages", "title"), [None], "'title' must be a list of texts"),
+        (("answer", "aliases"), "abc", "'aliases' is of the wrong form: 'abc'"),
+        (("answer", "aliases"), None, "'aliases' is of the wrong form"),
+        (("answer",), [], "'answer' is of the wrong form"),
+        (("question",), None, "'question' is of the wrong form"),
+    ],
+)
+def test_values_of_the_wrong_form_name_file_line_and_column(tmp_path, place, value, message):
+    row = {
+        "question_id": "1",
+        "question": "Who?",
+        "answer": {"value": "A", "aliases": ["A"]},
+        "entity_pages": {"title": ["T"], "wiki_context": ["A was."]},
+    }
+    good = json.dumps(row)
+    inner = row
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (tmp_path / "train.jsonl").write_text(good + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"train\.jsonl:2: column " + message):
+        read_triviaqa(tmp_path, "train")
+
+
+def test_a_cut_line_is_named(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"question_id": "1"')
+    with pytest.raises(DataError, match=r"train\.jsonl:1 cannot be read"):
+        read_triviaqa(tmp_path, "train")
+
+
+def test_half_a_surrogate_pair_is_named(demo):
+    broken = replace(demo[0], question="\ud800 what?")
+    with pytest.raises(DataError, match="not valid Unicode"):
+        fingerprint([broken])
 
 
 def squad_json(articles=3):

@@ -287,6 +287,22 @@ def test_mistral_without_a_window_works():
     assert len(swap_attention(model, "dense").slots) == 3
 
 
+def test_a_variant_that_returns_something_else_is_named(monkeypatch):
+    from astbench_registry.variants.dense import DenseAttention
+
+    model = tiny_model("bert")
+    swap_attention(model, "dense")
+    right = DenseAttention.forward
+
+    def narrow(self, *args, **kwargs):
+        return right(self, *args, **kwargs)._replace(context=torch.zeros(1, 4, 8, 2))
+
+    for wrong, part in ((narrow, r"got \(1, 4, 8, 2\)"), (lambda *a, **k: torch.zeros(1), "got Tensor")):
+        monkeypatch.setattr(DenseAttention, "forward", wrong)
+        with pytest.raises(CapabilityError, match="DenseAttention must return an AttentionOutput.*" + part):
+            model(input_ids=torch.ones(1, 8, dtype=torch.long))
+
+
 @pytest.mark.parametrize("choice", [{"where": ["cross"]}, {"layers": [7]}, {"where": []}])
 def test_nothing_to_attach_to_is_refused(choice):
     reason = refused(tiny_model("llama"), **choice)

@@ -233,6 +233,12 @@ def test_plugin_by_its_address(plugin):
     assert message(error) == f"{path}:Yours: no class 'Yours' with @register_attention in {path}"
 
 
+def test_a_plugin_that_exits_is_a_plugin_that_does_not_load(tmp_path):
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
+    with pytest.raises(PluginError, match=r"leaves\.py does not load: SystemExit"):
+        load_plugin(str(tmp_path / "leaves.py"))
+
+
 def test_plugin_by_module_name(plugin, tmp_path, monkeypatch):
     plugin(file="fake_module.py")
     monkeypatch.syspath_prepend(str(tmp_path))
