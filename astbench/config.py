@@ -35,5 +35,10 @@ class OptimConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--optim.{name} must be above 0, got {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--optim.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise ValueError(f"--optim.weight_decay must be 0 or more, got {self.weight_decay}")
         if self.warmup_steps < 0:
             raise ValueError(f"--optim.warmup_steps must be 0 or more, got {self.warmup_steps}")

@@ -43,7 +43,7 @@ def attention(record: Record) -> dict[str, Any]:
 def demo() -> str:
     """Generated questions, from scratch."""
     rows = []
-    for record in sorted(records("demo").values(), key=lambda r: -r["metrics"]["f1"]):
+    for record in sorted(records("demo").values(), key=lambda r: (attention(r)["name"], r["seed"])):
         rows.append(
             [
                 f"`{attention(record)['name']}`",
@@ -51,10 +51,11 @@ def demo() -> str:
                 f"{record['metrics']['em']:.1f}",
                 f"{record['density']['mean']:.2f}",
                 f"{record['train']['wall_seconds']:.0f} s",
+                f"{record['hardware']['threads']}",
                 f"{record['seed']}",
             ]
         )
-    return markdown(["attention", "F1", "EM", "density", "training", "seed"], rows)
+    return markdown(["attention", "F1", "EM", "density", "training", "threads", "seed"], rows)
 
 
 STARTS = {None: "pretrained", "runs/squad-dense": "SQuAD, paragraphs", "runs/squad-long": "SQuAD, articles"}

@@ -10,8 +10,8 @@ def run(words: list[str]) -> int:
     """Print a table of passes, failures and skips; 0 when nothing fails."""
     everything = "--all" in words
     words = [w for w in words if w != "--all"]
-    names = [w for w in words if not w.startswith("-")]
-    found = select([w for w in words if w.startswith("-")])
+    found = select(words)
+    names = [w for w in found.argv if not w.startswith("-")]
     if found.help:
         print(
             "usage: astbench check NAME... [--all] [--plugins=FILE.py|MODULE]\n\n"
@@ -19,8 +19,8 @@ def run(words: list[str]) -> int:
             "poisoned padding, low precision, determinism: pass, fail, or skip with the reason."
         )
         return 0
-    if found.argv:
-        raise ConfigError(f"astbench check takes no {found.argv[0]}")
+    if len(names) < len(found.argv):
+        raise ConfigError(f"astbench check takes no {next(w for w in found.argv if w.startswith('-'))}")
     from astbench_registry.registry import config_class, load_plugin, registered
 
     for position, name in enumerate(names):

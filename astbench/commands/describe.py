@@ -14,15 +14,15 @@ from astbench_registry.registry import config_class, registered
 
 def run(words: list[str]) -> int:
     """Print one attention."""
-    names = [w for w in words if not w.startswith("-")]
-    found = select([w for w in words if w.startswith("-")])
+    found = select(words)
+    names = [w for w in found.argv if not w.startswith("-")]
     if found.help or not names:
         print("usage: astbench describe NAME [--plugins=FILE.py|MODULE]")
         if not found.help:
             raise ConfigError("astbench describe needs a name; `astbench list` shows them")
         return 0
-    if len(names) > 1 or found.argv:
-        raise ConfigError(f"astbench describe takes one name, got {' '.join([*names, *found.argv])}")
+    if len(found.argv) > 1:
+        raise ConfigError(f"astbench describe takes one name, got {' '.join(found.argv)}")
     config = config_class(names[0])
     rows = registered()
     source = rows[names[0]].source if names[0] in rows else names[0]

@@ -47,6 +47,11 @@ class Capabilities:
     head_dims: tuple[int, ...] = ()
     length_multiple: int = 1
 
+    def __post_init__(self) -> None:
+        unknown = [pattern for pattern in self.patterns if pattern not in PATTERNS]
+        if unknown or not self.patterns:
+            raise ValueError(f"patterns must be some of {', '.join(PATTERNS)}; got {', '.join(unknown) or 'none'}")
+
     def problems(
         self,
         pattern: Pattern,
