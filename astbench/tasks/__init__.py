@@ -72,10 +72,10 @@ TASKS: dict[str, Task] = {
             "--data.max_length=4096",
             metric="f1",
             demo={
-                "data.demo_train": 22_400,
+                "data.demo_train": 27_200,
                 "data.batch_size": 32,
                 "data.negative_share": 0.0,
-                "trainer.max_steps": 700,
+                "trainer.max_steps": 850,
                 "optim.lr": 3e-3,
                 "optim.beta2": 0.98,
                 "optim.warmup_steps": 50,
