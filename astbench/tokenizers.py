@@ -43,8 +43,8 @@ def _bert_form(model: models.WordPiece) -> tokenizers.Tokenizer:
 
 def _words(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> set[str]:
     split, normalize = tokenizer.pre_tokenizer.pre_tokenize_str, tokenizer.normalizer.normalize_str
-    # Both work character by character and end words at white space: each piece between need be seen once.
-    pieces = {piece for text in texts for piece in text.split()}
+    # Both work character by character and end words at spaces: each piece between need be seen once.
+    pieces = {piece for text in texts for piece in text.split(" ")}
     return {word for piece in pieces for word, _ in split(normalize(piece))}
 
 

@@ -80,7 +80,6 @@ SLOW_TURN = 0.01
 EQUAL_SCORE = 11.0
 """Attention logit of a token with its equal at the start: above a few hundred others' noise."""
 
-
 LOCAL_BIAS = 1.0
 """Constant in the fast dimensions of the heads that look around."""
 
@@ -95,7 +94,7 @@ def _mimetic_init(model: PreTrainedModel) -> None:
     for near tokens. Without this, small encoders stay for thousands of steps at "some answer of the right kind".
     """
     hidden, heads = model.config.hidden_size, model.config.num_attention_heads
-    dim = hidden // heads
+    dim, types = hidden // heads, model.config.type_vocab_size
     turn = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
     slow = (turn < SLOW_TURN).repeat(2)  # dimensions i and i + dim/2 turn together
     finds_equal = torch.arange(heads) < heads // 2
@@ -107,7 +106,7 @@ def _mimetic_init(model: PreTrainedModel) -> None:
         parts = dict(module.named_children())
         if isinstance(module, nn.Embedding):
             # Wide, so that training does not blur rare words before they are used; token types stay a hint.
-            nn.init.normal_(module.weight, std=0.3 if module.num_embeddings > 2 else 0.06)
+            nn.init.normal_(module.weight, std=0.06 if module.num_embeddings == types else 0.3)
         elif {"q_proj", "k_proj", "v_proj", "o_proj"} <= parts.keys():
             equal = torch.randn(hidden, hidden) * std
             for name in ("q_proj", "k_proj"):

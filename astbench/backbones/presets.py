@@ -47,29 +47,32 @@ _DECODER_SIZES = {
 }
 
 
-def _modernbert(size: str) -> dict[str, Any]:
+def _encoder(size: str) -> dict[str, Any]:
     hidden, layers, heads, feed_forward = _ENCODER_SIZES[size]
     return {
-        "model_type": "modernbert",
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "intermediate_size": feed_forward,
+    }
+
+
+def _modernbert(size: str) -> dict[str, Any]:
+    shape = _encoder(size)
+    return {
+        **shape,
+        "model_type": "modernbert",
         # Every layer is one that the variant replaces: no built-in sliding windows.
-        "layer_types": ["full_attention"] * layers,
+        "layer_types": ["full_attention"] * shape["num_hidden_layers"],
         "max_position_embeddings": 8192,
     }
 
 
 def _rope_bert(size: str) -> dict[str, Any]:
-    hidden, layers, heads, feed_forward = _ENCODER_SIZES[size]
     return {
+        **_encoder(size),
         # BERT with rotary positions and token types (question or document).
         "model_type": "jina_embeddings_v3",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": feed_forward,
         "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         "type_vocab_size": 2,
@@ -80,13 +83,11 @@ def _rope_bert(size: str) -> dict[str, Any]:
 
 
 def _bert(size: str) -> dict[str, Any]:
-    hidden, layers, heads, feed_forward = _ENCODER_SIZES[size]
+    shape = _encoder(size)
     return {
+        **shape,
         "model_type": "bert",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 2 * feed_forward,
+        "intermediate_size": 2 * shape["intermediate_size"],
         "max_position_embeddings": 1024,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from astbench.backbones.load import require_positions
-from astbench.backbones.presets import BackboneConfig, resolve_preset
+from astbench.backbones.presets import BackboneConfig
 from astbench.errors import ConfigError, DataError
 from astbench.reading import read_bytes
 from astbench.tokenizers import load_tokenizer, saved_tokenizer
@@ -75,17 +75,12 @@ class WikiTextData(pl.LightningDataModule):
         """Read and cut the text.
 
         Raises:
-            ConfigError: a backbone without a tokenizer.
             DataError: missing, unreadable or empty file.
         """
         if self.rows:
             return
         if self.tokenizer_folder is not None:
             self._tokenizer = saved_tokenizer(self.tokenizer_folder)
-        elif resolve_preset(self.backbone.name, "causal_lm"):
-            raise ConfigError(
-                "`astbench test --task=wikitext103` needs trained weights: --backbone=FOLDER or a hub name"
-            )
         else:
             self._tokenizer = load_tokenizer(self.backbone)
         file = self._file()

@@ -280,7 +280,7 @@ class TriviaQAData(SpanQAData):
         source: demo, hub (mandarjoshi/trivia_qa, rc.wikipedia) or local.
         path: For `local`: a folder in the official layout (qa/wikipedia-train.json and evidence/), or with
             train/validation/test.jsonl[.gz] or .parquet in the hub's columns.
-        demo_train: Generated training questions, for `demo`: three quarters about one paragraph, a tenth about
+        demo_train: Generated training questions, for `demo`: two thirds about one paragraph, a tenth about
             two or three, the rest about whole articles, in this order in the first epoch.
         demo_eval: Generated evaluation questions, for `demo`, about whole articles.
     """

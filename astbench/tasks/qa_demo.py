@@ -11,9 +11,10 @@ the answer, so that the nearest name before an answer is its own. Otherwise smal
 of steps where they find the kind and guess the person.
 
 The form also separates attention patterns. Everything that a question does not share with all others
-(the person's name) stands after its first 16 tokens, so a token that sees only its own block, the
-first block and random others cannot match the name; a fact's sentence holds person, relation and
-answer within 20 tokens, so a few well-chosen blocks are enough.
+(the person's name) stands after its first 16 tokens, so a token that sees only its neighbours and random
+blocks cannot match the name; a fact's sentence holds person, relation and answer within 20 tokens, so a
+few well-chosen blocks are enough. (Not so with a first block that every token sees: it neighbours the
+name and relays it to all, and random blocks do as well as chosen ones.)
 """
 
 from __future__ import annotations
