@@ -48,6 +48,7 @@ class AttentionSlot(nn.Module):
         self.step = 0
         self.listen = False
         self.hidden_states: Tensor | None = None
+        self.global_tokens: Tensor | None = None
         self.losses: Mapping[str, Tensor] = {}
         self.stats: AttentionStats | None = None
 
@@ -58,7 +59,7 @@ class AttentionSlot(nn.Module):
                 f"{self.path} was attached for {self.pattern} attention but is called with a "
                 f"{'causal' if mask.causal else 'non-causal'} mask"
             )
-        context = AttentionContext(self.step, self.listen, self.hidden_states)
+        context = AttentionContext(self.step, self.listen, self.hidden_states, self.global_tokens)
         output = self.attention(q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context)
         wanted = (*q.shape[:3], v.shape[-1])
         shape = tuple(output.context.shape) if isinstance(output, AttentionOutput) else type(output).__name__

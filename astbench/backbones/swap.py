@@ -62,6 +62,14 @@ class SwapHandle:
         for slot in self.slots:
             slot.step = step
 
+    def set_global_tokens(self, tokens: Tensor | None) -> None:
+        """Tell every variant which tokens of the coming batches all others should see: bool `(batch, length)`.
+
+        Only some variants know such tokens (`longformer`, `bigbird`); None takes the tokens back.
+        """
+        for slot in self.slots:
+            slot.global_tokens = tokens
+
     def losses(self) -> dict[str, Tensor]:
         """Auxiliary losses of the last forward pass by name, summed over the layers."""
         total: dict[str, Tensor] = {}
@@ -140,6 +148,7 @@ def swap_attention(
                 layer_index=index,
                 num_layers=count,
                 hidden_size=getattr(model.config, "hidden_size", 0),
+                max_positions=getattr(model.config, "max_position_embeddings", 0),
             )
             _attach(model, call, build_attention(name, config, shape), config.can, handle)
         _no_dropout([call.module for call in calls], handle)
@@ -220,6 +229,7 @@ def _check(can: Capabilities, name: str, call: Call) -> None:
 def _attach(model: PreTrainedModel, call: Call, attention: Attention, can: Capabilities, handle: SwapHandle) -> None:
     path = next(name for name, module in model.named_modules() if module is call.module)
     parameter = next(call.module.parameters())
+    attention.adopt(call.module)
     slot = AttentionSlot(attention.to(parameter.device), call.pattern, path)
     slot.train(model.training)
     call.module.add_module(IMPLEMENTATION, slot)

@@ -40,6 +40,8 @@ class SpanQA(TaskModule):
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"].long()}
         if getattr(self.model.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = batch["token_type_ids"]
+        # The question, and the first token: what Longformer's QA models attend to globally (its section 5).
+        self.swapped.set_global_tokens(batch["attention_mask"] & (batch["answerable"].cumsum(1) == 0))
         out = self.model(**inputs)
         allowed = batch["answerable"].clone()
         allowed[:, 0] = True

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, select_blocks
 from astbench_kernels.layout import ceil_div
+from astbench_registry.configs.block_selection import BlockSelectionConfig
 from astbench_registry.interface import (
     Attention,
     AttentionContext,
@@ -23,7 +24,6 @@ from astbench_registry.interface import (
     AttentionOutput,
     AttentionStats,
 )
-from astbench_registry.table import BlockSelectionConfig
 
 BIDIRECTIONAL_GROUP = 64
 """Default queries per choice where a group may be pooled; under sequential masks it is 1."""

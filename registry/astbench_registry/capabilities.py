@@ -13,6 +13,7 @@ Pattern = Literal["bidirectional_self", "causal_self", "bidirectional_cross", "c
 """The four ways attention is used: does a token see later ones, and are keys the queries' own sequence."""
 
 PATTERNS: tuple[Pattern, ...] = ("bidirectional_self", "causal_self", "bidirectional_cross", "causal_cross")
+SELF: tuple[Pattern, ...] = ("bidirectional_self", "causal_self")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class AttentionConfig:
     Attributes:
         capabilities: What the variant can do.
         paper: Where it comes from.
+        complexity: Time of one forward call in N queries and M keys (bidirectional self-attention: M = N), as
+            the paper counts it: "N window", "N M".
         conformance_options: Options under which the conformance suite's short inputs (tens of tokens) show
             what the variant does: with a window or a budget wider than they are, it would be dense there.
         full_density_options: Options at which it equals dense attention, whatever the others are; read when
@@ -98,6 +101,7 @@ class AttentionConfig:
 
     capabilities: ClassVar[Capabilities]
     paper: ClassVar[str] = ""
+    complexity: ClassVar[str] = ""
     conformance_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     full_density_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 

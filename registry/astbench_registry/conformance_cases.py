@@ -21,6 +21,7 @@ from astbench_registry.interface import (
 # Sizes differ and lengths are multiples of nothing, so that a swapped axis or a forgotten remainder shows.
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN_SIZE, BATCH = 6, 3, 5, 7, 2
 LENGTH, KEY_LENGTH = 71, 53  # LENGTH crosses the edge of a group of 64 queries
+MAX_POSITIONS = 97  # of what a variant has parameters for; the longest case has LENGTH + 18 tokens
 SHORT, SHORT_KEYS = 41, 29  # for properties that run the variant hundreds of times
 
 Factory = Callable[[Any, AttentionShape], Attention]
@@ -143,6 +144,7 @@ class Subject:
             layer_index=1,
             num_layers=3,
             hidden_size=HIDDEN_SIZE,
+            max_positions=MAX_POSITIONS,
         )
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)

@@ -27,6 +27,7 @@ class AttentionShape:
         layer_index: From 0, counted among the layers of the same stack.
         num_layers: Layers of that stack.
         hidden_size: Width E of the layer's input, for variants that read it.
+        max_positions: Longest sequence the backbone takes, for variants with parameters per position; 0 when unknown.
     """
 
     num_heads: int
@@ -35,6 +36,7 @@ class AttentionShape:
     layer_index: int = 0
     num_layers: int = 1
     hidden_size: int = 0
+    max_positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,14 @@ class AttentionContext:
         listen: Somebody wants :class:`AttentionStats`; when False they are not computed.
         hidden_states: The layer's input `(batch, query_length, hidden_size)`, only for variants whose
             capability record asks for it.
+        global_tokens: Bool `(batch, key_length)`: tokens that the task wants seen by all and seeing all (the
+            question's, in question answering), for variants that know such tokens; None when it names none.
     """
 
     step: int = 0
     listen: bool = False
     hidden_states: Tensor | None = None
+    global_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,15 @@ class Attention(nn.Module):
             context: Step, listening, hidden states.
         """
         raise NotImplementedError
+
+    def adopt(self, layer: nn.Module) -> None:
+        """Called once, when the module is put into a model, with the backbone's attention layer.
+
+        For variants that start from its projections; the others ignore it.
+
+        Raises:
+            CapabilityError: the variant needs projections that this layer does not have.
+        """
 
     def all_pairs(
         self, q: Tensor, k: Tensor, mask: AttentionMask, context: AttentionContext | None, backend: str = "torch"

@@ -10,8 +10,8 @@ from torch import nn
 
 from astbench_registry import Attention, AttentionConfig, AttentionOutput, AttentionStats, Capabilities
 from astbench_registry.capabilities import PATTERNS
+from astbench_registry.configs.block_selection import BlockSelectionConfig, PooledTopKConfig
 from astbench_registry.conformance import PROPERTIES, check_module
-from astbench_registry.table import BlockSelectionConfig, PooledTopKConfig
 from astbench_registry.variants.pooled_topk import PooledTopKAttention
 
 

@@ -18,8 +18,8 @@ from astbench_registry.block_selection import (
     in_blocks,
     valid_in_blocks,
 )
+from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.interface import AttentionContext, AttentionMask, AttentionShape
-from astbench_registry.table import ASTConfig
 
 
 class AdaptiveSparseAttention(BlockSelectingAttention):

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from astbench_kernels.layout import ceil_div
+from astbench_registry.configs.local import LocalConfig
 from astbench_registry.interface import (
     Attention,
     AttentionContext,
@@ -14,7 +15,6 @@ from astbench_registry.interface import (
     AttentionOutput,
     AttentionStats,
 )
-from astbench_registry.table import LocalConfig
 
 MIN_CHUNK = 32
 """Query rows handled together at least; below, the copies of the keys cost more than they save."""

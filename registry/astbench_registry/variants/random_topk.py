@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from astbench_registry.block_selection import BlockSelectingAttention, Selection
+from astbench_registry.configs.block_selection import RandomTopKConfig
 from astbench_registry.interface import AttentionMask
-from astbench_registry.table import RandomTopKConfig
 
 
 class RandomTopKAttention(BlockSelectingAttention):

@@ -1,0 +1,81 @@
+"""Options of the Adaptive Sparse Transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from astbench_registry.configs.block_selection import BlockSelectionConfig
+
+
+@dataclass(frozen=True)
+class ASTConfig(BlockSelectionConfig):
+    """Adaptive Sparse Transformer: a small learned predictor picks each query group's key blocks.
+
+    Args:
+        rank: Width of the predictor's learned term.
+        budget: "fixed" keeps `density` (or `top_k`) blocks a row; "adaptive" the fewest blocks whose
+            predicted mass reaches `mass`, so that density differs per head, row and input.
+        mass: Predicted attention mass to reach, for the adaptive budget.
+        estimator: How the task loss reaches the predictor. "straight_through": kept blocks carry log p as a
+            logit bias whose forward value is zero; "soft": the bias is there in the forward pass too;
+            "none": it does not (distillation only).
+        temperature: Of the differentiable top-k, in logit units.
+        distill_weight: Weight of the loss that teaches the predictor the layer's own dense attention.
+        distill_decay_steps: Training steps over which that weight falls linearly to 0; 0 = it stays.
+        distill_fraction: Share of the query rows whose dense attention is computed for that loss.
+        density_start: Density at step 0, moved linearly to `density`; default: `density` throughout.
+        density_hold: Training steps before that schedule leaves `density_start`.
+        density_steps: Training steps after which it has reached `density`.
+        lambda_density: Weight of (predicted density - density)^2; moves it under the adaptive budget.
+        lambda_entropy: Weight of the entropy of the choice; sharpens it.
+    """
+
+    rank: int = 32
+    budget: Literal["fixed", "adaptive"] = "fixed"
+    mass: float = 0.9
+    estimator: Literal["straight_through", "soft", "none"] = "straight_through"
+    temperature: float = 0.5
+    distill_weight: float = 0.1
+    distill_decay_steps: int = 0
+    distill_fraction: float = 0.125
+    density_start: float | None = None
+    density_hold: int = 0
+    density_steps: int = 0
+    lambda_density: float = 0.0
+    lambda_entropy: float = 0.0
+
+    capabilities: ClassVar = replace(BlockSelectionConfig.capabilities, owns_parameters=True)
+    paper: ClassVar = "this project"
+    complexity: ClassVar = "N M density + (N / query_group) (M / block_size)"
+    full_density_options: ClassVar = {
+        **BlockSelectionConfig.full_density_options,
+        "budget": "fixed",
+        "density_start": None,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.budget in ("fixed", "adaptive"), "budget", "fixed or adaptive")
+        estimators = ("straight_through", "soft", "none")
+        self.require(self.estimator in estimators, "estimator", f"one of {', '.join(estimators)}")
+        self.require(self.rank >= 1, "rank", "at least 1")
+        self.require(0 < self.mass <= 1, "mass", "above 0 and at most 1")
+        self.require(self.temperature > 0, "temperature", "above 0")
+        self.require(self.distill_weight >= 0, "distill_weight", "0 or more")
+        self.require(self.distill_decay_steps >= 0, "distill_decay_steps", "0 or more steps")
+        self.require(0 < self.distill_fraction <= 1, "distill_fraction", "above 0 and at most 1")
+        self.require(
+            self.density_start is None or 0 < self.density_start <= 1,
+            "density_start",
+            "above 0 and at most 1",
+        )
+        self.require(self.density_hold >= 0, "density_hold", "0 or more steps")
+        self.require(self.density_steps >= 0, "density_steps", "0 or more steps")
+        self.require(
+            self.density_start is None or self.density_steps > self.density_hold,
+            "density_steps",
+            f"above density_hold ({self.density_hold}) when density_start is set",
+        )
+        self.require(self.lambda_density >= 0, "lambda_density", "0 or more")
+        self.require(self.lambda_entropy >= 0, "lambda_entropy", "0 or more")

@@ -1,0 +1,94 @@
+"""Options of the variants that pick key blocks: what they share, and the controls'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from astbench_registry.capabilities import PATTERNS, AttentionConfig, Capabilities
+
+
+@dataclass(frozen=True)
+class BlockSelectionConfig(AttentionConfig):
+    """What every variant that picks key blocks shares: granularity, budget and backend.
+
+    Args:
+        block_size: Keys per block, in tokens.
+        query_group: Consecutive queries that share a choice; default 1 under a causal mask (where only the
+            group's first token may speak for it), 64 without.
+        density: Share of the visible blocks each row keeps, always-kept blocks included.
+        top_k: Blocks each row keeps, instead of `density`.
+        min_blocks: Never fewer blocks than this (or than are visible).
+        local_blocks: Blocks kept on each side of the query's own (causal: before it).
+        first_block: Always keep the first block of the keys.
+        backend: Kernel: auto, reference or gather (`astbench doctor` says which can run here).
+    """
+
+    block_size: int = 16
+    query_group: int | None = None
+    density: float = 0.25
+    top_k: int | None = None
+    min_blocks: int = 8
+    local_blocks: int = 0
+    first_block: bool = True
+    backend: Literal["auto", "reference", "gather"] = "auto"
+
+    capabilities: ClassVar = Capabilities(
+        patterns=PATTERNS, decode=True, exact_at_full_density=True, yields_layout=True
+    )
+    # Blocks of 16 and a floor of 8 of them would keep everything in the suite's inputs.
+    conformance_options: ClassVar = {"block_size": 4, "min_blocks": 2, "density": 0.3}
+    full_density_options: ClassVar = {"density": 1.0, "top_k": None}
+
+    def __post_init__(self) -> None:
+        self.require(self.block_size >= 1, "block_size", "at least 1 token")
+        self.require(self.query_group is None or self.query_group >= 1, "query_group", "at least 1 token")
+        self.require(0 < self.density <= 1, "density", "above 0 and at most 1")
+        self.require(self.top_k is None or self.top_k >= 1, "top_k", "at least 1 block")
+        self.require(self.min_blocks >= 1, "min_blocks", "at least 1 block")
+        self.require(self.local_blocks >= 0, "local_blocks", "0 or more blocks")
+
+    @property
+    def can(self) -> Capabilities:
+        """Groups of several queries cannot decode yet: their first token's query is gone from the cache."""
+        return self.capabilities if self.query_group in (None, 1) else replace(self.capabilities, decode=False)
+
+
+@dataclass(frozen=True)
+class RandomTopKConfig(BlockSelectionConfig):
+    """Control: block scores are noise, fixed by seed, layer, head and position.
+
+    Args:
+        seed: Another seed, another fixed pattern.
+    """
+
+    seed: int = 0
+
+    paper: ClassVar = "control of this project (cf. the random blocks of BigBird, arXiv 2007.14062)"
+    complexity: ClassVar = "N M density"
+
+
+@dataclass(frozen=True)
+class PooledTopKConfig(BlockSelectionConfig):
+    """Control: block scores are query times mean key, without any parameters."""
+
+    paper: ClassVar = "control of this project (cf. MoBA, arXiv 2502.13189, eq. 6)"
+    complexity: ClassVar = "N M density + (N / query_group) (M / block_size)"
+
+
+@dataclass(frozen=True)
+class OracleTopKConfig(BlockSelectionConfig):
+    """Control: block scores are the group's true attention mass; quadratic, the selector's ceiling.
+
+    With `query_group` above 1 it looks at all rows of a group, so under a causal mask later rows choose for
+    earlier ones: a ceiling, not a model.
+    """
+
+    capabilities: ClassVar = replace(BlockSelectionConfig.capabilities, strictly_causal=False)
+    paper: ClassVar = "control of this project"
+    complexity: ClassVar = "N M"
+
+    @property
+    def can(self) -> Capabilities:
+        """One query a group looks at nothing but itself."""
+        return replace(super().can, strictly_causal=self.query_group in (None, 1))
