@@ -21,6 +21,7 @@ OWN = {
     "list": "attentions, tasks and backbones by name",
     "describe": "options, abilities and paper of an attention",
     "check": "run the conformance suite on an attention",
+    "bench": "time and memory of attention layers over the length",
     "doctor": "what this machine has, which backends work here and why the others do not",
 }
 

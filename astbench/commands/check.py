@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from astbench.console import say
 from astbench.errors import ConfigError
 from astbench.selection import select
 
+if TYPE_CHECKING:
+    from astbench_registry.conformance import Result
+
 
 def run(words: list[str]) -> int:
-    """Print a table of passes, failures and skips; 0 when nothing fails."""
+    """Print a table of passes, failures and skips, of several attentions a matrix; 0 when nothing fails."""
     everything = "--all" in words
     words = [w for w in words if w != "--all"]
     found = select(words)
@@ -36,13 +42,65 @@ def run(words: list[str]) -> int:
     from astbench_registry.conformance import check
 
     failed = 0
+    matrix: dict[str, list[Result]] = {}
     for name in names:
-        results = check(name)
-        width = max(len(r.property) for r in results)
-        print(name)
-        for r in results:
-            print(f"  {r.status:<4}  {r.property:<{width}}  {r.pattern:<20} {r.detail}")
-        counts = {s: sum(r.status == s for r in results) for s in ("pass", "fail", "skip")}
-        print(f"  {counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped\n")
-        failed += counts["fail"]
+        matrix[name] = results = check(name)
+        failed += sum(r.status == "fail" for r in results)
+        if len(names) == 1:
+            _details(name, results)
+        else:
+            say(_summary(name, results))
+    if len(names) > 1:
+        say(_matrix(matrix))
     return 1 if failed else 0
+
+
+def _summary(name: str, results: list[Result]) -> str:
+    counts = {s: sum(r.status == s for r in results) for s in ("pass", "fail", "skip")}
+    lines = [f"{name}: {counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped"]
+    lines += [f"  fail  {r.property}  {r.pattern}  {r.detail}" for r in results if r.status == "fail"]
+    return "\n".join(lines)
+
+
+def _details(name: str, results: list[Result]) -> None:
+    width = max(len(r.property) for r in results)
+    say(name)
+    for r in results:
+        say(f"  {r.status:<4}  {r.property:<{width}}  {r.pattern:<20} {r.detail}")
+    say("  " + _summary(name, results).splitlines()[0].partition(": ")[2])
+
+
+def _matrix(found: dict[str, list[Result]]) -> str:
+    """Variant x property: every pattern that the variant has, in one sign; below, why something was skipped."""
+    properties = list(dict.fromkeys(r.property for results in found.values() for r in results))
+    width = max(map(len, found))
+    lines = ["", f"{'':<{width}} {''.join(f'{n:>3}' for n in range(1, len(properties) + 1))}"]
+    reasons: dict[str, list[str]] = {}
+    for name, results in found.items():
+        row = ""
+        for wanted in properties:
+            mine = [r for r in results if r.property == wanted]
+            sign = _sign({r.status for r in mine})
+            row += f"{sign:>3}"
+            for r in mine:
+                who = reasons.setdefault(f"{r.property}: {r.detail}", []) if r.status == "skip" else []
+                entry = name if sign == "-" else f"{name} ({r.pattern})"
+                if entry not in who:
+                    who.append(entry)
+        lines.append(f"{name:<{width}} {row}")
+    lines += [
+        "",
+        "+ passes  x fails  - skipped, as its record says  / skipped for some patterns  . no such pattern",
+        "",
+    ]
+    lines += [f"{n:>3} {wanted}" for n, wanted in enumerate(properties, 1)]
+    lines += ["", *(f"skipped, {why}: {', '.join(who)}" for why, who in reasons.items())]
+    return "\n".join(lines)
+
+
+def _sign(statuses: set[str]) -> str:
+    if "fail" in statuses:
+        return "x"
+    if len(statuses) == 2:
+        return "/"
+    return {"pass": "+", "skip": "-"}[statuses.pop()] if statuses else "."

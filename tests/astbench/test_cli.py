@@ -76,6 +76,15 @@ def test_check_runs_the_conformance_suite(astbench, plugin_file):
     assert "0 failed" in done.out
 
 
+def test_check_of_several_ends_with_a_matrix(astbench):
+    done = astbench("check", "dense", "local")
+    assert done.code == 0, done.out
+    rows = [line.split() for line in done.out.splitlines() if line.startswith(("dense  ", "local  "))]
+    assert [row[0] for row in rows] == ["dense", "local"]
+    assert len(rows[0]) == len(rows[1]) and set(rows[0][1:]) == {"+", "-"}
+    assert "skipped, parameter_gradients: owns no parameters: dense, local" in done.out
+
+
 @pytest.mark.parametrize(
     "words", [["--help"], ["list"], ["fit", "--help"], ["describe", "ast"], ["predict", "--help"], ["--version"]]
 )

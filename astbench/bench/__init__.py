@@ -1,0 +1,1 @@
+"""What attention costs: time and memory of whole layers, measured a process a cell."""
