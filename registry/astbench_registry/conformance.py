@@ -419,7 +419,7 @@ def nan_memory(subject: Subject) -> None:
 
 @_property()
 def low_precision(subject: Subject) -> None:
-    """float16 and bfloat16 err at most twice as much as attention written out in that dtype, plus 1e-5."""
+    """float16 and bfloat16 err at most twice as much, for their size, as attention written out in that dtype."""
     dtypes = [x for x in ("float16", "bfloat16") if x in subject.can.dtypes]
     _need(bool(dtypes), "no half precision")
     for name in dtypes:
@@ -443,9 +443,12 @@ def _half_precision(subject: Subject, dtype: torch.dtype, *, full_density: bool)
             share = float(agree.double().mean())
             _demand(share > 0.95, f"{dtype} chooses other blocks in {1 - share:.0%} of the rows: score in float32")
         scale = subject.head_dim**-0.5
-        plain = attend(rounded, allowed, scale).double() - attend(exact, allowed, scale)
+        dense = attend(exact, allowed, scale)
+        plain = attend(rounded, allowed, scale).double() - dense
     error = float(((got.context.double() - expected.context) * agree).abs().max())
-    bound = 2 * float(plain.abs().max()) + 1e-5
+    # Learned mixtures may be larger than any value, and rounding alone errs by more there.
+    larger = max(1.0, float(expected.context.abs().max() / dense.abs().max()))
+    bound = 2 * larger * float(plain.abs().max()) + 1e-5
     _demand(error <= bound, f"{dtype} errs by {error:.2e}, twice plain attention's error is {bound:.2e}")
 
 

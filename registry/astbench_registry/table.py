@@ -12,6 +12,7 @@ from astbench_registry.capabilities import AttentionConfig
 from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.configs.block_selection import OracleTopKConfig, PooledTopKConfig, RandomTopKConfig
 from astbench_registry.configs.dense import DenseConfig
+from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.local import LocalConfig
 
 
@@ -28,6 +29,7 @@ _VARIANTS = "astbench_registry.variants"
 BUILTIN: dict[str, Row] = {
     "ast": Row(f"{_VARIANTS}.adaptive_sparse:AdaptiveSparseAttention", ASTConfig),
     "dense": Row(f"{_VARIANTS}.dense:DenseAttention", DenseConfig),
+    "linformer": Row(f"{_VARIANTS}.linformer:LinformerAttention", LinformerConfig),
     "local": Row(f"{_VARIANTS}.local:LocalAttention", LocalConfig),
     "oracle_topk": Row(f"{_VARIANTS}.oracle_topk:OracleTopKAttention", OracleTopKConfig),
     "pooled_topk": Row(f"{_VARIANTS}.pooled_topk:PooledTopKAttention", PooledTopKConfig),

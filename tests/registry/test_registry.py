@@ -26,7 +26,7 @@ from astbench_registry.conformance import check
 from astbench_registry.registry import make_config
 from astbench_registry.table import BUILTIN
 
-SHAPE = AttentionShape(num_heads=2, num_kv_heads=1, head_dim=5)
+SHAPE = AttentionShape(num_heads=2, num_kv_heads=1, head_dim=5, hidden_size=10, max_positions=64)
 
 PLUGIN = '''
 from dataclasses import dataclass
