@@ -14,6 +14,7 @@ from astbench_registry.configs.block_selection import OracleTopKConfig, PooledTo
 from astbench_registry.configs.dense import DenseConfig
 from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.local import LocalConfig
+from astbench_registry.configs.nystrom import NystromConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ BUILTIN: dict[str, Row] = {
     "dense": Row(f"{_VARIANTS}.dense:DenseAttention", DenseConfig),
     "linformer": Row(f"{_VARIANTS}.linformer:LinformerAttention", LinformerConfig),
     "local": Row(f"{_VARIANTS}.local:LocalAttention", LocalConfig),
+    "nystrom": Row(f"{_VARIANTS}.nystrom:NystromAttention", NystromConfig),
     "oracle_topk": Row(f"{_VARIANTS}.oracle_topk:OracleTopKAttention", OracleTopKConfig),
     "pooled_topk": Row(f"{_VARIANTS}.pooled_topk:PooledTopKAttention", PooledTopKConfig),
     "random_topk": Row(f"{_VARIANTS}.random_topk:RandomTopKAttention", RandomTopKConfig),
