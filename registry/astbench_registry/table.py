@@ -15,6 +15,7 @@ from astbench_registry.configs.dense import DenseConfig
 from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.local import LocalConfig
 from astbench_registry.configs.nystrom import NystromConfig
+from astbench_registry.configs.synthesizer import SynthesizerConfig
 
 
 @dataclass(frozen=True)
@@ -36,4 +37,5 @@ BUILTIN: dict[str, Row] = {
     "oracle_topk": Row(f"{_VARIANTS}.oracle_topk:OracleTopKAttention", OracleTopKConfig),
     "pooled_topk": Row(f"{_VARIANTS}.pooled_topk:PooledTopKAttention", PooledTopKConfig),
     "random_topk": Row(f"{_VARIANTS}.random_topk:RandomTopKAttention", RandomTopKConfig),
+    "synthesizer": Row(f"{_VARIANTS}.synthesizer:SynthesizerAttention", SynthesizerConfig),
 }
