@@ -16,6 +16,7 @@ from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.local import LocalConfig
 from astbench_registry.configs.nystrom import NystromConfig
 from astbench_registry.configs.synthesizer import SynthesizerConfig
+from astbench_registry.configs.longformer import LongformerConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ BUILTIN: dict[str, Row] = {
     "linformer": Row(f"{_VARIANTS}.linformer:LinformerAttention", LinformerConfig),
     "local": Row(f"{_VARIANTS}.local:LocalAttention", LocalConfig),
     "nystrom": Row(f"{_VARIANTS}.nystrom:NystromAttention", NystromConfig),
+    "longformer": Row(f"{_VARIANTS}.longformer:LongformerAttention", LongformerConfig),
     "oracle_topk": Row(f"{_VARIANTS}.oracle_topk:OracleTopKAttention", OracleTopKConfig),
     "pooled_topk": Row(f"{_VARIANTS}.pooled_topk:PooledTopKAttention", PooledTopKConfig),
     "random_topk": Row(f"{_VARIANTS}.random_topk:RandomTopKAttention", RandomTopKConfig),
