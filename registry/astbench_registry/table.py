@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from astbench_registry.capabilities import AttentionConfig
 from astbench_registry.configs.adaptive_sparse import ASTConfig
+from astbench_registry.configs.bigbird import BigBirdConfig
 from astbench_registry.configs.block_selection import OracleTopKConfig, PooledTopKConfig, RandomTopKConfig
 from astbench_registry.configs.dense import DenseConfig
 from astbench_registry.configs.linformer import LinformerConfig
@@ -31,6 +32,7 @@ _VARIANTS = "astbench_registry.variants"
 
 BUILTIN: dict[str, Row] = {
     "ast": Row(f"{_VARIANTS}.adaptive_sparse:AdaptiveSparseAttention", ASTConfig),
+    "bigbird": Row(f"{_VARIANTS}.bigbird:BigBirdAttention", BigBirdConfig),
     "dense": Row(f"{_VARIANTS}.dense:DenseAttention", DenseConfig),
     "linformer": Row(f"{_VARIANTS}.linformer:LinformerAttention", LinformerConfig),
     "local": Row(f"{_VARIANTS}.local:LocalAttention", LocalConfig),

@@ -329,3 +329,22 @@ def test_bad_options_name_their_flags():
     ):
         with pytest.raises(ValueError, match=flag):
             build_attention("longformer", options, shape)
+
+
+@pytest.mark.parametrize(("model_type", "options"), [("roberta", {**TINY, "pad_token_id": 0}), ("bart", BART)])
+def test_a_fresh_swap_with_a_wide_window_is_the_dense_backbone(model_type, options):
+    """Copied projections of the layer's own input give the layer's own queries, keys and values."""
+    transformers = pytest.importorskip("transformers")
+    swapping = pytest.importorskip("astbench.backbones.swap")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(model_type, **options)).eval()
+    real = torch.arange(30) < torch.tensor([[30], [21]])
+    inputs = {"input_ids": torch.arange(60).view(2, 30) % 7 + 3, "attention_mask": real.long()}
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        options = {"window": 30, "global_projections": True}
+        handle = swapping.swap_attention(model, "longformer", options, where=("encoder_self", "decoder_self"))
+        handle.set_global_tokens(torch.arange(30).expand(2, -1) % 5 == 0)
+        got = model(**inputs).last_hidden_state
+    torch.testing.assert_close(got[real], expected[real], rtol=0, atol=1e-5)

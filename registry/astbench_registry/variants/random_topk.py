@@ -7,6 +7,7 @@ from torch import Tensor
 
 from astbench_registry.block_selection import BlockSelectingAttention, Selection
 from astbench_registry.configs.block_selection import RandomTopKConfig
+from astbench_registry.hashing import hashed_uniform
 from astbench_registry.interface import AttentionMask
 
 
@@ -26,16 +27,6 @@ class RandomTopKAttention(BlockSelectingAttention):
         head = torch.arange(self.shape.num_heads, device=device)[:, None, None]
         group = (selection.first // selection.query_group)[:, None]
         block = torch.arange(selection.num_blocks, device=device)
-        mixed = _mix(torch.tensor(self.config.seed * 1_000_003 + self.shape.layer_index, device=device))
-        for part in (head, group, block):
-            mixed = _mix(mixed ^ part)
-        uniform = (mixed & 0xFFFFFF).float() / 2**24
+        seed = self.config.seed * 1_000_003 + self.shape.layer_index
+        uniform = hashed_uniform(seed, head, group, block)
         return uniform.expand(q.shape[0], -1, -1, -1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """One round of splitmix64's finaliser on int64, whose products wrap around."""
-    x = x + 0x1E3779B97F4A7C15
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
