@@ -289,15 +289,18 @@ def _source(data: dict[str, Any]) -> str:
 
 
 def _backend(module: TaskModule) -> str:
-    from astbench_kernels import choose_backend
+    from astbench_kernels import backends, choose_backend
+    from astbench_registry import config_class
     from astbench_registry.table import BUILTIN
 
-    chosen = module.swapped.options.get("backend")
+    name, chosen = module.swapped.name, module.swapped.options.get("backend")
     device = next(module.parameters()).device
-    if chosen is None:
-        built_in = module.swapped.name in BUILTIN
-        return f"{'torch scaled_dot_product_attention' if built_in else 'its own'} on {device.type}"
-    return f"{choose_backend(chosen, device)} ({'asked for' if chosen != 'auto' else 'auto'})"
+    # Variants without block lists may have backends too, of packages; their auto is their own code.
+    if chosen in backends() or (chosen == "auto" and config_class(name).capabilities.yields_layout):
+        return f"{choose_backend(chosen, device)} ({'asked for' if chosen != 'auto' else 'auto'})"
+    if chosen not in (None, "auto"):
+        return f"{chosen} (asked for)"
+    return f"{'torch scaled_dot_product_attention' if name in BUILTIN else 'its own'} on {device.type}"
 
 
 def _quartiles(seconds: list[float]) -> list[float] | None:

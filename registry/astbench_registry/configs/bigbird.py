@@ -33,7 +33,7 @@ class BigBirdConfig(AttentionConfig):
     capabilities: ClassVar = Capabilities(
         patterns=("bidirectional_self",), exact_at_full_density=True, yields_layout=True
     )
-    paper: ClassVar = "Zaheer et al. 2020, arXiv 2007.14062, eq. 1 and section 2, ITC"
+    paper: ClassVar = "Zaheer et al. 2020, arXiv 2007.14062, section 2 (ITC)"
     complexity: ClassVar = "N (window + global + random) + (N / block_size)^2"
     conformance_options: ClassVar = {"block_size": 4, "num_random_blocks": 2}
     full_density_options: ClassVar = {"window_blocks": 2**20}

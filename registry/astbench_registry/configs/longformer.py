@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from astbench_registry.capabilities import SELF, AttentionConfig, Capabilities
 
@@ -20,6 +20,8 @@ class LongformerConfig(AttentionConfig):
         num_global: The first so many real tokens of each sequence are global, beside those that the task names.
         global_projections: Global rows get query, key and value projections of their own, copied from the
             backbone's at the start; for backbones without rotary positions.
+        backend: "transformers" multiplies windows by its LongformerSelfAttention: not causal, no dilation, as
+            many key as query heads.
     """
 
     window: int = 64
@@ -27,6 +29,7 @@ class LongformerConfig(AttentionConfig):
     dilated_heads: int | None = None
     num_global: int = 1
     global_projections: bool = False
+    backend: Literal["auto", "transformers"] = "auto"
 
     capabilities: ClassVar = Capabilities(patterns=SELF, decode=True, exact_at_full_density=True)
     paper: ClassVar = "Beltagy et al. 2020, arXiv 2004.05150, section 3.1"
@@ -43,13 +46,20 @@ class LongformerConfig(AttentionConfig):
         needed = self.num_global >= 1 or not self.global_projections
         self.require(needed, "num_global", "at least 1 token with --attention.global_projections=true")
 
+        if self.backend == "transformers":
+            self.require(self.dilation == 1, "dilation", "1 with --attention.backend=transformers")
+            self.require(self.window >= 2, "window", "at least 2 keys with --attention.backend=transformers")
+
     @property
     def can(self) -> Capabilities:
         """Projections of its own need every token's layer input, which a cache of keys and values does not hold."""
+        can = self.capabilities
+        if self.backend == "transformers":
+            can = replace(can, patterns=("bidirectional_self",), gqa=False, decode=False)
         if not self.global_projections:
-            return self.capabilities
+            return can
         return replace(
-            self.capabilities,
+            can,
             gqa=False,
             decode=False,
             exact_at_full_density=False,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from astbench_kernels.layout import ceil_div
+from astbench_registry import sliding_chunks
 from astbench_registry.configs.longformer import LongformerConfig
 from astbench_registry.errors import CapabilityError
 from astbench_registry.interface import (
@@ -47,6 +48,9 @@ class LongformerAttention(Attention):
 
     Rows are cut into chunks of about `window`, each reading one run of chunk + 2 window keys and the global
     ones, so memory is O(N), at most 3 + globals / chunk copies of the keys.
+
+    `backend="transformers"` multiplies the windows as its LongformerSelfAttention does, which holds all weights
+    at once, O(N window); masks, softmax and global rows stay as here.
     """
 
     config: LongformerConfig
@@ -61,6 +65,15 @@ class LongformerAttention(Attention):
                 f"--attention.dilated_heads must be at most {shape.num_heads} and a multiple of the {shared} heads "
                 f"that share a key head, got {self.dilated_heads}"
             )
+        self.theirs = None
+        if config.backend == "transformers":
+            try:
+                self.theirs = sliding_chunks.load_layer()
+            except ImportError as error:
+                raise ValueError(
+                    "attention 'longformer' with --attention.backend=transformers cannot run here: package "
+                    "transformers is not installed; pip install 'astbench'"
+                ) from error
         if config.global_projections:
             width = shape.num_heads * shape.head_dim
             self.query_global = nn.Linear(shape.hidden_size, width)
@@ -125,7 +138,8 @@ class LongformerAttention(Attention):
         stats = None
         if context.listen:
             attended = number.sum(-1, dtype=torch.float64)
-            stats = AttentionStats(attended, mask.visible_pairs(q, k), f"sdpa-{q.device.type}")
+            backend = "transformers" if self.theirs is not None else f"sdpa-{q.device.type}"
+            stats = AttentionStats(attended, mask.visible_pairs(q, k), backend)
         return AttentionOutput(out, stats=stats)
 
     def _global_tokens(self, batch: int, k: Tensor, mask: AttentionMask, context: AttentionContext) -> Tensor:
@@ -157,6 +171,11 @@ class LongformerAttention(Attention):
 
         A unit is a run of `chunk` rows that are `dilation` apart; to them the window is one of neighbours.
         """
+        ordinary = ~chosen if mask.key_valid is None else mask.key_valid & ~chosen
+        listed, real = list_tokens(chosen)  # (batch, globals)
+        if self.theirs is not None:
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            return sliding_chunks.window_rows(self.theirs, q, k, v, ordinary, listed, real, self.config.window, scale)
         batch, _, length, _ = q.shape
         classes, chunk, chunks, window, reach = self._sizes(length, k.shape[2], dilation, mask)
         device = q.device
@@ -169,8 +188,6 @@ class LongformerAttention(Attention):
         near = (distance <= (0 if mask.causal else window)) & (distance >= -window)
         inside = (position >= 0) & (position < k.shape[2])
         position = position.clamp(0, k.shape[2] - 1)
-        ordinary = ~chosen if mask.key_valid is None else mask.key_valid & ~chosen
-        listed, real = list_tokens(chosen)  # (batch, globals)
         known = real[:, None, None, :]
         if mask.causal:
             known = known & (listed[:, None, None, :] <= row[:, :, None])
@@ -247,13 +264,16 @@ class LongformerAttention(Attention):
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """The matmuls of windows, of `num_global` global tokens (the task may name more) and of their projections."""
         shape, known = self.shape, min(self.config.num_global, key_length)
-        pairs = 0
-        for dilation, heads in (
-            (self.config.dilation, self.dilated_heads),
-            (1, shape.num_heads - self.dilated_heads),
-        ):
-            classes, chunk, chunks, _, reach = self._sizes(query_length, key_length, dilation, mask)
-            pairs += heads * classes * chunk * chunks * (reach + known)
+        pairs = 0  # (query, key), each in two matmuls
+        if self.theirs is not None:
+            pairs = shape.num_heads * sliding_chunks.computed_pairs(query_length, self.config.window, known)
+        else:
+            for dilation, heads in (
+                (self.config.dilation, self.dilated_heads),
+                (1, shape.num_heads - self.dilated_heads),
+            ):
+                classes, chunk, chunks, _, reach = self._sizes(query_length, key_length, dilation, mask)
+                pairs += heads * classes * chunk * chunks * (reach + known)
         rows = min(max(0, known - mask.query_offset), query_length)
         pairs += shape.num_heads * rows * key_length
         total = 4 * batch * pairs * shape.head_dim
