@@ -15,9 +15,9 @@ from astbench_registry.configs.block_selection import OracleTopKConfig, PooledTo
 from astbench_registry.configs.dense import DenseConfig
 from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.local import LocalConfig
+from astbench_registry.configs.longformer import LongformerConfig
 from astbench_registry.configs.nystrom import NystromConfig
 from astbench_registry.configs.synthesizer import SynthesizerConfig
-from astbench_registry.configs.longformer import LongformerConfig
 
 
 @dataclass(frozen=True)
