@@ -18,6 +18,7 @@ from astbench_registry.configs.local import LocalConfig
 from astbench_registry.configs.longformer import LongformerConfig
 from astbench_registry.configs.nystrom import NystromConfig
 from astbench_registry.configs.synthesizer import SynthesizerConfig
+from astbench_registry.configs.reformer import ReformerConfig
 
 
 @dataclass(frozen=True)
@@ -42,4 +43,5 @@ BUILTIN: dict[str, Row] = {
     "pooled_topk": Row(f"{_VARIANTS}.pooled_topk:PooledTopKAttention", PooledTopKConfig),
     "random_topk": Row(f"{_VARIANTS}.random_topk:RandomTopKAttention", RandomTopKConfig),
     "synthesizer": Row(f"{_VARIANTS}.synthesizer:SynthesizerAttention", SynthesizerConfig),
+    "reformer": Row(f"{_VARIANTS}.reformer:ReformerAttention", ReformerConfig),
 }
