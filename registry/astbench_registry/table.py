@@ -19,6 +19,7 @@ from astbench_registry.configs.longformer import LongformerConfig
 from astbench_registry.configs.nystrom import NystromConfig
 from astbench_registry.configs.synthesizer import SynthesizerConfig
 from astbench_registry.configs.reformer import ReformerConfig
+from astbench_registry.configs.sinkhorn import SinkhornConfig
 
 
 @dataclass(frozen=True)
@@ -44,4 +45,5 @@ BUILTIN: dict[str, Row] = {
     "random_topk": Row(f"{_VARIANTS}.random_topk:RandomTopKAttention", RandomTopKConfig),
     "synthesizer": Row(f"{_VARIANTS}.synthesizer:SynthesizerAttention", SynthesizerConfig),
     "reformer": Row(f"{_VARIANTS}.reformer:ReformerAttention", ReformerConfig),
+    "sinkhorn": Row(f"{_VARIANTS}.sinkhorn:SinkhornAttention", SinkhornConfig),
 }
