@@ -17,9 +17,9 @@ from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.local import LocalConfig
 from astbench_registry.configs.longformer import LongformerConfig
 from astbench_registry.configs.nystrom import NystromConfig
-from astbench_registry.configs.synthesizer import SynthesizerConfig
 from astbench_registry.configs.reformer import ReformerConfig
 from astbench_registry.configs.sinkhorn import SinkhornConfig
+from astbench_registry.configs.synthesizer import SynthesizerConfig
 
 
 @dataclass(frozen=True)
