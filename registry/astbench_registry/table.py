@@ -14,6 +14,7 @@ from astbench_registry.configs.bigbird import BigBirdConfig
 from astbench_registry.configs.block_selection import OracleTopKConfig, PooledTopKConfig, RandomTopKConfig
 from astbench_registry.configs.dense import DenseConfig
 from astbench_registry.configs.linformer import LinformerConfig
+from astbench_registry.configs.linear import LinearConfig
 from astbench_registry.configs.local import LocalConfig
 from astbench_registry.configs.longformer import LongformerConfig
 from astbench_registry.configs.nystrom import NystromConfig
@@ -37,6 +38,7 @@ BUILTIN: dict[str, Row] = {
     "bigbird": Row(f"{_VARIANTS}.bigbird:BigBirdAttention", BigBirdConfig),
     "dense": Row(f"{_VARIANTS}.dense:DenseAttention", DenseConfig),
     "linformer": Row(f"{_VARIANTS}.linformer:LinformerAttention", LinformerConfig),
+    "linear": Row(f"{_VARIANTS}.linear:LinearAttention", LinearConfig),
     "local": Row(f"{_VARIANTS}.local:LocalAttention", LocalConfig),
     "longformer": Row(f"{_VARIANTS}.longformer:LongformerAttention", LongformerConfig),
     "nystrom": Row(f"{_VARIANTS}.nystrom:NystromAttention", NystromConfig),
