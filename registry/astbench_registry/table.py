@@ -21,6 +21,7 @@ from astbench_registry.configs.nystrom import NystromConfig
 from astbench_registry.configs.reformer import ReformerConfig
 from astbench_registry.configs.sinkhorn import SinkhornConfig
 from astbench_registry.configs.synthesizer import SynthesizerConfig
+from astbench_registry.configs.performer import PerformerConfig
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ BUILTIN: dict[str, Row] = {
     "longformer": Row(f"{_VARIANTS}.longformer:LongformerAttention", LongformerConfig),
     "nystrom": Row(f"{_VARIANTS}.nystrom:NystromAttention", NystromConfig),
     "oracle_topk": Row(f"{_VARIANTS}.oracle_topk:OracleTopKAttention", OracleTopKConfig),
+    "performer": Row(f"{_VARIANTS}.performer:PerformerAttention", PerformerConfig),
     "pooled_topk": Row(f"{_VARIANTS}.pooled_topk:PooledTopKAttention", PooledTopKConfig),
     "random_topk": Row(f"{_VARIANTS}.random_topk:RandomTopKAttention", RandomTopKConfig),
     "reformer": Row(f"{_VARIANTS}.reformer:ReformerAttention", ReformerConfig),
