@@ -289,18 +289,17 @@ def _source(data: dict[str, Any]) -> str:
 
 
 def _backend(module: TaskModule) -> str:
-    from astbench_kernels import backends, choose_backend
-    from astbench_registry import config_class
+    from astbench_kernels import choose_backend
+    from astbench_registry.block_selection import BlockSelectingAttention
     from astbench_registry.table import BUILTIN
 
-    name, chosen = module.swapped.name, module.swapped.options.get("backend")
+    chosen = module.swapped.options.get("backend", "auto")
     device = next(module.parameters()).device
-    # Variants without block lists may have backends too, of packages; their auto is their own code.
-    if chosen in backends() or (chosen == "auto" and config_class(name).capabilities.yields_layout):
+    if isinstance(module.swapped.slots[0].attention, BlockSelectingAttention):
         return f"{choose_backend(chosen, device)} ({'asked for' if chosen != 'auto' else 'auto'})"
-    if chosen not in (None, "auto"):
-        return f"{chosen} (asked for)"
-    return f"{'torch scaled_dot_product_attention' if name in BUILTIN else 'its own'} on {device.type}"
+    if chosen != "auto":
+        return f"{chosen} on {device.type} (asked for)"
+    return f"{'torch' if module.swapped.name in BUILTIN else 'its own'} on {device.type}"
 
 
 def _quartiles(seconds: list[float]) -> list[float] | None:
