@@ -22,6 +22,7 @@ from astbench_registry.configs.reformer import ReformerConfig
 from astbench_registry.configs.sinkhorn import SinkhornConfig
 from astbench_registry.configs.synthesizer import SynthesizerConfig
 from astbench_registry.configs.performer import PerformerConfig
+from astbench_registry.configs.sparse import SparseConfig
 
 
 @dataclass(frozen=True)
@@ -50,4 +51,5 @@ BUILTIN: dict[str, Row] = {
     "reformer": Row(f"{_VARIANTS}.reformer:ReformerAttention", ReformerConfig),
     "sinkhorn": Row(f"{_VARIANTS}.sinkhorn:SinkhornAttention", SinkhornConfig),
     "synthesizer": Row(f"{_VARIANTS}.synthesizer:SynthesizerAttention", SynthesizerConfig),
+    "sparse": Row(f"{_VARIANTS}.sparse:SparseAttention", SparseConfig),
 }

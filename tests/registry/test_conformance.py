@@ -24,6 +24,8 @@ CONTROL_OPTIONS = [
     ("oracle_topk", {"query_group": 4}),
     ("pooled_topk", {"query_group": 4}),
     ("local", {"window": 50}),
+    ("sparse", {"pattern": "strided", "stride": 6}),
+    ("sparse", {"pattern": "strided", "stride": 6, "heads": "split"}),
 ]
 
 
