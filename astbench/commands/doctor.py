@@ -8,8 +8,12 @@ import shutil
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from astbench.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 _EXTRAS = {
     "datasets": ("hub", "--data.source=hub, parquet files"),
@@ -50,9 +54,9 @@ def run(words: list[str]) -> int:
     for backend in backends().values():
         reasons = backend.refusals(device.type)
         print(f"  {'no ' if reasons else 'yes'} {backend.name:<16} {'; '.join(reasons) or backend.summary}")
-    print(f"\nbackends of dense attention (torch SDPA) on {device.type}")
-    for name, reason in _sdpa(device):
-        print(f"  {'no ' if reason else 'yes'} {name:<16} {reason or 'serves a float32 and a bfloat16 call'}")
+    print(f"\nbackends of dense attention on {device.type} (--attention=dense --attention.backend=...)")
+    for name, serves, reasons in _dense(device):
+        print(f"  {'yes' if serves else 'no '} {name:<16} {'; '.join([*serves, *reasons])}")
     print("\noptional packages")
     for module, (extra, use) in _EXTRAS.items():
         there = find_spec(module) is not None
@@ -66,28 +70,27 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _sdpa(device: object) -> list[tuple[str, str]]:
-    """(backend, why it cannot serve or nothing), found by trying."""
+def _dense(device: torch.device) -> list[tuple[str, list[str], list[str]]]:
+    """(backend, what it serves, why it cannot serve the rest), found by trying."""
     import warnings
 
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from astbench_kernels import dense_attention, dense_backends
 
     rows = []
-    for label, backend in (
-        ("sdpa_math", SDPBackend.MATH),
-        ("sdpa_flash", SDPBackend.FLASH_ATTENTION),
-        ("sdpa_efficient", SDPBackend.EFFICIENT_ATTENTION),
-        ("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION),
-    ):
-        reasons = []
-        for dtype in (torch.float32, torch.bfloat16):
-            q = torch.zeros(1, 2, 64, 64, dtype=dtype, device=device)  # type: ignore[call-overload]
+    for name, backend in dense_backends().items():
+        reasons, served = backend.device_refusals(device.type), []
+        for dtype in () if reasons else (torch.float32, torch.bfloat16):
+            q = torch.zeros(1, 2, 64, 64, dtype=dtype, device=device)
+            label = str(dtype).removeprefix("torch.")
             try:
-                with warnings.catch_warnings(), sdpa_kernel(backend):
+                with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    torch.nn.functional.scaled_dot_product_attention(q, q, q)
-            except RuntimeError as error:
-                reasons.append(f"{str(dtype).removeprefix('torch.')}: {' '.join(str(error).split())[:70]}")
-        rows.append((label, "; ".join(reasons)))
+                    dense_attention(q, q, q, backend=name)
+                served.append(label)
+            # A package may be there and not fit this torch or this GPU.
+            except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+                reasons.append(f"{label}: {' '.join(str(error).split())[:100]}")
+        rows.append((name, [f"serves a {' and a '.join(served)} call"] if served else [], reasons))
     return rows

@@ -6,18 +6,24 @@ Imports torch and nothing else of this project. Public names:
 * :func:`block_sparse_attention`: attention over just those blocks, differentiable.
 * :func:`select_blocks`, :func:`soft_top_k`: from scores to a layout, and the gradient that goes with it.
 * :func:`backends`: what can run here, and why the rest cannot.
+* :func:`dense_attention`, :func:`dense_backends`: the same for dense attention.
 """
 
 from astbench_kernels.attention import Backend, backends, block_sparse_attention, choose_backend
+from astbench_kernels.dense import DenseBackend, check_dense_backend, dense_attention, dense_backends
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.select import select_blocks, soft_top_k
 
 __all__ = [
     "Backend",
     "BlockLayout",
+    "DenseBackend",
     "backends",
     "block_sparse_attention",
+    "check_dense_backend",
     "choose_backend",
+    "dense_attention",
+    "dense_backends",
     "select_blocks",
     "soft_top_k",
 ]

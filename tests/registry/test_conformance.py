@@ -21,6 +21,8 @@ AST_OPTIONS = {
     "reference-backend": {"backend": "reference"},
 }  # fmt: skip
 CONTROL_OPTIONS = [
+    ("dense", {"backend": "sdpa_math"}),
+    ("dense", {"backend": "sdpa_flash"}),
     ("oracle_topk", {"query_group": 4}),
     ("pooled_topk", {"query_group": 4}),
     ("local", {"window": 50}),

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
 
 from astbench_registry.capabilities import PATTERNS, AttentionConfig, Capabilities
+
+Backend = Literal["auto", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "xformers", "flash_attn"]
 
 
 @dataclass(frozen=True)
 class DenseConfig(AttentionConfig):
-    """Softmax attention over everything visible, by torch's scaled_dot_product_attention."""
+    """Softmax attention over everything visible, by torch's scaled_dot_product_attention or the named kernel.
+
+    Args:
+        backend: auto (torch chooses), one of torch's kernels (sdpa_...), or a package; what it cannot serve is
+            refused, nothing else is tried (`astbench doctor` says which can run here).
+    """
+
+    backend: Backend = "auto"
 
     capabilities: ClassVar = Capabilities(patterns=PATTERNS, decode=True, exact_at_full_density=True)
     paper: ClassVar = "Vaswani et al. 2017, arXiv 1706.03762"
     complexity: ClassVar = "N M"
+
+    def __post_init__(self) -> None:
+        self.require(self.backend in get_args(Backend), "backend", f"one of {', '.join(get_args(Backend))}")
+
+    @property
+    def can(self) -> Capabilities:
+        """What the backend leaves of it; torch's flash kernel can do more on the CPU than on CUDA."""
+        can, half, full = self.capabilities, ("bfloat16", "float16"), ("float32", "bfloat16", "float16")
+        if self.backend in ("sdpa_efficient", "xformers"):
+            return replace(can, dtypes=full)
+        if self.backend == "flash_attn":
+            return replace(can, dtypes=half, padding=False)
+        if self.backend == "sdpa_cudnn" or (self.backend == "sdpa_flash" and _cuda()):
+            return replace(can, dtypes=half, padding=False, decode=False)
+        return can
+
+
+def _cuda() -> bool:
+    import torch  # only for the backend that depends on it: `astbench list` must not wait for torch
+
+    return torch.cuda.is_available()

@@ -1,20 +1,32 @@
-"""Dense softmax attention (Vaswani et al. 2017, arXiv 1706.03762, eq. 1) by torch's own kernels."""
+"""Dense softmax attention (Vaswani et al. 2017, arXiv 1706.03762, eq. 1) by torch's own kernels or a package's."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from astbench_kernels import check_dense_backend, dense_attention
+from astbench_registry.configs.dense import DenseConfig
 from astbench_registry.interface import (
     Attention,
     AttentionContext,
     AttentionMask,
     AttentionOutput,
+    AttentionShape,
 )
 
 
 class DenseAttention(Attention):
     """softmax(Q K^T / sqrt(d)) V over everything visible; the baseline of every comparison."""
+
+    config: DenseConfig
+
+    def __init__(self, config: DenseConfig, shape: AttentionShape) -> None:
+        super().__init__(config, shape)
+        try:
+            check_dense_backend(config.backend, "cuda" if torch.cuda.is_available() else "cpu")
+        except ValueError as error:
+            raise ValueError(f"attention 'dense' with --attention.backend={config.backend}: {error}") from error
 
     def forward(
         self,
@@ -28,22 +40,23 @@ class DenseAttention(Attention):
     ) -> AttentionOutput:
         """See the base class. Time O(N M); memory O(N), but O(N M) when both padded and causal."""
         query_length, key_length = q.shape[2], k.shape[2]
-        square = mask.query_offset == 0 and query_length == key_length
-        plain = mask.key_valid is None and (not mask.causal or square)
+        at_the_end = mask.query_offset + query_length == key_length
+        plain = mask.key_valid is None and (not mask.causal or at_the_end)
         k, v = mask.without_padding(k, v)
-        allowed = None if plain else mask.dense(query_length, key_length, q.device)
-        out = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=allowed,
-            is_causal=plain and mask.causal,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        if allowed is not None:
-            out = out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-        return AttentionOutput(out, stats=self.all_pairs(q, k, mask, context, f"sdpa-{q.device.type}"))
+        try:
+            out = dense_attention(
+                q,
+                k,
+                v,
+                allowed=None if plain else mask.dense(query_length, key_length, q.device),
+                causal=plain and mask.causal,
+                scale=scale,
+                backend=self.config.backend,
+            )
+        except ValueError as error:
+            raise ValueError(f"attention 'dense' with --attention.backend={self.config.backend}: {error}") from error
+        ran = "sdpa" if self.config.backend == "auto" else self.config.backend
+        return AttentionOutput(out, stats=self.all_pairs(q, k, mask, context, f"{ran}-{q.device.type}"))
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Two matmuls of N x M x D per head, masked pairs included: what the FLOP counter sees."""
