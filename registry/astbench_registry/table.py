@@ -23,6 +23,7 @@ from astbench_registry.configs.sinkhorn import SinkhornConfig
 from astbench_registry.configs.synthesizer import SynthesizerConfig
 from astbench_registry.configs.performer import PerformerConfig
 from astbench_registry.configs.sparse import SparseConfig
+from astbench_registry.configs.sqa import SQAConfig
 
 
 @dataclass(frozen=True)
@@ -52,4 +53,5 @@ BUILTIN: dict[str, Row] = {
     "sinkhorn": Row(f"{_VARIANTS}.sinkhorn:SinkhornAttention", SinkhornConfig),
     "synthesizer": Row(f"{_VARIANTS}.synthesizer:SynthesizerAttention", SynthesizerConfig),
     "sparse": Row(f"{_VARIANTS}.sparse:SparseAttention", SparseConfig),
+    "sqa": Row(f"{_VARIANTS}.sqa:SQAttention", SQAConfig),
 }
