@@ -24,6 +24,7 @@ from astbench_registry.configs.synthesizer import SynthesizerConfig
 from astbench_registry.configs.performer import PerformerConfig
 from astbench_registry.configs.sparse import SparseConfig
 from astbench_registry.configs.sqa import SQAConfig
+from astbench_registry.configs.ssa import SSAConfig
 
 
 @dataclass(frozen=True)
@@ -54,4 +55,5 @@ BUILTIN: dict[str, Row] = {
     "synthesizer": Row(f"{_VARIANTS}.synthesizer:SynthesizerAttention", SynthesizerConfig),
     "sparse": Row(f"{_VARIANTS}.sparse:SparseAttention", SparseConfig),
     "sqa": Row(f"{_VARIANTS}.sqa:SQAttention", SQAConfig),
+    "ssa": Row(f"{_VARIANTS}.ssa:SelectiveAttention", SSAConfig),
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from astbench_kernels import check_dense_backend, dense_attention
+from astbench_kernels import check_dense_backend
+from astbench_registry.all_keys import attend_to_all
 from astbench_registry.configs.dense import DenseConfig
 from astbench_registry.interface import (
     Attention,
@@ -39,20 +40,8 @@ class DenseAttention(Attention):
         context: AttentionContext | None = None,
     ) -> AttentionOutput:
         """See the base class. Time O(N M); memory O(N), but O(N M) when both padded and causal."""
-        query_length, key_length = q.shape[2], k.shape[2]
-        at_the_end = mask.query_offset + query_length == key_length
-        plain = mask.key_valid is None and (not mask.causal or at_the_end)
-        k, v = mask.without_padding(k, v)
         try:
-            out = dense_attention(
-                q,
-                k,
-                v,
-                allowed=None if plain else mask.dense(query_length, key_length, q.device),
-                causal=plain and mask.causal,
-                scale=scale,
-                backend=self.config.backend,
-            )
+            out = attend_to_all(q, k, v, mask, scale=scale, backend=self.config.backend)
         except ValueError as error:
             raise ValueError(f"attention 'dense' with --attention.backend={self.config.backend}: {error}") from error
         ran = "sdpa" if self.config.backend == "auto" else self.config.backend

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from astbench_kernels import dense_attention
+from astbench_registry.all_keys import attend_to_all
 from astbench_registry.configs.sqa import SQAConfig
 from astbench_registry.interface import (
     Attention,
@@ -57,19 +57,10 @@ class SQAttention(Attention):
         context: AttentionContext | None = None,
     ) -> AttentionOutput:
         """See the base class. Time O(N M) for each of H_q heads; memory as dense attention."""
-        k, v = mask.without_padding(k, v)
         stats = self.all_pairs(q, k, mask, context, f"sdpa-{q.device.type}")
-        at_the_end = mask.query_offset + q.shape[2] == k.shape[2]
-        plain = mask.key_valid is None and (not mask.causal or at_the_end)
         kv_heads = min(self.num_query_heads, k.shape[1])
-        out = dense_attention(
-            merge_heads(q, self.num_query_heads),
-            merge_heads(k, kv_heads),
-            merge_heads(v, kv_heads),
-            allowed=None if plain else mask.dense(q.shape[2], k.shape[2], q.device),
-            causal=plain and mask.causal,
-            scale=scale,
-        )
+        query = merge_heads(q, self.num_query_heads)
+        out = attend_to_all(query, merge_heads(k, kv_heads), merge_heads(v, kv_heads), mask, scale=scale)
         return AttentionOutput(out.repeat_interleave(q.shape[1] // self.num_query_heads, 1), stats=stats)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
