@@ -134,7 +134,7 @@ def _sdpa(call: DenseCall, kernel: SDPBackend | None = None) -> Tensor:
         rows, keys = call.q.shape[2], call.k.shape[2]
         allowed = torch.ones(rows, keys, dtype=torch.bool, device=call.q.device).tril(keys - rows)
     k, v, grouped = call.k, call.v, call.repeats > 1
-    if grouped and kernel == SDPBackend.EFFICIENT_ATTENTION:
+    if grouped and kernel == SDPBackend.EFFICIENT_ATTENTION:  # it wants as many key as query heads
         k, v, grouped = _repeated(k, call), _repeated(v, call), False
     with nullcontext() if kernel is None else sdpa_kernel(kernel):
         return scaled_dot_product_attention(
@@ -260,10 +260,10 @@ _BACKENDS = {
         ),
         DenseBackend(
             "sdpa_cudnn",
-            "torch's cuDNN kernel, float16 and bfloat16 without masks",
+            "torch's cuDNN kernel, float16 and bfloat16",
             _torch_kernel(SDPBackend.CUDNN_ATTENTION),
             _on_cuda(),
-            _flash_takes,
+            _takes(HALF, mask=True),
         ),
         DenseBackend(
             "xformers",

@@ -121,7 +121,7 @@ def test_calls_that_a_backend_cannot_serve_are_refused_with_all_reasons():
         "sdpa_math": [],
         "sdpa_flash": [],
         "sdpa_efficient": ["it computes in float16, bfloat16, float32, not float64"],
-        "sdpa_cudnn": [],
+        "sdpa_cudnn": ["it computes in float16, bfloat16, not float64"],
         "xformers": ["it computes in float16, bfloat16, float32, not float64"],
         "flash_attn": ["it computes in float16, bfloat16, not float64", no_mask],
     }
@@ -143,6 +143,23 @@ def test_the_capability_record_shrinks_with_the_backend(monkeypatch):
     assert can("flash_attn").dtypes == ("bfloat16", "float16") and not can("flash_attn").padding
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not can("sdpa_flash").padding and not can("sdpa_flash").decode
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        ("dense", {"backend": "auto"}, "torch scaled_dot_product_attention on cpu"),
+        ("dense", {"backend": "sdpa_math"}, "sdpa_math on cpu (asked for)"),
+        ("local", {}, "torch scaled_dot_product_attention on cpu"),
+        ("ast", {"backend": "auto"}, "gather (auto)"),
+        ("sparse", {"backend": "reference"}, "reference (asked for)"),
+    ],
+)
+def test_the_head_of_a_run_names_the_backend(name, options, line):
+    from astbench.runs.callbacks import _backend
+
+    parameters = torch.nn.Linear(1, 1).parameters
+    assert _backend(SimpleNamespace(swapped=SimpleNamespace(name=name, options=options), parameters=parameters)) == line
 
 
 # ----- packages that want a GPU, in their place functions of the same signature written from their documentation

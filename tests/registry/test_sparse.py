@@ -123,6 +123,14 @@ def test_the_pattern_is_exact(options, pattern, layer, padding):
     assert torch.equal(out.stats.attended, expected.sum((-1, -2)).double())
 
 
+def test_float16_holds_large_products():
+    """q . k exceeds 65504 here, the scaled logits do not."""
+    q = torch.full((1, 1, 40, 64), 40.0, dtype=torch.float16)
+    module = build_attention("sparse", {"pattern": "strided", "stride": 7}, AttentionShape(1, 1, 64))
+    out = module(q, q, q, AttentionMask("causal_self")).context
+    assert torch.equal(out, q)
+
+
 @pytest.mark.parametrize("options", [*STRIDED, *FIXED], ids=named)
 def test_decoding_reads_the_same_keys(options):
     """From any position, in steps of any size, through the kernel instead of the grid."""

@@ -36,7 +36,9 @@ class DenseConfig(AttentionConfig):
             return replace(can, dtypes=full)
         if self.backend == "flash_attn":
             return replace(can, dtypes=half, padding=False)
-        if self.backend == "sdpa_cudnn" or (self.backend == "sdpa_flash" and _cuda()):
+        if self.backend == "sdpa_cudnn":
+            return replace(can, dtypes=half)
+        if self.backend == "sdpa_flash" and _cuda():
             return replace(can, dtypes=half, padding=False, decode=False)
         return can
 

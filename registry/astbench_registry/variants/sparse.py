@@ -1,4 +1,4 @@
-"""Factorised sparse attention (Child et al. 2019, arXiv 1904.10509, section 4) after openai/sparse_attention."""
+"""Sparse Transformer attention (Child et al. 2019, arXiv 1904.10509, section 4) after openai/sparse_attention."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SparseAttention(Attention):
 
     "strided" is exact per token: local `i - l < j <= i`, strided `(i - j) mod l = 0` and `j <= i`, the masks
     "local" and "strided" of the published `get_attn_mask`. Tokens lie in a grid with rows of l: the local part
-    looks at neighbouring rows, the strided part along a column. Eq. 5 counts l + 1 local keys, the published code l.
+    looks at neighbouring rows, the strided part along a column. Section 4.3 has one local key more, `j >= i - l`.
 
     "fixed" is exact per block, as in the published kernels: own window (`j div l = i div l`) and, of every window
     up to the query's, the `vertsize` blocks of the head's set (set s: blocks b - (s + 1) vertsize onwards of a
@@ -35,7 +35,7 @@ class SparseAttention(Attention):
     Differences: the published code wants lengths that are multiples of l, and `num_verts` to divide the heads.
     Bidirectional attention, which the paper does not have, is the symmetric form: `|i - j| < l`, `(i - j) mod l = 0`
     on both sides; for "fixed" the whole own window and the summary blocks of all windows.
-    "split" is the paper's eq. 9 with one pattern a head, "interleaved" eq. 7, "merged" eq. 8.
+    "interleaved" is the paper's eq. 6, "merged" eq. 7, "split" eq. 8 with one part a head.
     """
 
     config: SparseConfig
@@ -187,6 +187,7 @@ def _attend(
 ) -> Tensor:
     """Softmax over the parts together; all tensors as rows of tokens, `valid` `(batch or 1, 1, rows, stride)`."""
     rows, stride = k.shape[2:4]
+    q = q * scale  # first, for float16 may not hold q . k
     row = torch.arange(rows, device=q.device)
     column = torch.arange(stride, device=q.device)
     logits, allowed = [], []
@@ -205,7 +206,7 @@ def _attend(
         allowed.append(along[:, None] & valid.transpose(2, 3).unsqueeze(2))
     shape = torch.broadcast_shapes(*(x.shape[:-1] for x in allowed))
     hidden = ~torch.cat([x.expand(*shape, -1) for x in allowed], -1)
-    every = torch.cat(logits, -1).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    every = torch.cat(logits, -1).to(torch.promote_types(q.dtype, torch.float32))
     weights = every.masked_fill(hidden, torch.finfo(every.dtype).min).softmax(-1).masked_fill(hidden, 0.0).to(v.dtype)
     pieces = dict(zip(parts, weights.split([x.shape[-1] for x in logits], -1), strict=True))
     out = torch.zeros_like(q)
