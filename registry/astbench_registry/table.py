@@ -13,18 +13,18 @@ from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.configs.bigbird import BigBirdConfig
 from astbench_registry.configs.block_selection import OracleTopKConfig, PooledTopKConfig, RandomTopKConfig
 from astbench_registry.configs.dense import DenseConfig
-from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.linear import LinearConfig
+from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.local import LocalConfig
 from astbench_registry.configs.longformer import LongformerConfig
 from astbench_registry.configs.nystrom import NystromConfig
+from astbench_registry.configs.performer import PerformerConfig
 from astbench_registry.configs.reformer import ReformerConfig
 from astbench_registry.configs.sinkhorn import SinkhornConfig
-from astbench_registry.configs.synthesizer import SynthesizerConfig
-from astbench_registry.configs.performer import PerformerConfig
 from astbench_registry.configs.sparse import SparseConfig
 from astbench_registry.configs.sqa import SQAConfig
 from astbench_registry.configs.ssa import SSAConfig
+from astbench_registry.configs.synthesizer import SynthesizerConfig
 
 
 @dataclass(frozen=True)
