@@ -1,6 +1,7 @@
 """The README's tables, made from the records beside this file: `python results/tables.py [--write]`.
 
-Every cell comes from a `record.json`; a test holds that the README's tables are what this prints.
+Every measured cell comes from a `record.json`, the table of attentions from the registry and torch's FLOP
+counter; a test holds that the README's tables are what this prints.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def records(folder: str) -> dict[str, Record]:
     return found
 
 
-def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers, right-aligned."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def markdown(head: list[str], rows: Iterable[list[str]], words: int = 1) -> str:
+    """A Markdown table; all columns but the first `words` are numbers, right-aligned."""
+    lines = [head, ["---"] * words + ["---:"] * (len(head) - words), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -103,15 +104,73 @@ def wikitext() -> str:
     return markdown(["attention", "query group", "density asked", "density measured", "perplexity"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "triviaqa": triviaqa, "wikitext2": wikitext}
-"""Folder of records -> its table."""
+LENGTH, HEADS, HEAD_DIM = 2048, 8, 64
+"""The layer whose work is counted in the table of attentions."""
+
+
+def attentions() -> str:
+    """Every built-in attention: what it can do and what one layer of it costs, counted."""
+    from astbench_registry import registered
+
+    marks = {"bidirectional_self": "bi", "causal_self": "causal", "bidirectional_cross": "cross"}
+    rows = []
+    for name, row in registered().items():
+        if row.source != "astbench" or row.config is None:
+            continue
+        can = row.config().can
+        parameters, flops, state = counted(name, can.patterns[0])
+        causal = ("strictly" if can.strictly_causal else "not strictly") if "causal_self" in can.patterns else "-"
+        rows.append(
+            [
+                f"`{name}`",
+                row.config.paper,
+                ", ".join(mark for pattern, mark in marks.items() if pattern in can.patterns),
+                causal,
+                "yes" if can.decode else "-",
+                row.config.complexity,
+                f"{flops / 1e9:.2f}",
+                f"{parameters:,}" if parameters else "0",
+                f"{state:,}" if state is not None else "-",
+            ]
+        )
+    head = ["attention", "paper", "patterns", "causal", "decodes", "time", "GFLOPs", "parameters", "state"]
+    return markdown(head, rows, words=6)
+
+
+def counted(name: str, pattern: Any) -> tuple[int, int, int | None]:
+    """Parameters, operations of one forward call by torch's counter, and numbers kept for decoding."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+
+    torch.manual_seed(0)
+    width = HEADS * HEAD_DIM
+    shape = AttentionShape(HEADS, HEADS, HEAD_DIM, hidden_size=width, max_positions=LENGTH)
+    module = build_attention(name, {}, shape).eval()
+    q, k, v = (torch.randn(1, HEADS, LENGTH, HEAD_DIM) for _ in range(3))
+    context = AttentionContext(hidden_states=torch.randn(1, LENGTH, width))
+    # The counter knows no operations of torch's fused CPU attention; of the same call by matmuls it does.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module(q, k, v, AttentionMask(pattern), context=context)
+    return sum(p.numel() for p in module.parameters()), counter.get_total_flops(), module.state_size(LENGTH)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "triviaqa": triviaqa,
+    "wikitext2": wikitext,
+    "attentions": attentions,
+}
+"""Folder of records -> its table; `attentions` is counted on the spot."""
 
 
 def main() -> None:
     """Print the tables, or put them into the README between their markers."""
     text = README.read_text(encoding="utf-8")
     for name, make in TABLES.items():
-        if not records(name):
+        if name != "attentions" and not records(name):
             continue
         block = f"<!-- {name} -->\n{make()}<!-- end -->"
         if "--write" in sys.argv:

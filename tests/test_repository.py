@@ -73,7 +73,14 @@ def test_constraints_pin_every_dependency_within_its_floor():
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     assert pins["torch"] == "2.13.0"
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["test"], *extras["dev"], *extras["hub"], *extras["gguf"], *extras["baselines"]]:
+    for text in [
+        *project["dependencies"],
+        *extras["test"],
+        *extras["dev"],
+        *extras["hub"],
+        *extras["gguf"],
+        *extras["baselines"],
+    ]:
         requirement = Requirement(text)
         if requirement.name == "astbench":
             continue

@@ -41,6 +41,7 @@ def _head(name: str, source: str, config: type[AttentionConfig]) -> str:
     facts = {
         "from": source,
         "paper": config.paper or "-",
+        "time": config.complexity or "-",
         "patterns": ", ".join(can.patterns),
         "causality": "strict" if can.strictly_causal else "not strict: a choice may depend on the future",
         "decoding": "with a KV cache" if can.decode else "no",
