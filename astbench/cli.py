@@ -111,7 +111,8 @@ def _known(error: Exception) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    notes = getattr(error, "__notes__", [])
+    return " ".join([*str(error).split(), *(f"({note})" for note in notes)])
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

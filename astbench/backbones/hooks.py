@@ -60,7 +60,11 @@ class AttentionSlot(nn.Module):
                 f"{'causal' if mask.causal else 'non-causal'} mask"
             )
         context = AttentionContext(self.step, self.listen, self.hidden_states, self.global_tokens)
-        output = self.attention(q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context)
+        try:
+            output = self.attention(q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context)
+        except Exception as error:
+            error.add_note(f"raised by attention '{self.attention.name}' at {self.path}")
+            raise
         wanted = (*q.shape[:3], v.shape[-1])
         shape = tuple(output.context.shape) if isinstance(output, AttentionOutput) else type(output).__name__
         if shape != wanted:

@@ -16,7 +16,7 @@ from astbench.backbones.presets import PRESETS
 from astbench.runs.folder import CONFIG, DONE, LAST, MANIFEST, METRICS, PREVIOUS, RECORD
 from astbench.runs.record import SCHEMA
 from astbench.tasks import TASKS
-from tests.astbench.conftest import DEMO, NAMES
+from tests.astbench.conftest import DEMO, NAMES, PLUGIN
 
 FIT = ["fit", *NAMES, *DEMO]
 
@@ -74,6 +74,17 @@ def test_check_runs_the_conformance_suite(astbench, plugin_file):
     done = astbench("check", f"{plugin_file()}:Mine")
     assert done.code == 0, done.out
     assert "0 failed" in done.out
+
+
+def test_what_a_plugin_raises_while_it_runs_names_it(astbench, plugin_file, tmp_path):
+    code = PLUGIN.replace("NAME", "mine").replace(
+        "        k, v = mask", "        raise KeyError('window')\n        k, v = mask"
+    )
+    done = astbench(
+        "fit", f"--attention={plugin_file(code=code)}:Mine", NAMES[1], *DEMO, f"--run_dir={tmp_path / 'run'}"
+    )
+    assert done.code == 1
+    assert "KeyError: 'window' (raised by attention 'mine' at " in done.err and done.err.count("\n") == 1
 
 
 def test_check_of_several_ends_with_a_matrix(astbench):
