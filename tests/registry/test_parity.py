@@ -320,6 +320,17 @@ def test_ast_schedules():
     assert attention.density_at(0) == 0.2
 
 
+def test_the_mixed_schedule_has_either_density_more_and_more_often_the_final_one():
+    options = {"density": 0.2, "density_start": 1.0, "density_hold": 100, "density_steps": 500}
+    shape = AttentionShape(2, 2, 8)
+    attention = build_attention("ast", {**options, "density_schedule": "mixed"}, shape).train()
+    density = torch.tensor([attention.density_at(step) for step in range(600)])
+    assert set(density.tolist()) == {torch.tensor(0.2).item(), 1.0}
+    share = (density < 1).double().unflatten(0, (6, 100)).mean(1)
+    expected = torch.tensor([0, 0.125, 0.375, 0.625, 0.875, 1], dtype=torch.float64)
+    torch.testing.assert_close(share, expected, rtol=0, atol=0.03)  # by chance it would be 0.05
+
+
 def test_given_layout_is_masked_softmax():
     """The kernel call that all selectors share, with a layout that nobody chose."""
     (q, k, v), valid = draw(37, 53, padding=0.2)

@@ -24,9 +24,12 @@ class ASTConfig(BlockSelectionConfig):
         distill_weight: Weight of the loss that teaches the predictor the layer's own dense attention.
         distill_decay_steps: Training steps over which that weight falls linearly to 0; 0 = it stays.
         distill_fraction: Share of the query rows whose dense attention is computed for that loss.
-        density_start: Density at step 0, moved linearly to `density`; default: `density` throughout.
-        density_hold: Training steps before that schedule leaves `density_start`.
+        density_start: Density at step 0; default: `density` throughout.
+        density_hold: Training steps before the schedule leaves `density_start`.
         density_steps: Training steps after which it has reached `density`.
+        density_schedule: What happens in between. "linear": the density moves evenly from one to the other;
+            "mixed": each step has one or the other, `density` more and more often, so that what was learned at
+            `density_start` is kept up while the choice is learned.
         lambda_density: Weight of (predicted density - density)^2; moves it under the adaptive budget.
         lambda_entropy: Weight of the entropy of the choice; sharpens it.
     """
@@ -42,6 +45,7 @@ class ASTConfig(BlockSelectionConfig):
     density_start: float | None = None
     density_hold: int = 0
     density_steps: int = 0
+    density_schedule: Literal["linear", "mixed"] = "linear"
     lambda_density: float = 0.0
     lambda_entropy: float = 0.0
 
@@ -72,6 +76,7 @@ class ASTConfig(BlockSelectionConfig):
         )
         self.require(self.density_hold >= 0, "density_hold", "0 or more steps")
         self.require(self.density_steps >= 0, "density_steps", "0 or more steps")
+        self.require(self.density_schedule in ("linear", "mixed"), "density_schedule", "linear or mixed")
         self.require(
             self.density_start is None or self.density_steps > self.density_hold,
             "density_steps",

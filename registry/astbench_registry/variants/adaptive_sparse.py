@@ -21,19 +21,21 @@ from astbench_registry.block_selection import (
 from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.interface import AttentionContext, AttentionMask, AttentionShape
 
+GOLDEN_RATIO = (1 + 5**0.5) / 2
+
 
 class AdaptiveSparseAttention(BlockSelectingAttention):
     """Score = pooled score + learned low-rank term; top-k blocks; trained by task loss and distillation.
 
     For query group i and key block j of one head:
 
-        s_ij = exp(g) * scale * q_i . mean(k_j) + u_i . w_j
-        u_i = W_u [q_i ; c_i],   w_j = W_w [mean(k_j) ; max(k_j) ; min(k_j) ; mean(v_j)]
+        s_ij = exp(g) * scale * q_i . mean(k_j) + u_i . w_j / sqrt(rank)
+        u_i = W_u unit([q_i ; c_i]),   w_j = W_w unit([mean(k_j) ; max(k_j) ; min(k_j) ; mean(v_j)])
 
-    q_i is the query that speaks for the group; c_i, the global context, is the mean of the values over what
-    may be known: everything visible, or under a causal mask the completed blocks before the group. Local
-    token features are read from keys and values, not from hidden states: they are linear maps of them, they
-    lie in the KV cache already, and so decoding needs no state of its own.
+    with unit(x) = x / |x|. q_i is the query that speaks for the group; c_i, the global context, is the mean of
+    the values over what may be known: everything visible, or under a causal mask the completed blocks before the
+    group. Local token features are read from keys and values, not from hidden states: they are linear maps of
+    them, they lie in the KV cache already, and so decoding needs no state of its own.
 
     W_w and g start at zero, so the untrained predictor is `pooled_topk` exactly, and a pretrained dense model
     runs before any training. With estimator "straight_through" each kept block carries `log p - stop(log p)`
@@ -50,7 +52,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         self.gain = nn.Parameter(torch.zeros(shape.num_heads))
         self.query_weight = nn.Parameter(torch.empty(shape.num_heads, 2 * dim, rank))
         self.key_weight = nn.Parameter(torch.zeros(shape.num_kv_heads, 4 * dim, rank))
-        nn.init.normal_(self.query_weight, std=(2 * dim) ** -0.5)
+        nn.init.normal_(self.query_weight)
 
     def scores(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
@@ -71,9 +73,10 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         context = _global_context(mean_value, valid, mask, selection)
         context = context.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
         query_side = torch.cat([speaker, context], -1)
-        # Normalised, so that one learning rate serves every layer of every backbone.
-        w = torch.matmul(rms_norm(local, local.shape[-1:]), self.key_weight.to(compute))
-        u = torch.matmul(rms_norm(query_side, query_side.shape[-1:]), self.query_weight.to(compute))
+        # Of length 1, so that one learning rate serves every layer of every backbone: with features of size 1, a
+        # step of Adam moved scores by several units, and the choice flickered.
+        w = torch.matmul(_unit(local), self.key_weight.to(compute))
+        u = torch.matmul(_unit(query_side), self.query_weight.to(compute)) * self.config.rank**-0.5
         return pooled + block_scores(u, w)
 
     def density_at(self, step: int) -> float:
@@ -82,6 +85,9 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         if config.density_start is None or not self.training or step >= config.density_steps:
             return config.density
         done = max(0, step - config.density_hold) / (config.density_steps - config.density_hold)
+        if config.density_schedule == "mixed":
+            # Multiples of the golden ratio fill [0, 1) evenly: every few steps hold their share of sparse ones.
+            return config.density if step * GOLDEN_RATIO % 1 < done else config.density_start
         return config.density_start + (config.density - config.density_start) * done
 
     def choose(self, scores: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
@@ -196,6 +202,11 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         features = 2 * blocks * 4 * shape.head_dim * rank
         predictor = batch * (shape.num_heads * per_head + shape.num_kv_heads * features)
         return super().flops(batch, query_length, key_length, mask) + predictor
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length 1; zero rows stay zero, with finite gradients."""
+    return rms_norm(x, x.shape[-1:]) * x.shape[-1] ** -0.5
 
 
 def _extremes(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
