@@ -313,7 +313,7 @@ class TriviaQAData(SpanQAData):
         """Short documents first: matching a name across a long one is hard to begin with."""
         if split != "train":
             return qa_demo.generate(split, self.demo_eval)
-        short, middle = self.demo_train * 2 // 3, self.demo_train // 10
+        short, middle = self.demo_train * 7 // 20, self.demo_train * 3 // 10
         stages: tuple[tuple[int, int | tuple[int, int]], ...] = (
             (short, 1),
             (middle, (2, 3)),
