@@ -95,6 +95,7 @@ TASKS: dict[str, Task] = {
                 "attention.density_hold": 150,
                 "attention.density_steps": 500,
                 "attention.density_schedule": "mixed",
+                "attention.sample": True,
                 # Most rows of a layer attend to words like "the": in the end only the task knows what matters.
                 "attention.distill_fraction": 1.0,
                 "attention.distill_decay_steps": 300,

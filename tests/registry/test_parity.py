@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from astbench_kernels import BlockLayout, block_sparse_attention
+from astbench_kernels import BlockLayout, block_sparse_attention, soft_top_k
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
@@ -318,6 +318,25 @@ def test_ast_schedules():
     assert taught > 0 and last == 0
     attention.eval()
     assert attention.density_at(0) == 0.2
+
+
+def test_sampled_blocks_are_kept_as_often_as_the_differentiable_top_k_says():
+    options = {"block_size": 1, "query_group": 1, "top_k": 6, "min_blocks": 1, "first_block": False}
+    attention = build_attention("ast", {**options, "sample": True}, AttentionShape(1, 1, 8)).train()
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 24, 8, generator=g) for _ in range(3))
+    q = q[:, :, :1].expand(-1, -1, 4000, -1)  # one query, asked four thousand times
+    mask, context = AttentionMask("bidirectional_cross"), AttentionContext(listen=True)
+    torch.manual_seed(0)
+    kept = attention(q, k, v, mask, context=context).stats.layout.to_mask()[0, 0]
+    assert (kept.sum(-1) == 6).all()
+    scores = (q[0, 0, :1] @ k[0, 0].T * 8**-0.5)[None, None].double()
+    p = soft_top_k(scores, torch.tensor([[[6]]]), torch.ones_like(scores, dtype=torch.bool), 0.5).exp()[0, 0, 0]
+    assert p.min() < 0.1 and p.max() > 0.7
+    # Exactly six at a time and not six on average: frequencies are drawn apart a little.
+    torch.testing.assert_close(kept.double().mean(0), p, rtol=0, atol=0.05)
+    attention.eval()
+    assert attention(q, k, v, mask, context=context).stats.layout.to_mask()[0, 0].unique(dim=0).shape[0] == 1
 
 
 def test_the_mixed_schedule_has_either_density_more_and_more_often_the_final_one():

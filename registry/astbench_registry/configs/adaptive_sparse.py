@@ -21,6 +21,8 @@ class ASTConfig(BlockSelectionConfig):
             logit bias whose forward value is zero; "soft": the bias is there in the forward pass too;
             "none": it does not (distillation only).
         temperature: Of the differentiable top-k, in logit units.
+        sample: While training, choose by the scores plus logistic noise of `temperature`, so that a block is kept
+            about as often as the differentiable top-k says, and blocks that are never kept get their chance.
         distill_weight: Weight of the loss that teaches the predictor the layer's own dense attention.
         distill_decay_steps: Training steps over which that weight falls linearly to 0; 0 = it stays.
         distill_fraction: Share of the query rows whose dense attention is computed for that loss.
@@ -39,6 +41,7 @@ class ASTConfig(BlockSelectionConfig):
     mass: float = 0.9
     estimator: Literal["straight_through", "soft", "none"] = "straight_through"
     temperature: float = 0.5
+    sample: bool = False
     distill_weight: float = 0.1
     distill_decay_steps: int = 0
     distill_fraction: float = 0.125

@@ -40,8 +40,9 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     W_w and g start at zero, so the untrained predictor is `pooled_topk` exactly, and a pretrained dense model
     runs before any training. With estimator "straight_through" each kept block carries `log p - stop(log p)`
     as a logit bias, p from :func:`astbench_kernels.soft_top_k`: zero in value, it lets the task loss raise
-    the scores of blocks that help. While training, a distillation loss moves the scores towards the layer's
-    own dense attention, pooled over blocks, on a sample of query rows.
+    the scores of blocks that help; with `sample`, p is also how often a block is kept while training, so that
+    those are found that the scores would leave out. While training, a distillation loss moves the scores towards
+    the layer's own dense attention, pooled over blocks, on a sample of query rows.
     """
 
     config: ASTConfig
@@ -92,6 +93,10 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
 
     def choose(self, scores: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
         """Fixed budget as the base class; adaptive: the fewest blocks whose predicted mass reaches `mass`."""
+        if self.config.sample and self.training:
+            # P(score + logistic noise > tau) is the p of soft_top_k, for noise of the same temperature.
+            uniform = torch.rand(scores.shape, device=scores.device, dtype=scores.dtype)
+            scores = scores + self.config.temperature * uniform.logit(torch.finfo(scores.dtype).eps)
         if self.config.budget == "fixed":
             return super().choose(scores, selection, context)
         mass = _block_probabilities(scores, selection)
