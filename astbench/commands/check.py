@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import yaml
+
 from astbench.console import say
 from astbench.errors import ConfigError
 from astbench.selection import select
@@ -20,14 +22,18 @@ def run(words: list[str]) -> int:
     names = [w for w in found.argv if not w.startswith("-")]
     if found.help:
         print(
-            "usage: astbench check NAME... [--all] [--plugins=FILE.py|MODULE]\n\n"
+            "usage: astbench check NAME... [--attention.OPTION=VALUE...] [--all] [--plugins=FILE.py|MODULE]\n\n"
             "Causality, padding and batch invariance, gradients, decoding, grouped heads, full density, empty rows,\n"
             "poisoned padding, low precision, determinism: pass, fail, or skip with the reason."
         )
         return 0
-    if len(names) < len(found.argv):
-        raise ConfigError(f"astbench check takes no {next(w for w in found.argv if w.startswith('-'))}")
-    from astbench_registry.registry import config_class, load_plugin, registered
+    options = {}
+    for word in (w for w in found.argv if w.startswith("-")):
+        option, equals, value = word.partition("=")
+        if not (option.startswith("--attention.") and equals):
+            raise ConfigError(f"astbench check takes no {word}")
+        options[option.removeprefix("--attention.")] = yaml.safe_load(value)
+    from astbench_registry.registry import config_class, load_plugin, make_config, registered
 
     for position, name in enumerate(names):
         if ":" in name:
@@ -36,15 +42,17 @@ def run(words: list[str]) -> int:
     names = names or (list(registered()) if everything else [])
     if not names:
         raise ConfigError("astbench check needs a name, or --all; `astbench list` shows the names")
+    if options and len(names) > 1:
+        raise ConfigError("options are of one attention: name just one, or leave --attention.OPTION out")
     for name in names:
-        config_class(name)  # unknown names end here, before any work
+        make_config(name, {**config_class(name).conformance_options, **options})  # mistakes end here, before any work
 
     from astbench_registry.conformance import check
 
     failed = 0
     matrix: dict[str, list[Result]] = {}
     for name in names:
-        matrix[name] = results = check(name)
+        matrix[name] = results = check(name, options)
         failed += sum(r.status == "fail" for r in results)
         if len(names) == 1:
             _details(name, results)

@@ -87,6 +87,15 @@ def test_what_a_plugin_raises_while_it_runs_names_it(astbench, plugin_file, tmp_
     assert "KeyError: 'window' (raised by attention 'mine' at " in done.err and done.err.count("\n") == 1
 
 
+def test_check_with_options(astbench):
+    done = astbench("check", "dense", "--attention.backend=sdpa_math")
+    assert done.code == 0, done.out
+    done = astbench("check", "local", "--attention.window=0")
+    assert done.code == 2 and "--attention.window must be at least 1 key, got 0" in done.err
+    assert "name just one" in astbench("check", "local", "dense", "--attention.window=3").err
+    assert "takes no --window=3" in astbench("check", "local", "--window=3").err
+
+
 def test_check_of_several_ends_with_a_matrix(astbench):
     done = astbench("check", "dense", "local")
     assert done.code == 0, done.out
