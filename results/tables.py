@@ -104,6 +104,34 @@ def wikitext() -> str:
     return markdown(["attention", "query group", "density asked", "density measured", "perplexity"], rows)
 
 
+def cost() -> str:
+    """Time and memory of a layer over the length."""
+    from astbench.bench import layers
+
+    cells = next(iter(records("cost").values()))["cells"]
+    rows = []
+    for name in dict.fromkeys(cell["attention"] for cell in cells):
+        row = [f"`{name}`"]
+        for mode in layers.MODES:
+            times, peaks = layers.medians(cells, name, mode), layers.peaks(cells, name, mode)
+            row += [f"{1000 * times[n]:,.1f}" if n in times else "-" for n in COST_LENGTHS]
+            row += [_fit(layers.exponent(times))]
+            last = COST_LENGTHS[-1]
+            row += [f"{peaks[last] / 2**20:,.0f} MiB" if last in peaks else "-", _fit(layers.exponent(peaks))]
+        row += [layers.against_dense(cells, name, mode) if name != "dense" else "" for mode in layers.MODES]
+        rows.append(row)
+    head = [f"{n:,}" for n in COST_LENGTHS] + ["growth", f"peak at {COST_LENGTHS[-1]:,}", "growth"]
+    ends = ["forward", "with backward"]
+    return markdown(["attention", *(f"{e}: {h}" for e in ends for h in head), *(f"{e}: verdict" for e in ends)], rows)
+
+
+def _fit(exponent: float | None) -> str:
+    return "-" if exponent is None else f"{exponent:.2f}"
+
+
+COST_LENGTHS = (512, 2048, 16384)
+"""Of the lengths measured, those in the README's table; all are in the record beside it."""
+
 LENGTH, HEADS, HEAD_DIM = 2048, 8, 64
 """The layer whose work is counted in the table of attentions."""
 
@@ -162,6 +190,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "triviaqa": triviaqa,
     "wikitext2": wikitext,
     "attentions": attentions,
+    "cost": cost,
 }
 """Folder of records -> its table; `attentions` is counted on the spot."""
 

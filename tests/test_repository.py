@@ -117,7 +117,8 @@ def test_contributing_example_passes_conformance(tmp_path):
     assert "relu" in run(sys.executable, "-m", "astbench", "list", "--plugins=./relu.py", cwd=tmp_path).stdout
 
 
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+BENCHES = sorted((ROOT / "recipes" / "bench").glob("*.yaml"))
+RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(BENCHES))
 
 RESOLVE = """
 import contextlib, io, json, sys
@@ -148,6 +149,15 @@ def test_recipes_parse(tmp_path):
         for group, values in options.items():
             for key, value in values.items():
                 assert resolved[group][key] == value, f"{recipe}: {group}.{key}"
+
+
+@pytest.mark.parametrize("recipe", BENCHES, ids=lambda path: path.stem)
+def test_bench_recipes_parse(recipe):
+    from astbench.commands.bench import _parse
+
+    config = _parse([f"--config={recipe}"])
+    for key, value in yaml.safe_load(recipe.read_text()).items():
+        assert getattr(config, key) == value
 
 
 def test_every_variant_has_a_recipe():

@@ -19,7 +19,8 @@ class PerformerConfig(AttentionConfig):
         kernel_epsilon: Added to every feature of the relu kernel, so that no row of weights is zero.
         redraw_interval: Training steps after which new features are drawn; 0 for never.
         seed: Of the features, together with layer and redraw.
-        backend: "auto" is this package's own code; "performer_pytorch" runs the package of that name.
+        backend: "auto" is this package's own code; "performer_pytorch" runs the package of that name,
+            whose softmax features have gradients off by some percent (it detaches maxima that do not cancel).
     """
 
     num_features: int = 256
