@@ -47,7 +47,10 @@ def run(words: list[str]) -> int:
     for name in names:
         make_config(name, {**config_class(name).conformance_options, **options})  # mistakes end here, before any work
 
-    from astbench_registry.conformance import check
+    from astbench_registry.conformance import buildable, check
+
+    for name in names:
+        buildable(name, options)  # a backend that cannot run here is one line, not a page of failures
 
     failed = 0
     matrix: dict[str, list[Result]] = {}

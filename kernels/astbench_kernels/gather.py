@@ -245,10 +245,9 @@ class _GatherAttention(torch.autograd.Function):
 
 
 def _logits(queries: Tensor, key: Tensor, addend: Tensor, scale: float) -> Tensor:
-    """`(units, rows, keys)` in the dtype of `addend`, in which the sum is taken."""
-    if queries.dtype == addend.dtype:
-        return torch.baddbmm(addend, queries, key.transpose(1, 2), alpha=scale)
-    return torch.bmm(queries, key.transpose(1, 2)).to(addend.dtype).mul_(scale).add_(addend)
+    """`(units, rows, keys)` in the dtype of `addend`: a product in half precision would round the logits."""
+    queries, key = queries.to(addend.dtype), key.to(addend.dtype)
+    return torch.baddbmm(addend, queries, key.transpose(1, 2), alpha=scale)
 
 
 def _from_blocks(x: Tensor, like: Tensor, key_valid: Tensor | None) -> Tensor:

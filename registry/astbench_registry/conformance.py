@@ -108,6 +108,16 @@ def check(
     )
 
 
+def buildable(name: str, options: Mapping[str, Any] | None = None) -> None:
+    """Build the variant once, as :func:`check` would.
+
+    Raises:
+        ValueError: it refuses, for instance because a backend's package is missing.
+    """
+    config = make_config(name, {**config_class(name).conformance_options, **(options or {})})
+    Subject(name, lambda config, shape: build_attention(name, config, shape), config, config.can.patterns[0]).build()
+
+
 def check_module(
     factory: Factory,
     config: AttentionConfig,

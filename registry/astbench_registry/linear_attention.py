@@ -59,7 +59,9 @@ def normalised_linear_attention(
         sums = (q.flatten(2, 3) @ state).unflatten(2, q.shape[2:4])
     sums = sums.flatten(1, 2)
     # Not the smallest number itself: the gradient divides by the sum once more.
-    return sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(sums.dtype).tiny ** 0.75)
+    least = torch.finfo(sums.dtype).tiny ** 0.75
+    total = sums[..., -1:]
+    return (sums[..., :-1] / total.clamp(min=least)).masked_fill(total < least, 0.0)
 
 
 def _state(k: Tensor, values: Tensor, log_scale: Tensor, reference: Tensor) -> Tensor:

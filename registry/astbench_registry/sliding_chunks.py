@@ -58,7 +58,8 @@ def window_rows(
     length = q.shape[2]
     window = fitting(window, length)
     tail = missing(length, window)
-    query, key, value = (pad(x.transpose(1, 2), (0, 0, 0, 0, 0, tail)) for x in (q * scale, k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)  # half precision would round the logits
+    query, key, value = (pad(x.transpose(1, 2), (0, 0, 0, 0, 0, tail)) for x in (q.to(wide) * scale, k.to(wide), v))
     near = layer._sliding_chunks_query_key_matmul(query, key, window)[
         :, :length
     ]  # (batch, length, heads, 2 window + 1)
@@ -69,7 +70,7 @@ def window_rows(
     number = allowed.sum(-1)
     logits = torch.cat([far, near], -1).masked_fill(~allowed[:, :, None], -torch.inf)
     logits = logits.masked_fill((number == 0)[:, :, None, None], 0.0)
-    weights = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    weights = logits.softmax(-1)
     weights = weights.masked_fill(~allowed[:, :, None], 0.0).to(q.dtype)
     to_far, to_near = weights.split([listed.shape[1], 2 * window + 1], -1)
     out = layer._sliding_chunks_matmul_attn_probs_value(pad(to_near, (0, 0, 0, 0, 0, tail)), value, window)

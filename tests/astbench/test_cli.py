@@ -92,6 +92,8 @@ def test_check_with_options(astbench):
     assert done.code == 0, done.out
     done = astbench("check", "local", "--attention.window=0")
     assert done.code == 2 and "--attention.window must be at least 1 key, got 0" in done.err
+    refused = astbench("check", "dense", "--attention.backend=sdpa_cudnn")
+    assert refused.code == 2 and refused.out == "" and "sdpa_cudnn" in refused.err and refused.err.count("\n") == 1
     assert "name just one" in astbench("check", "local", "dense", "--attention.window=3").err
     assert "takes no --window=3" in astbench("check", "local", "--window=3").err
 

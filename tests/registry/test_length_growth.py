@@ -16,8 +16,8 @@ HEADS, DIM, WIDTH = 2, 32, 64
 
 
 def claims_linear_time(name):
-    """No product of lengths and no power of one in its `complexity`; N log N counts as linear here."""
-    return not any(term in BUILTIN[name].config.complexity for term in ("N M", "N^", "sqrt"))
+    """No product of lengths and no power of one in its `complexity`."""
+    return not any(term in BUILTIN[name].config.complexity for term in ("N M", "N^", "sqrt", "N / ", ")^"))
 
 
 def seconds(name, length):

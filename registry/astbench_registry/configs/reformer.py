@@ -32,7 +32,7 @@ class ReformerConfig(AttentionConfig):
 
     capabilities: ClassVar = Capabilities(patterns=SELF, gqa=False, strictly_causal=False)
     paper: ClassVar = "Kitaev et al. 2020, arXiv 2001.04451, eq. 2-6 and appendix A"
-    complexity: ClassVar = "num_hashes N (bucket_size + N / bucket_size)"
+    complexity: ClassVar = "num_hashes N (num_hashes bucket_size + N / bucket_size)"
     conformance_options: ClassVar = {"num_hashes": 2, "bucket_size": 4}
 
     def __post_init__(self) -> None:

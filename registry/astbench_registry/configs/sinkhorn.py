@@ -26,7 +26,7 @@ class SinkhornConfig(AttentionConfig):
 
     capabilities: ClassVar = Capabilities(patterns=SELF, decode=True, exact_at_full_density=True, owns_parameters=True)
     paper: ClassVar = "Tay et al. 2020, arXiv 2002.11296, section 3"
-    complexity: ClassVar = "N block_size + (N / block_size)^2"
+    complexity: ClassVar = "N block_size + N^2 / block_size"
     conformance_options: ClassVar = {"block_size": 4}
     full_density_options: ClassVar = {"block_size": 2**20}
 

@@ -152,7 +152,7 @@ class LongformerAttention(Attention):
         named = context.global_tokens
         if named is not None:
             if named.shape[0] != batch or named.shape[1] > length:
-                raise ValueError(f"global_tokens must be {(batch, length)}, got {tuple(named.shape)}")
+                raise ValueError(f"global_tokens must be ({batch}, {length} or fewer), got {tuple(named.shape)}")
             # While decoding, the task named them in the prompt; what was written since is not global.
             chosen = chosen | pad(named, (0, length - named.shape[1]))
         return chosen & real
@@ -290,7 +290,7 @@ class LongformerAttention(Attention):
 def list_tokens(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Bool `(batch, length)` -> positions of the True ones `(batch, most)`, and which of these are not filling."""
     count = chosen.sum(1)
-    most = int(count.max())
+    most = int(count.max()) if count.numel() else 0
     order = torch.sort((~chosen).to(torch.uint8), dim=1, stable=True).indices[:, :most]
     return order, torch.arange(most, device=chosen.device) < count[:, None]
 

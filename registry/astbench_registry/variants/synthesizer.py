@@ -90,7 +90,9 @@ class SynthesizerAttention(Attention):
         logits = self._synthesized(q, k, mask, context)  # (batch or 1, heads, queries, keys)
         if self.config.mix_dense:
             alpha = self.alpha.sigmoid().to(logits.dtype)
-            products = _grouped(q, k.transpose(-1, -2)) * self.shape.head_dim**-0.5
+            with torch.autocast(q.device.type, enabled=False):
+                wide = torch.promote_types(q.dtype, torch.float32)  # half precision would round the logits
+                products = _grouped(q.to(wide), k.to(wide).transpose(-1, -2)) * self.shape.head_dim**-0.5
             logits = (1 - alpha) * products + alpha * logits
         weights = _softmax(logits * factor, mask.dense(q.shape[2], k.shape[2], q.device))
         out = _grouped(weights.to(v.dtype).expand(v.shape[0], -1, -1, -1), v)
@@ -103,7 +105,9 @@ class SynthesizerAttention(Attention):
         if self.config.kind == "random":
             return self.R[None, :, rows, :keys].to(dtype)
         if self.config.kind == "factorized_random":
-            return (self.R_1[:, rows].to(dtype) @ self.R_2[:, :keys].to(dtype).transpose(-1, -2))[None]
+            with torch.autocast(q.device.type, enabled=False):
+                wide = torch.promote_types(dtype, torch.float32)
+                return (self.R_1[:, rows].to(wide) @ self.R_2[:, :keys].to(wide).transpose(-1, -2))[None]
         if context is None or context.hidden_states is None:
             raise ValueError(f"attention 'synthesizer' of kind {self.config.kind} needs the layer's hidden states")
         x = context.hidden_states.to(dtype)
