@@ -228,7 +228,7 @@ class CLI(LightningCLI):
         with closing(self.folder):
             if self.found.resume is None:
                 self._save_config()
-            self.run_callback.begin(_plain(self.options), checkpoint)
+            self.run_callback.begin(_plain(self.options), self.found.said, checkpoint)
             run: Callable[..., Any] = getattr(self.trainer, subcommand)
             with self.run_callback.recording():
                 quiet = {"verbose": False} if subcommand in ("validate", "test") else {}

@@ -31,7 +31,8 @@ class Selection:
         attention: Registered name.
         task: Registered name.
         plugins: Files and modules that were loaded.
-        argv: The arguments as the second phase's parser takes them.
+        said: The arguments as they were typed, after the subcommand.
+        argv: The same as the second phase's parser takes them.
         resume: Run folder to go on with.
         debug: Show tracebacks.
         trust_config: Configs may name plugins and any class.
@@ -41,6 +42,7 @@ class Selection:
     attention: str | None = None
     task: str | None = None
     plugins: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
     argv: list[str] = field(default_factory=list)
     resume: str | None = None
     debug: bool = False
@@ -56,7 +58,7 @@ def select(argv: list[str]) -> Selection:
         NameOrPluginError: unknown names, plugins that do not load.
         CheckpointError: `--resume` or `--ckpt_path` of a folder without a config.
     """
-    found = Selection()
+    found = Selection(said=list(argv))
     rest: list[str] = []
     configs: list[str] = []
     for option, value, original in _options(argv):

@@ -18,7 +18,7 @@ def run(words: list[str]) -> int:
     from astbench.bench import layers
 
     names = layers.chosen(config, say)
-    folder, record = _begin(config)
+    folder, record = _begin(config, words)
     try:
         return _measure(config, names, folder, record)
     finally:
@@ -59,14 +59,14 @@ def _parse(words: list[str]) -> BenchConfig:
         raise ConfigError(f"astbench bench: {' '.join(str(error).split())}") from error
 
 
-def _begin(config: BenchConfig) -> tuple[Any, dict[str, Any]]:
+def _begin(config: BenchConfig, words: list[str]) -> tuple[Any, dict[str, Any]]:
     from astbench.runs.files import write_json
     from astbench.runs.folder import RECORD, RunFolder, default_run_dir
     from astbench.runs.record import new_record
 
     folder = RunFolder(config.run_dir or default_run_dir("bench", "layers"))
     folder.open_for_writing(resume=False)
-    record = new_record("bench", asdict(config), config.seed)
+    record = new_record("bench", asdict(config), config.seed, words)
     record["hardware"]["threads"] = config.threads
     write_json(folder / RECORD, record)
     return folder, record

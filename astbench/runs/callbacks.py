@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,9 @@ class RunCallback(Callback):
 
     # -- before and after -------------------------------------------------------------------------------
 
-    def begin(self, config: dict[str, Any], checkpoint: str | None) -> None:
+    def begin(self, config: dict[str, Any], words: Sequence[str], checkpoint: str | None) -> None:
         """First version of the record: should the process be killed, it says that it was running."""
-        self.record = new_record(self.command, config, config["seed_everything"])
+        self.record = new_record(self.command, config, config["seed_everything"], words)
         self.record["checkpoint"] = checkpoint
         write_json(self.folder / RECORD, self.record)
 

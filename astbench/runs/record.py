@@ -8,8 +8,8 @@ import os
 import platform
 import resource
 import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ _PACKAGES = (
 ).split()
 
 
-def new_record(command: str, config: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The part of a record that is known before anything runs."""
+def new_record(command: str, config: dict[str, Any], seed: int, words: Sequence[str]) -> dict[str, Any]:
+    """The part of a record that is known before anything runs; `words`: what was typed after the command."""
     return {
         "schema": SCHEMA,
         "command": command,
-        "argv": ["astbench", *sys.argv[1:]],
+        "argv": ["astbench", command, *words],
         "config": config,
         "config_hash": config_hash(config),
         "seed": seed,

@@ -72,10 +72,10 @@ TASKS: dict[str, Task] = {
             "--data.max_length=4096",
             metric="f1",
             demo={
-                "data.demo_train": 27_200,
+                "data.demo_train": 19_200,
                 "data.batch_size": 32,
                 "data.negative_share": 0.0,
-                "trainer.max_steps": 850,
+                "trainer.max_steps": 600,
                 # Far below the usual norm, so that a step's size hardly depends on the batch: after hundreds of
                 # steps of almost no loss, Adam turned the first surprise into a leap that lost what was learned.
                 "trainer.gradient_clip_val": 0.05,
@@ -92,13 +92,13 @@ TASKS: dict[str, Task] = {
                 # Dense first, then ever fewer dense steps: matching names is learned before choosing where to look
                 # for them, and is kept up until the choice is learned too.
                 "attention.density_start": 1.0,
-                "attention.density_hold": 150,
-                "attention.density_steps": 500,
+                "attention.density_hold": 100,
+                "attention.density_steps": 400,
                 "attention.density_schedule": "mixed",
                 "attention.sample": True,
                 # Most rows of a layer attend to words like "the": in the end only the task knows what matters.
                 "attention.distill_fraction": 1.0,
-                "attention.distill_decay_steps": 300,
+                "attention.distill_decay_steps": 250,
             },
         ),
         Task(

@@ -345,6 +345,7 @@ def test_record_fields(run):
     folder, _ = run
     record = record_of(folder)
     assert record["schema"] == SCHEMA
+    assert record["argv"] == ["astbench", *FIT, f"--run_dir={folder}"]
     assert (record["command"], record["state"], record["seed"]) == ("fit", "done", 0)
     assert record["metrics"].keys() == {"f1", "em", "title_f1"}
     assert record["config"]["attention"]["name"] == "ast"

@@ -307,9 +307,10 @@ def test_a_first_start_begins_an_empty_log(tmp_path):
 
 
 def test_record_says_what_ran_on_what():
-    record = new_record("fit", {"seed_everything": 3, "run_dir": "a"}, 3)
+    record = new_record("fit", {"seed_everything": 3, "run_dir": "a"}, 3, ["--seed=3"])
     assert record["schema"] == SCHEMA
     assert record["state"] == "running"
+    assert record["argv"] == ["astbench", "fit", "--seed=3"]
     assert record.keys() == {
         "schema", "command", "argv", "config", "config_hash", "seed", "started", "git", "versions", "hardware", "state"
     }  # fmt: skip

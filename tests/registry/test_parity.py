@@ -302,6 +302,30 @@ def test_distillation_teaches_the_oracles_blocks(pattern):
     assert after > before + 0.15, f"recall of the oracle's blocks went from {before:.2f} to {after:.2f}"
 
 
+def test_dense_steps_teach_the_choice_of_the_last_one():
+    """The task's gradient alone, in steps that keep every block: it wants more of the needles."""
+    options = {"block_size": 8, "density": 5 / 16, "min_blocks": 1, "query_group": 1, "local_blocks": 0}
+    shape = AttentionShape(num_heads=1, num_kv_heads=1, head_dim=8)
+    torch.manual_seed(0)
+    dense = {"density_start": 1.0, "density_hold": 1000, "density_steps": 1001, "distill_weight": 0.0, "rank": 8}
+    module = build_attention("ast", {**options, **dense}, shape).double()
+    oracle = build_attention("oracle_topk", options, shape).double()
+    mask, held_out = AttentionMask("bidirectional_cross"), planted(4, seed=999)
+    before = recall_of_oracle(module, oracle, held_out, mask)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+    module.train()
+    for step in range(60):
+        q, k, v = planted(4, seed=step)
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=2.0)
+        output = module(q, k, v, mask, context=AttentionContext(step=step, listen=True))
+        assert output.stats.density.min() == 1.0
+        optimizer.zero_grad()
+        (output.context - wanted).square().mean().backward()
+        optimizer.step()
+    after = recall_of_oracle(module, oracle, held_out, mask)
+    assert after > before + 0.05, f"recall of the oracle's blocks went from {before:.2f} to {after:.2f}"
+
+
 def test_ast_schedules():
     options = {"density": 0.2, "density_start": 1.0, "density_hold": 4, "density_steps": 8, "distill_decay_steps": 10}
     attention = build_attention("ast", options, AttentionShape(2, 2, 8)).train()

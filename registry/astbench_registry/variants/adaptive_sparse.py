@@ -30,12 +30,13 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     For query group i and key block j of one head:
 
         s_ij = exp(g) * scale * q_i . mean(k_j) + u_i . w_j / sqrt(rank)
-        u_i = W_u unit([q_i ; c_i]),   w_j = W_w unit([mean(k_j) ; max(k_j) ; min(k_j) ; mean(v_j)])
+        u_i = W_u [unit([q_i ; c_i]) ; 1],   w_j = W_w unit([mean(k_j) ; max(k_j) ; min(k_j) ; mean(v_j)])
 
-    with unit(x) = x / |x|. q_i is the query that speaks for the group; c_i, the global context, is the mean of
-    the values over what may be known: everything visible, or under a causal mask the completed blocks before the
-    group. Local token features are read from keys and values, not from hidden states: they are linear maps of
-    them, they lie in the KV cache already, and so decoding needs no state of its own.
+    with unit(x) = x / |x|; the 1 finds what every group looks for (a question, say). q_i is the query that speaks for
+    the group; c_i, the global context, is the mean of the values over what may be known: everything visible, or under
+    a causal mask the completed blocks before the group. Local token features are read from keys and values, not from
+    hidden states: they are linear maps of them, they lie in the KV cache already, and so decoding needs no state of
+    its own.
 
     W_w and g start at zero, so the untrained predictor is `pooled_topk` exactly, and a pretrained dense model
     runs before any training. With estimator "straight_through" each kept block carries `log p - stop(log p)`
@@ -51,7 +52,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         super().__init__(config, shape)
         dim, rank = shape.head_dim, config.rank
         self.gain = nn.Parameter(torch.zeros(shape.num_heads))
-        self.query_weight = nn.Parameter(torch.empty(shape.num_heads, 2 * dim, rank))
+        self.query_weight = nn.Parameter(torch.empty(shape.num_heads, 2 * dim + 1, rank))
         self.key_weight = nn.Parameter(torch.zeros(shape.num_kv_heads, 4 * dim, rank))
         nn.init.normal_(self.query_weight)
 
@@ -77,7 +78,8 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         # Of length 1, so that one learning rate serves every layer of every backbone: with features of size 1, a
         # step of Adam moved scores by several units, and the choice flickered.
         w = torch.matmul(_unit(local), self.key_weight.to(compute))
-        u = torch.matmul(_unit(query_side), self.query_weight.to(compute)) * self.config.rank**-0.5
+        u = torch.matmul(pad(_unit(query_side), (0, 1), value=1.0), self.query_weight.to(compute))
+        u = u * self.config.rank**-0.5
         return pooled + block_scores(u, w)
 
     def density_at(self, step: int) -> float:
@@ -130,7 +132,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         learning = self.training and torch.is_grad_enabled()
         wants_bias = config.estimator == "soft" or (config.estimator == "straight_through" and learning)
         if wants_bias or (learning and config.lambda_entropy):
-            log_p = soft_top_k(scores, (keep & free).sum(-1), free, config.temperature)
+            log_p = soft_top_k(scores, self._gate_budget(keep, selection), free, config.temperature)
             if wants_bias:
                 carried = log_p if config.estimator == "soft" else log_p - log_p.detach()
                 bias = carried.gather(-1, layout.indices.long()).masked_fill(~layout.slots, 0.0)
@@ -142,6 +144,19 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         if learning and weight:
             losses["distill"] = weight * self._distill(scores, q, k, v, mask, selection, scale)
         return bias, losses
+
+    def _gate_budget(self, keep: Tensor, selection: Selection) -> Tensor:
+        """Free blocks that the differentiable top-k counts with: those kept, but no more than the schedule ends with.
+
+        So steps at a higher density already teach the last one's choice, dense steps best of all: there the task's
+        gradient says of every block whether more of it would help. A gate that is felt in the forward pass ("soft")
+        has to agree with what is kept.
+        """
+        kept = (keep & selection.free).sum(-1)
+        if self.config.budget == "adaptive" or self.config.estimator == "soft":
+            return kept
+        final = self.budget(selection.visible.sum(-1), AttentionContext(step=self.config.density_steps))
+        return torch.minimum(kept, (final - selection.forced.sum(-1)).clamp(min=1))
 
     def _distill_weight(self, step: int) -> float:
         config = self.config
@@ -203,7 +218,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         shape, rank = self.shape, self.config.rank
         group = self.config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)
         groups, blocks = -(-query_length // group), -(-key_length // self.config.block_size)
-        per_head = 2 * groups * blocks * (shape.head_dim + rank) + 2 * groups * 2 * shape.head_dim * rank
+        per_head = 2 * groups * blocks * (shape.head_dim + rank) + 2 * groups * (2 * shape.head_dim + 1) * rank
         features = 2 * blocks * 4 * shape.head_dim * rank
         predictor = batch * (shape.num_heads * per_head + shape.num_kv_heads * features)
         return super().flops(batch, query_length, key_length, mask) + predictor
