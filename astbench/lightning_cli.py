@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,7 +23,7 @@ from yaml import safe_load
 from astbench import console
 from astbench.backbones.presets import BackboneConfig, Head, resolve_preset
 from astbench.config import OptimConfig
-from astbench.errors import CheckpointError, ConfigError
+from astbench.errors import CheckpointError, ConfigError, MissingPackageError
 from astbench.runs.callbacks import RunCallback, build_loggers, progress_bar
 from astbench.runs.checkpoints import SafeCheckpointIO, read_checkpoint
 from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, default_run_dir
@@ -66,7 +67,8 @@ class Parser(LightningArgumentParser):
                 f"{', '.join(_ALLOWED)}; --trust_config lifts this for configs you trust"
             )
         if wrong := re.match(r'Parser key "([^"]+)": Expected a <class \'(\w+)\'>\. Got value: (.*)', message):
-            return f"--{wrong[1]} must be of type {wrong[2]}, got {wrong[3][:100]}"
+            example = f" (--{wrong[1]}=[one,two], or --{wrong[1]}+=one to add)" if wrong[2] == "list" else ""
+            return f"--{wrong[1]} must be of type {wrong[2]}{example}, got {wrong[3][:100]}"
         if wrong := re.match(r'Parser key "([^"]+)": Expected a typing.Literal\[(.*?)\]\. Got value: (.*)', message):
             return f"--{wrong[1]} must be one of {wrong[2]}, got {wrong[3][:100]}"
         union = r'Parser key "([^"]+)": Does not validate .*?Subtypes: \[(.*)\] Errors: .* Given value: (.*)'
@@ -164,6 +166,13 @@ class CLI(LightningCLI):
         known = {a.dest for a in parser._actions}
         return {key: value for key, value in self.task.demo.items() if key in known}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; refuse a seed that some generator would not take."""
+        super().parse_arguments(parser, args)
+        seed = self.options.seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise ConfigError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
+
     def before_instantiate_classes(self) -> None:
         """Check what can be checked before anything is built or read."""
         options = self.options
@@ -193,6 +202,11 @@ class CLI(LightningCLI):
                 )
             if head == "question_answering":
                 console.say("note: no --ckpt_path and no --init_from: the backbone's answer layer may be untrained")
+        if options.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
+            raise MissingPackageError(
+                f"--trainer.accelerator={options.trainer.accelerator}: torch sees no GPU here (astbench doctor says "
+                "what it sees); leave the option out to run on the CPU"
+            )
         if self.command == "predict" and not options.get("ckpt_path"):
             raise ConfigError("predict needs a trained run: --ckpt_path=runs/NAME")
 

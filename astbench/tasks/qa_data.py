@@ -367,5 +367,9 @@ class SquadData(SpanQAData):
             return qa_sources.read_hub("squad", "train" if split == "train" else "validation")
         examples = qa_sources.read_squad(self.path, self.whole_articles)
         articles = list(dict.fromkeys(e.title for e in examples))
+        if split == "train" and len(articles) == 1:
+            raise DataError(
+                f"--data.path={self.path} holds one article, and articles are held out whole: none is left to train on"
+            )
         held = set(articles[:: self.holdout])
         return [e for e in examples if (e.title in held) != (split == "train")]

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 
 from astbench.backbones.presets import PRESETS
@@ -157,6 +158,9 @@ REFUSALS = {
     "no checkpoints": ([*FIT, "--checkpoint_every=0"], 2, "--checkpoint_every must be at least 1"),
     "no names": (["fit"], 2, "--attention=NAME is required"),
     "no task": (["fit", "--attention=ast"], 2, "--task=NAME is required"),
+    "negative seed": ([*FIT, "--seed=-1"], 2, "--seed must be between 0 and 4294967295, got -1"),
+    "not a list": ([*FIT, "--loggers=foo"], 2, "--loggers must be of type list (--loggers=[one,two]", "got foo"),
+    "unknown logger": ([*FIT, "--loggers=[foo]"], 2, "--loggers", "csv", "wandb", "got foo"),
     "seed of letters": ([*FIT, "--seed=abc"], 2, "--seed must be of type int, got abc"),
     "bad precision": (
         [*FIT, "--trainer.precision=foo"],
@@ -200,6 +204,13 @@ REFUSALS = {
     "check nothing": (["check", "asst"], 4, "did you mean 'ast'?"),
     "list with options": (["list", "--density=3"], 2, "takes no --density=3"),
 }
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_line(astbench, here):
+    refused = astbench(*FIT, "--trainer.accelerator=gpu", "--run_dir=run")
+    assert_refused(refused, 7, "--trainer.accelerator=gpu: torch sees no GPU here", "leave the option out")
+    assert list(here.iterdir()) == []
 
 
 @pytest.mark.parametrize("case", REFUSALS)

@@ -501,6 +501,14 @@ def test_squad_holds_whole_articles_out(tmp_path):
     assert len(titles["train"]) == 6 and not titles["train"] & titles["validation"]
 
 
+def test_squad_of_one_article_cannot_train(tmp_path):
+    (tmp_path / "dev.json").write_text(json.dumps(squad_json(1)))
+    data = SquadData("local", str(tmp_path))
+    with pytest.raises(DataError, match="holds one article, and articles are held out whole"):
+        data.read("train")
+    assert {e.title for e in data.read("validation")} == {"Article 0"}
+
+
 def test_squad_by_whole_articles(tmp_path):
     data = squad_json(2)
     for article in data["data"]:
