@@ -169,8 +169,13 @@ def _enter(model: PreTrainedModel, handle: SwapHandle) -> None:
             f"{type(model).__name__} ({model.config.model_type}) does not use transformers' attention "
             f"interface; families that do: {', '.join(FAMILIES)}"
         )
-    model.set_attn_implementation(IMPLEMENTATION)
+    # T5's stacks hold copies of the configuration, which not every release of transformers reaches through the model.
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is not model.config]
+    for part in reversed(parts):
+        handle._undo.append(lambda p=part, b=part.config._attn_implementation: p.set_attn_implementation(b))
     handle._undo.append(lambda: model.set_attn_implementation(before))
+    for part in (model, *(p for p in parts if p._can_set_attn_implementation())):
+        part.set_attn_implementation(IMPLEMENTATION)
 
 
 @torch.no_grad()
