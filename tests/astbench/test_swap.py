@@ -127,7 +127,8 @@ def test_layer_index_counts_within_its_stack():
 @pytest.mark.parametrize("family", ["llama", "bert", "bart"])
 def test_gradients_reach_the_variants_parameters(family):
     model, batch = tiny_model(family).train(), inputs(family)
-    handle = swap_attention(model, "ast", SPARSE)
+    # Rows are sampled for distillation: of so few groups, the one sampled may have no choice to learn.
+    handle = swap_attention(model, "ast", {**SPARSE, "distill_fraction": 1.0})
     loss = model(**batch).logits.square().mean() + sum(handle.losses().values())
     loss.backward()
     own = {id(p) for p in handle.parameters()}
