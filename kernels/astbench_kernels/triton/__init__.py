@@ -27,6 +27,8 @@ def call_refusals(dtype: torch.dtype, head_dim: int) -> list[str]:
     reasons = []
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"it computes in float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}")
+    if dtype == torch.bfloat16 and interpreted():
+        reasons.append("Triton's interpreter multiplies the bits of bfloat16 numbers")
     if head_dim > MAX_HEAD_DIM:
         reasons.append(f"head size {head_dim} is above {MAX_HEAD_DIM}")
     return reasons

@@ -29,13 +29,14 @@ def triton_attention(
     causal: bool,
     key_valid: Tensor | None,
     schedule: Schedule | None = None,
+    arch: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`astbench_kernels.block_sparse_attention`; `schedule` overrides the rule of `make_plan`.
+    """See :func:`astbench_kernels.block_sparse_attention`; `schedule` and `arch` are for `make_plan`.
 
     Cost: O(query rows x listed keys) time. Beside inputs, outputs and gradients, memory for the lists once more
     (twice in the backward pass) and, where few rows share a list, PARTIAL_BYTES.
     """
-    plan = make_plan(q, k, v, layout, causal=causal, schedule=schedule)
+    plan = make_plan(q, k, v, layout, causal=causal, schedule=schedule, arch=arch)
     if q.numel() == 0 or k.numel() == 0 or layout.indices.numel() == 0:
         return _nothing(q, v)
     with torch.cuda.device_of(q):  # Triton launches on the current device

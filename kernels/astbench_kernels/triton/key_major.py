@@ -168,7 +168,7 @@ def _backward_steps(
         )
         queries = load_tile(q, head * stride_qh + row * stride_qn, exists, DIM, BLOCK_DIM, True)
         d_rows = load_tile(d_out, head * stride_oh + row * stride_on, exists, VALUE_DIM, BLOCK_VALUE, True)
-        source = head * query_length.to(tl.int64) + row
+        source = (head * query_length + row).to(tl.int32)  # make_plan sees to it that these fit
         known = tl.load(lse + source, mask=exists, other=-float("inf"))
         known = tl.where(known == -float("inf"), float("inf"), known * LOG2E)
         shift = tl.load(delta + source, mask=exists, other=0.0)

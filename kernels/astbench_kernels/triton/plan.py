@@ -56,6 +56,12 @@ class Plan:
     causal: bool
     half: bool
     schedule: Schedule
+    arch: int
+
+    @property
+    def widest(self) -> int:
+        """The larger head size, as the kernels hold it."""
+        return padded_dim(max(self.head_dim, self.value_dim))
 
     @property
     def bundles(self) -> int:
@@ -96,27 +102,31 @@ class Plan:
         return ceil_div(self.groups, self.groups_per_chunk) if self.schedule == "key_major" else 1
 
     def query_major_tile(self, *, backward: bool = False) -> Tile:
-        """One program is up to `rows` rows of one list; block sizes under `keys` are read several at a time."""
+        """One program is up to `rows` rows of one list; block sizes under `keys` are read several at a time.
+
+        Chosen so that nothing spills (`python -m astbench_kernels.triton.report`); not yet measured.
+        """
         rows = min(128, max(16, next_power_of_two(self.rows_per_list)))
         keys, warps, stages = 64, 4, 3
-        wide = max(self.head_dim, self.value_dim) > 128
-        if not self.half or wide:
-            rows, keys, stages = min(rows, 64), 32, 2
+        if self.widest > 128 or not self.half:
+            rows, keys, warps, stages = min(rows, 64), 32, 8, 2
         elif backward:
             rows, stages = min(rows, 64), 2
-        if rows >= 128 or (rows >= 64 and (wide or not self.half)):
+        if self.arch < 90 and self.widest > 64:  # mma.sync holds the queries in registers, wgmma does not
+            keys = 32
+        if rows >= 128:
             warps = 8
         return Tile(rows, keys, warps, stages)
 
     def key_major_tile(self, *, backward: bool = False) -> Tile:
-        """One program is one key block (or 64 keys of it) and walks over the rows that chose it."""
-        keys = min(64, max(16, self.padded_block))
-        rows, warps, stages = 64, 4, 2
-        wide = max(self.head_dim, self.value_dim) > 128
-        if not self.half or wide:
+        """One program is one key block (or `keys` keys of it) and walks over the rows that chose it."""
+        rows, keys, warps, stages = 64, min(64, max(16, self.padded_block)), 4, 2
+        if not self.half or self.widest > 128:
             rows, keys = 32, min(keys, 32)
-        if backward and max(self.head_dim, self.value_dim) > 64 and keys >= 64:
+        if backward and keys >= 64:
             warps = 8
+        if backward and self.schedule == "key_major" and self.widest > 64:  # d_q of the rows is one more accumulator
+            rows = 32
         return Tile(rows, keys, warps, stages)
 
     def query_major_even(self, *, backward: bool = False) -> bool:
@@ -130,9 +140,16 @@ class Plan:
 
 
 def make_plan(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool, schedule: Schedule | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    causal: bool,
+    schedule: Schedule | None = None,
+    arch: int | None = None,
 ) -> Plan:
-    """The plan of a call; `schedule` overrides the rule, for tests and measurements.
+    """The plan of a call; `schedule` overrides the rule, `arch` the device, for tests and measurements.
 
     The rule: rows that share a list and keys run query-major when there are at least MIN_ROWS_PER_LIST of them,
     for then a tile of them fills a matrix instruction and reads each listed key block once; with fewer, each key
@@ -141,6 +158,9 @@ def make_plan(
     lists, groups, width = layout.indices.shape[1:]
     if groups * width >= 2**31:
         raise ValueError(f"{groups} query groups x {width} listed blocks do not fit 32 bits; raise query_group")
+    bundle = q.shape[1] // max(lists, k.shape[1]) * q.shape[2] * max(q.shape[-1], v.shape[-1])
+    if bundle >= 2**31:
+        raise ValueError(f"{q.shape[2]} queries of the heads that share a list do not fit 32 bits; use more lists")
     rows = layout.query_group * (q.shape[1] // max(lists, k.shape[1]))
     rule: Schedule = "query_major" if rows >= MIN_ROWS_PER_LIST else "key_major"
     return Plan(
@@ -161,7 +181,16 @@ def make_plan(
         causal=causal,
         half=q.dtype != torch.float32,
         schedule=schedule or rule,
+        arch=arch or _arch(q.device),
     )
+
+
+def _arch(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0; the interpreter on the CPU stands in for the newest."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
 
 
 def next_power_of_two(n: int) -> int:

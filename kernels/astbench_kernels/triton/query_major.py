@@ -26,26 +26,38 @@ def _tile_of_program(num_tiles, groups, TILES_PER_GROUP: tl.constexpr, CAUSAL: t
 
 @triton.jit
 def _keys_of_step(step, blocks, slots, seen, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr):
-    """Keys and caller's slots of one step through a list: (first key or keys, keys, slots, lanes that are keys).
+    """One step through a list: (first key, keys counted from there, caller's slots, lanes that are keys).
 
-    With blocks of at least KEYS a step is a part of one block, and the slot is a scalar; else it is KEYS // PADDED
-    blocks, and the slot is one per lane.
+    With blocks of at least KEYS a step is a part of one block: the slot is a scalar, and of the addresses only the
+    first key changes, which saves registers. Else it is KEYS // PADDED blocks, with a slot per lane.
     """
     lane = tl.arange(0, KEYS)
     if PADDED >= KEYS:
         parts: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
         part = step % parts
         block = tl.load(blocks + step // parts)
-        key = block * BLOCK_SIZE + part * KEYS + lane
+        first = block * BLOCK_SIZE + part * KEYS
+        key = lane
         slot = tl.load(slots + step // parts)
         inside = part * KEYS + lane < BLOCK_SIZE
     else:
         place = step * (KEYS // PADDED) + lane // PADDED
         block = tl.load(blocks + place, mask=place < seen, other=0)
+        first = 0
         key = block * BLOCK_SIZE + lane % PADDED
         slot = tl.load(slots + place, mask=place < seen, other=0)
         inside = (place < seen) & (lane % PADDED < BLOCK_SIZE)
-    return key, slot, inside
+    return first, key, slot, inside
+
+
+@triton.jit
+def _load_keys(
+    base, first, key, stride, live, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr,
+    ADJACENT: tl.constexpr,
+):  # fmt: skip
+    if ADJACENT:
+        return load_tile(base + first.to(tl.int64) * stride, key * stride, live, DIM, BLOCK_DIM, MASKED)
+    return load_tile(base, key.to(tl.int64) * stride, live, DIM, BLOCK_DIM, MASKED)
 
 
 @triton.jit
@@ -75,12 +87,11 @@ def _forward_steps(
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     for step in range(start, stop):
-        key, slot, inside = _keys_of_step(step, blocks, slots, seen, BLOCK_SIZE, PADDED, KEYS)
+        first, key, slot, inside = _keys_of_step(step, blocks, slots, seen, BLOCK_SIZE, PADDED, KEYS)
         live = inside
         if MASKED:
-            live = _live_keys(key, inside, key_valid, key_length, HAS_VALID)
-        rows = key.to(tl.int64)
-        keys = load_tile(k, rows * stride_kn, live, DIM, BLOCK_DIM, MASKED)
+            live = _live_keys(first + key, inside, key_valid, key_length, HAS_VALID)
+        keys = _load_keys(k, first, key, stride_kn, live, DIM, BLOCK_DIM, MASKED, PADDED >= KEYS)
         logits = matmul(q, tl.trans(keys), PRECISE) * scale
         if HAS_BIAS:
             addend = tl.load(bias + slot).to(tl.float32) * LOG2E
@@ -91,7 +102,7 @@ def _forward_steps(
         if MASKED:
             allowed = live[None, :]
             if CAUSAL:
-                allowed = allowed & (key[None, :] <= position[:, None])
+                allowed = allowed & ((first + key)[None, :] <= position[:, None])
             logits = tl.where(allowed, logits, -float("inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
         # Rows that have seen nothing yet: -inf - 0 and not -inf - -inf.
@@ -99,7 +110,7 @@ def _forward_steps(
         weights = tl.exp2(logits - pivot[:, None])
         shrink = tl.exp2(highest - pivot)
         total = total * shrink + tl.sum(weights, 1)
-        values = load_tile(v, rows * stride_vn, live, VALUE_DIM, BLOCK_VALUE, MASKED)
+        values = _load_keys(v, first, key, stride_vn, live, VALUE_DIM, BLOCK_VALUE, MASKED, PADDED >= KEYS)
         acc = acc * shrink[:, None] + matmul(weights.to(values.dtype), values, PRECISE)
         highest = higher
     return acc, highest, total
@@ -165,13 +176,12 @@ def _backward_steps(
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     for step in range(start, stop):
-        key, slot, inside = _keys_of_step(step, blocks, slots, seen, BLOCK_SIZE, PADDED, KEYS)
+        first, key, slot, inside = _keys_of_step(step, blocks, slots, seen, BLOCK_SIZE, PADDED, KEYS)
         live = inside
         if MASKED:
-            live = _live_keys(key, inside, key_valid, key_length, HAS_VALID)
-        rows = key.to(tl.int64)
-        keys = load_tile(k, rows * stride_kn, live, DIM, BLOCK_DIM, MASKED)
-        values = load_tile(v, rows * stride_vn, live, VALUE_DIM, BLOCK_VALUE, MASKED)
+            live = _live_keys(first + key, inside, key_valid, key_length, HAS_VALID)
+        keys = _load_keys(k, first, key, stride_kn, live, DIM, BLOCK_DIM, MASKED, PADDED >= KEYS)
+        values = _load_keys(v, first, key, stride_vn, live, VALUE_DIM, BLOCK_VALUE, MASKED, PADDED >= KEYS)
         logits = matmul(q, tl.trans(keys), PRECISE) * scale
         if HAS_BIAS:
             addend = tl.load(bias + slot).to(tl.float32) * LOG2E
@@ -183,7 +193,7 @@ def _backward_steps(
         if MASKED:
             allowed = live[None, :]
             if CAUSAL:
-                allowed = allowed & (key[None, :] <= position[:, None])
+                allowed = allowed & ((first + key)[None, :] <= position[:, None])
             weights = tl.where(allowed, weights, 0.0)
         d_logits = weights * (matmul(d_out, tl.trans(values), PRECISE) - delta[:, None])
         if HAS_BIAS:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from astbench_kernels.layout import BlockLayout, ceil_div
 from astbench_kernels.triton import interpreted, triton_attention
-from astbench_kernels.triton.launch import Launch, writing_down
+from astbench_kernels.triton.launch import OPTIONS, Launch, writing_down
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -62,8 +62,8 @@ class Compiled:
         keys: Keys of a tile.
         num_warps: Warps of a program.
         num_stages: Loads in flight.
-        registers: Of a thread.
-        spilled: Bytes of local memory of a thread; 0 when everything fits in registers.
+        registers: Of a thread; None where this triton has no cuobjdump to ask.
+        spilled: Bytes of local memory of a thread, 0 when everything fits in registers; None likewise.
         shared: Bytes of shared memory of a program.
         wgmma: Matrix instructions of Hopper in the PTX.
         mma: Matrix instructions of Ampere in the PTX.
@@ -76,20 +76,16 @@ class Compiled:
     keys: int
     num_warps: int
     num_stages: int
-    registers: int
-    spilled: int
+    registers: int | None
+    spilled: int | None
     shared: int
     wgmma: int
     mma: int
     call: Call
 
 
-SHORT = [
-    Call(),
-    Call(query_group=1),
-    Call(head_dim=64, block_size=16, query_group=64, causal=False, bias=False),
-]
-"""The calls of a quick look: shared lists, lists per token, small blocks."""
+SHORT = [Call(), Call(query_group=1)]
+"""The calls of a quick look: lists that many rows share, and lists per token."""
 
 
 def matrix() -> Iterator[Call]:
@@ -109,8 +105,8 @@ def matrix() -> Iterator[Call]:
         yield replace(call, head_dim=256)
 
 
-def launches(call: Call) -> list[Launch]:
-    """What a forward and a backward pass of a call launch. Nothing runs."""
+def launches(call: Call, arch: int) -> list[Launch]:
+    """What a forward and a backward pass of a call launch on compute capability `arch`. Nothing runs."""
     length, batch = 2 * max(call.block_size, call.query_group), 2
     groups, width = ceil_div(length, call.query_group), ceil_div(length, call.block_size)
     dtype = _DTYPES[call.dtype]
@@ -122,7 +118,9 @@ def launches(call: Call) -> list[Launch]:
     bias = torch.zeros(table.shape, requires_grad=True) if call.bias else None
     valid = torch.ones(batch, length, dtype=torch.bool) if call.padding else None
     with writing_down() as written:
-        out, _ = triton_attention(q, k, v, layout, block_bias=bias, scale=1.0, causal=call.causal, key_valid=valid)
+        out, _ = triton_attention(
+            q, k, v, layout, block_bias=bias, scale=1.0, causal=call.causal, key_valid=valid, arch=arch
+        )
         out.sum().backward()
     return written
 
@@ -157,7 +155,7 @@ def compile_launch(launch: Launch, arch: int, call: Call) -> Compiled:
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages},
+        options={**OPTIONS, "num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages},
     )
     registers, spilled = _resources(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
@@ -174,14 +172,18 @@ def compile_launch(launch: Launch, arch: int, call: Call) -> Compiled:
     )
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def _resources(cubin: bytes) -> tuple[int | None, int | None]:
     """(registers of a thread, bytes of stack and local memory of a thread) in a compiled kernel."""
     from triton import knobs
 
+    try:
+        tool = knobs.nvidia.cuobjdump.path
+    except RuntimeError:  # how triton says that it does not find it
+        return None, None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        command = [tool, "--dump-resource-usage", str(path)]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return found["REG"], found["STACK"] + found["LOCAL"]
@@ -201,7 +203,7 @@ def main() -> None:
     changes = {name: value for name, value in options.items() if value is not None}
     calls = list(matrix()) if everything else [Call(**changes)] if changes else SHORT
     for arch, call in product(archs, calls):
-        for launch in launches(call):
+        for launch in launches(call, arch):
             print(json.dumps(asdict(compile_launch(launch, arch, call))), flush=True)
 
 
