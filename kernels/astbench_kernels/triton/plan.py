@@ -104,30 +104,31 @@ class Plan:
     def query_major_tile(self, *, backward: bool = False) -> Tile:
         """One program is up to `rows` rows of one list; block sizes under `keys` are read several at a time.
 
-        Chosen so that nothing spills (`python -m astbench_kernels.triton.report`); not yet measured.
+        All tiles were chosen so that nothing spills (`astbench_kernels.triton.report`); none is measured yet.
         """
-        rows = min(128, max(16, next_power_of_two(self.rows_per_list)))
-        keys, warps, stages = 64, 4, 3
-        if self.widest > 128 or not self.half:
-            rows, keys, warps, stages = min(rows, 64), 32, 8, 2
-        elif backward:
-            rows, stages = min(rows, 64), 2
-        if self.arch < 90 and self.widest > 64:  # mma.sync holds the queries in registers, wgmma does not
-            keys = 32
-        if rows >= 128:
-            warps = 8
-        return Tile(rows, keys, warps, stages)
+        most = max(16, next_power_of_two(self.rows_per_list))
+        if not self.half:
+            return Tile(min(most, 16 if backward else 32), 32, 8, 2)
+        if self.widest > 128:
+            return Tile(min(most, 64), 32, 8, 2)
+        # mma.sync holds queries and their gradients in registers, wgmma reads them from shared memory.
+        keys = 32 if (self.arch < 90 and self.widest > 64) or (backward and most == 16) else 64
+        rows = min(most, 64 if backward or keys == 32 else 128)
+        return Tile(rows, keys, 8 if rows == 128 else 4, 2 if backward else 3)
 
     def key_major_tile(self, *, backward: bool = False) -> Tile:
         """One program is one key block (or `keys` keys of it) and walks over the rows that chose it."""
-        rows, keys, warps, stages = 64, min(64, max(16, self.padded_block)), 4, 2
-        if not self.half or self.widest > 128:
-            rows, keys = 32, min(keys, 32)
-        if backward and keys >= 64:
-            warps = 8
-        if backward and self.schedule == "key_major" and self.widest > 64:  # d_q of the rows is one more accumulator
-            rows = 32
-        return Tile(rows, keys, warps, stages)
+        most = max(16, self.padded_block)
+        if not self.half:
+            return Tile(16, min(most, 16 if backward else 32), 8, 2)
+        if self.widest > 128:
+            return Tile(16, min(most, 32), 8, 2) if backward else Tile(32, min(most, 32), 4, 2)
+        keys = min(most, 64)
+        if not backward:
+            return Tile(64, keys, 4, 2)
+        # With a key-major schedule the gradient of the rows is one more accumulator.
+        rows = 16 if self.schedule == "key_major" and self.arch < 90 and self.widest > 64 else 32
+        return Tile(rows, keys, 8 if keys == 64 else 4, 2)
 
     def query_major_even(self, *, backward: bool = False) -> bool:
         """Whether whole blocks fill whole query-major tiles, so that none of their keys needs a mask."""
