@@ -11,6 +11,7 @@ from torch import Tensor
 from astbench_kernels.gather import gather_attention
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.reference import reference_attention
+from astbench_kernels.triton import call_refusals, device_refusals, triton_attention
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,22 @@ class Backend:
         summary: One line for `astbench doctor`.
         run: The implementation.
         refusals: Given a device type, every reason why it cannot run there; empty when it can.
+        call_refusals: Given a dtype and the larger head size, every reason why it cannot serve such a call.
     """
 
     name: str
     summary: str
     run: Callable[..., tuple[Tensor, Tensor]]
-    refusals: Callable[[str], list[str]]
+    refusals: Callable[[str], list[str]] = lambda device: []
+    call_refusals: Callable[[torch.dtype, int], list[str]] = lambda dtype, head_dim: []
 
 
 _BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("reference", "dense float64-able oracle, O(N x M) memory", reference_attention, lambda device: []),
-        Backend("gather", "gathers the chosen keys; torch ops, written for CPU", gather_attention, lambda device: []),
+        Backend("reference", "dense float64-able oracle, O(N x M) memory", reference_attention),
+        Backend("gather", "gathers the chosen keys; torch ops, written for CPU", gather_attention),
+        Backend("triton", "kernels for CUDA", triton_attention, device_refusals, call_refusals),
     )
 }
 
@@ -44,20 +48,37 @@ def backends() -> dict[str, Backend]:
     return dict(_BACKENDS)
 
 
-def choose_backend(name: str, device: torch.device) -> str:
-    """The backend that `name` ("auto" or a backend's name) stands for on a device.
+def choose_backend(
+    name: str, device: torch.device, *, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> str:
+    """The backend that `name` ("auto" or a backend's name) stands for.
+
+    "auto" is triton on CUDA where it can run and serve the call, else gather. A backend that is asked for by name
+    runs or refuses; nothing else is tried.
+
+    Args:
+        name: "auto" or a name from :func:`backends`.
+        device: Where the call will run.
+        dtype: Of the inputs; None leaves open what depends on it.
+        head_dim: The larger of the head sizes of queries and values; None likewise.
 
     Raises:
         ValueError: unknown name, or a backend that refuses, with all its reasons.
     """
     if name == "auto":
-        return "gather"
+        return "triton" if device.type == "cuda" and not _refusals("triton", device, dtype, head_dim) else "gather"
     if name not in _BACKENDS:
         raise ValueError(f"unknown backend {name!r}; set backend to one of auto, {', '.join(_BACKENDS)}")
-    reasons = _BACKENDS[name].refusals(device.type)
+    reasons = _refusals(name, device, dtype, head_dim)
     if reasons:
         raise ValueError(f"backend {name!r} cannot run on {device.type}: {'; '.join(reasons)}")
     return name
+
+
+def _refusals(name: str, device: torch.device, dtype: torch.dtype | None, head_dim: int | None) -> list[str]:
+    backend = _BACKENDS[name]
+    call = backend.call_refusals(torch.float32 if dtype is None else dtype, head_dim or 1)
+    return [*backend.refusals(device.type), *call]
 
 
 def block_sparse_attention(
@@ -97,7 +118,8 @@ def block_sparse_attention(
     Cost: time O(query_length x listed keys x head_dim); memory as the backend says.
     """
     _check(q, k, v, layout, block_bias, key_valid)
-    run = _BACKENDS[choose_backend(backend, q.device)].run
+    chosen = choose_backend(backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
+    run = _BACKENDS[chosen].run
     with torch.autocast(q.device.type, enabled=False):
         return run(
             q,

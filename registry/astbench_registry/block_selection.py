@@ -114,7 +114,7 @@ class BlockSelectingAttention(Attention):
                 query_offset=mask.query_offset,
             )
             bias, losses = self.teach(scores, keep, layout, q, k, v, mask, selection, scale, context)
-        backend = choose_backend(self.config.backend, q.device)
+        backend = choose_backend(self.config.backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
         out, _ = block_sparse_attention(
             q,
             k,

@@ -53,7 +53,7 @@ class BigBirdAttention(Attention):
         """See the base class. Time O(N x kept keys), and O((N / block_size)^2) for the layout."""
         context = context or AttentionContext()
         layout = self.layout(q.shape[0], q.shape[2], q.device, mask, context.global_tokens)
-        backend = choose_backend(self.config.backend, q.device)
+        backend = choose_backend(self.config.backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
         out, _ = block_sparse_attention(q, k, v, layout, scale=scale, key_valid=mask.key_valid, backend=backend)
         stats = None
         if context.listen:

@@ -62,7 +62,9 @@ class SparseAttention(Attention):
         layout = self.layout(q, k, mask) if listed or listen else None
         if listed:
             assert layout is not None, "built above"
-            backend = choose_backend(self.config.backend, q.device)
+            backend = choose_backend(
+                self.config.backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1])
+            )
             out, _ = block_sparse_attention(
                 q, k, v, layout, scale=scale, causal=mask.causal, key_valid=mask.key_valid, backend=backend
             )

@@ -1,0 +1,204 @@
+"""What follows from the shapes of a call alone: the schedule, the tiles, the sizes of the grids.
+
+Nothing here reads a tensor's values, so a call never waits for the device and can be captured in a CUDA graph.
+
+A *bundle* is the set of query heads that share both a list and a key-value head; its rows in one query group are
+packed into one tile. Lists may be coarser than key-value heads (one list for all) or finer (one per query head).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from astbench_kernels.layout import BlockLayout, ceil_div
+
+Schedule = Literal["query_major", "key_major"]
+
+MIN_ROWS_PER_LIST = 16
+"""Fewer rows than this cannot fill the smallest matrix instruction: they are gathered around their key blocks."""
+
+PARTIAL_BYTES = 64 * 2**20
+"""Partial outputs of the key-major forward held at a time. Not measured yet: L2 of an H100 is 50 MB."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of one program: query rows and keys it multiplies at a time, and how Triton is to run it."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of one call."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    lists: int
+    groups: int
+    width: int
+    block_size: int
+    num_blocks: int
+    query_group: int
+    query_length: int
+    key_length: int
+    query_offset: int
+    head_dim: int
+    value_dim: int
+    causal: bool
+    half: bool
+    schedule: Schedule
+    arch: int
+
+    @property
+    def widest(self) -> int:
+        """The larger head size, as the kernels hold it."""
+        return padded_dim(max(self.head_dim, self.value_dim))
+
+    @property
+    def bundles(self) -> int:
+        """Bundles per batch element."""
+        return max(self.lists, self.kv_heads)
+
+    @property
+    def heads_per_bundle(self) -> int:
+        """Query heads that share list and keys."""
+        return self.heads // self.bundles
+
+    @property
+    def rows_per_list(self) -> int:
+        """Query rows of one bundle in one group."""
+        return self.query_group * self.heads_per_bundle
+
+    @property
+    def first_group(self) -> int:
+        """Absolute number of the group of query row 0."""
+        return self.query_offset // self.query_group
+
+    @property
+    def padded_block(self) -> int:
+        """Keys of a block, rounded up to what `tl.arange` can count."""
+        return next_power_of_two(self.block_size)
+
+    @property
+    def groups_per_chunk(self) -> int:
+        """Query groups whose partial outputs fit in PARTIAL_BYTES together."""
+        value_bytes = self.value_dim * (2 if self.half else 4) + 4
+        parts = ceil_div(self.block_size, self.key_major_tile().keys)
+        per_group = self.batch * self.heads * self.query_group * self.width * parts * value_bytes
+        return min(self.groups, max(1, PARTIAL_BYTES // per_group))
+
+    @property
+    def num_chunks(self) -> int:
+        """Rounds of the key-major forward; 1 where only the backward pass needs transposed lists."""
+        return ceil_div(self.groups, self.groups_per_chunk) if self.schedule == "key_major" else 1
+
+    def query_major_tile(self, *, backward: bool = False) -> Tile:
+        """One program is up to `rows` rows of one list; block sizes under `keys` are read several at a time.
+
+        All tiles were chosen so that nothing spills (`astbench_kernels.triton.report`); none is measured yet.
+        """
+        most = max(16, next_power_of_two(self.rows_per_list))
+        if not self.half:
+            return Tile(min(most, 16 if backward else 32), 32, 8, 2)
+        if self.widest > 128:
+            return Tile(min(most, 64), 32, 8, 2)
+        # mma.sync holds queries and their gradients in registers, wgmma reads them from shared memory.
+        keys = 32 if (self.arch < 90 and self.widest > 64) or (backward and most == 16) else 64
+        rows = min(most, 64 if backward or keys == 32 else 128)
+        return Tile(rows, keys, 8 if rows == 128 else 4, 2 if backward else 3)
+
+    def key_major_tile(self, *, backward: bool = False) -> Tile:
+        """One program is one key block (or `keys` keys of it) and walks over the rows that chose it."""
+        most = max(16, self.padded_block)
+        if not self.half:
+            return Tile(16, min(most, 16 if backward else 32), 8, 2)
+        if self.widest > 128:
+            return Tile(16, min(most, 32), 8, 2) if backward else Tile(32, min(most, 32), 4, 2)
+        keys = min(most, 64)
+        if not backward:
+            return Tile(64, keys, 4, 2)
+        # With a key-major schedule the gradient of the rows is one more accumulator.
+        rows = 16 if self.schedule == "key_major" and self.arch < 90 and self.widest > 64 else 32
+        return Tile(rows, keys, 8 if keys == 64 else 4, 2)
+
+    def query_major_even(self, *, backward: bool = False) -> bool:
+        """Whether whole blocks fill whole query-major tiles, so that none of their keys needs a mask."""
+        keys = self.query_major_tile(backward=backward).keys
+        return self.block_size % keys == 0 if self.block_size > keys else self.block_size == self.padded_block
+
+    def key_major_even(self, *, backward: bool = False) -> bool:
+        """The same for key-major tiles."""
+        return self.block_size % self.key_major_tile(backward=backward).keys == 0
+
+
+def make_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    causal: bool,
+    schedule: Schedule | None = None,
+    arch: int | None = None,
+) -> Plan:
+    """The plan of a call; `schedule` overrides the rule, `arch` the device, for tests and measurements.
+
+    The rule: rows that share a list and keys run query-major when there are at least MIN_ROWS_PER_LIST of them,
+    for then a tile of them fills a matrix instruction and reads each listed key block once; with fewer, each key
+    block gathers the rows that chose it.
+    """
+    lists, groups, width = layout.indices.shape[1:]
+    if groups * width >= 2**31:
+        raise ValueError(f"{groups} query groups x {width} listed blocks do not fit 32 bits; raise query_group")
+    bundle = q.shape[1] // max(lists, k.shape[1]) * q.shape[2] * max(q.shape[-1], v.shape[-1])
+    if bundle >= 2**31:
+        raise ValueError(f"{q.shape[2]} queries of the heads that share a list do not fit 32 bits; use more lists")
+    rows = layout.query_group * (q.shape[1] // max(lists, k.shape[1]))
+    rule: Schedule = "query_major" if rows >= MIN_ROWS_PER_LIST else "key_major"
+    return Plan(
+        batch=q.shape[0],
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        lists=lists,
+        groups=groups,
+        width=width,
+        block_size=layout.block_size,
+        num_blocks=layout.num_blocks,
+        query_group=layout.query_group,
+        query_length=layout.query_length,
+        key_length=layout.key_length,
+        query_offset=layout.query_offset,
+        head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        causal=causal,
+        half=q.dtype != torch.float32,
+        schedule=schedule or rule,
+        arch=arch or _arch(q.device),
+    )
+
+
+def _arch(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0; the interpreter on the CPU stands in for the newest."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def padded_dim(dim: int) -> int:
+    """A head size as the kernels hold it: matrix instructions start at 16."""
+    return max(16, next_power_of_two(dim))

@@ -1,0 +1,211 @@
+"""What the compiler makes of the kernels, for a GPU that need not be here.
+
+`python -m astbench_kernels.triton.report --arch=90` writes down every launch of a set of calls, compiles each one
+ahead of time and prints registers, spilled bytes, shared memory and matrix instructions, a JSON object a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from astbench_kernels.layout import BlockLayout, ceil_div
+from astbench_kernels.triton import interpreted, triton_attention
+from astbench_kernels.triton.launch import OPTIONS, Launch, writing_down
+
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.bool: "*i1",
+}
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kind of call that the kernels are shipped for."""
+
+    head_dim: int = 128
+    block_size: int = 64
+    query_group: int = 128
+    heads: int = 8
+    kv_heads: int = 8
+    lists: int = 8
+    causal: bool = True
+    bias: bool = True
+    padding: bool = False
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel of one call, compiled.
+
+    Attributes:
+        kernel: Module and name.
+        arch: Compute capability, 90 for 9.0.
+        rows: Query rows of a tile.
+        keys: Keys of a tile.
+        num_warps: Warps of a program.
+        num_stages: Loads in flight.
+        registers: Of a thread; None where this triton has no cuobjdump to ask.
+        spilled: Bytes of local memory of a thread, 0 when everything fits in registers; None likewise.
+        shared: Bytes of shared memory of a program.
+        wgmma: Matrix instructions of Hopper in the PTX.
+        mma: Matrix instructions of Ampere in the PTX.
+        call: The call it serves.
+    """
+
+    kernel: str
+    arch: int
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    registers: int | None
+    spilled: int | None
+    shared: int
+    wgmma: int
+    mma: int
+    call: Call
+
+
+SHORT = [Call(), Call(query_group=1)]
+"""The calls of a quick look: lists that many rows share, and lists per token."""
+
+
+def matrix() -> Iterator[Call]:
+    """Every shipped combination of head size, block size and group in bfloat16, and what else changes code, once."""
+    for head_dim, block_size, query_group in product((64, 96, 128), (16, 32, 64, 128), (1, 16, 64, 128)):
+        yield Call(head_dim, block_size, query_group)
+    for query_group in (1, 64):
+        call = Call(query_group=query_group)
+        yield replace(call, causal=False, bias=False)
+        yield replace(call, padding=True)
+        yield replace(call, kv_heads=2)
+        yield replace(call, kv_heads=2, lists=2)
+        yield replace(call, dtype="float16")
+        yield replace(call, dtype="float32")
+        yield replace(call, head_dim=16)
+        yield replace(call, head_dim=32)
+        yield replace(call, head_dim=256)
+
+
+def launches(call: Call, arch: int) -> list[Launch]:
+    """What a forward and a backward pass of a call launch on compute capability `arch`. Nothing runs."""
+    length, batch = 2 * max(call.block_size, call.query_group), 2
+    groups, width = ceil_div(length, call.query_group), ceil_div(length, call.block_size)
+    dtype = _DTYPES[call.dtype]
+    q = torch.zeros(batch, call.heads, length, call.head_dim, dtype=dtype, requires_grad=True)
+    k = torch.zeros(batch, call.kv_heads, length, call.head_dim, dtype=dtype, requires_grad=True)
+    v = torch.zeros_like(k, requires_grad=True)
+    table = torch.zeros(batch, call.lists, groups, width, dtype=torch.int32)
+    layout = BlockLayout(table, table[..., 0], call.block_size, call.query_group, length, length)
+    bias = torch.zeros(table.shape, requires_grad=True) if call.bias else None
+    valid = torch.ones(batch, length, dtype=torch.bool) if call.padding else None
+    with writing_down() as written:
+        out, _ = triton_attention(
+            q, k, v, layout, block_bias=bias, scale=1.0, causal=call.causal, key_valid=valid, arch=arch
+        )
+        out.sum().backward()
+    return written
+
+
+def compile_launch(launch: Launch, arch: int, call: Call) -> Compiled:
+    """Compile what a launch would run for compute capability `arch`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for place, parameter in enumerate(launch.kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(place,)] = "constexpr", launch.constants[parameter.name]
+            continue
+        value = launch.arguments[parameter.name]
+        special = not parameter.do_not_specialize
+        # As a launch does it: tensors start at multiples of 16 bytes, an integer 1 is a constant.
+        if isinstance(value, Tensor):
+            signature[parameter.name] = _TYPES[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif value == 1 and special:
+            signature[parameter.name], constants[(place,)] = "constexpr", 1
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0 and special:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options={**OPTIONS, "num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages},
+    )
+    registers, spilled = _resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Compiled(
+        kernel=f"{launch.kernel.fn.__module__.rsplit('.', 1)[-1]}.{launch.kernel.fn.__name__}",
+        arch=arch,
+        registers=registers,
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma=ptx.count("mma.sync"),
+        call=call,
+        **asdict(launch.tile),
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int | None, int | None]:
+    """(registers of a thread, bytes of stack and local memory of a thread) in a compiled kernel."""
+    from triton import knobs
+
+    try:
+        tool = knobs.nvidia.cuobjdump.path
+    except RuntimeError:  # how triton says that it does not find it
+        return None, None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [tool, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def main() -> None:
+    """Print one JSON object for each kernel of each call."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--all", action="store_true", help="every shipped configuration, not a short set")
+    for field in fields(Call):
+        parser.add_argument(f"--{field.name}", type=json.loads if field.name != "dtype" else str, default=None)
+    options = vars(parser.parse_args())
+    archs, everything = options.pop("arch"), options.pop("all")
+    if interpreted():
+        raise SystemExit("unset TRITON_INTERPRET: it replaces the kernels by interpreted ones")
+    changes = {name: value for name, value in options.items() if value is not None}
+    calls = list(matrix()) if everything else [Call(**changes)] if changes else SHORT
+    for arch, call in product(archs, calls):
+        for launch in launches(call, arch):
+            print(json.dumps(asdict(compile_launch(launch, arch, call))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
