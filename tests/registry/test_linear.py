@@ -135,7 +135,8 @@ def test_keys_of_any_log_scale(pattern, spread):
     s = ((s - 0.5) * spread).squeeze(-1)
     valid = torch.rand(1, 200, generator=g) > 0.3
     mask = AttentionMask(pattern, key_valid=valid)
-    got = normalised_linear_attention(q, k, v, mask, s)
+    marked = [torch.cat(x, -1) for x in ((q, torch.zeros(1, 2, 200, 1)), (k, s.unsqueeze(-1)))]
+    got = normalised_linear_attention(*marked, v, mask, lambda x: (x[..., :-1], x[..., -1]), 7)
     allowed = mask.dense(200, 200, q.device).expand(1, 2, 200, 200)
     logits = (q.double() @ k.double().mT).log() + s.double()[:, :, None]
     logits = logits.masked_fill(~allowed, -torch.inf)
