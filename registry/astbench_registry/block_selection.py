@@ -102,7 +102,7 @@ class BlockSelectingAttention(Attention):
         scale = self.shape.head_dim**-0.5 if scale is None else scale
         selection = self.selection(q, k, mask)
         with torch.autocast(q.device.type, enabled=False):
-            k, v = mask.without_padding(k, v)
+            q, k, v = mask.without_padding(q, k, v)
             scores = self.scores(q, k, v, mask, selection, scale)
             keep = self.choose(scores.detach(), selection, context)
             layout = BlockLayout.from_mask(

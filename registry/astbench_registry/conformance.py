@@ -408,7 +408,7 @@ def _finite_gradients(loss: Tensor, inputs: list[Tensor], module: Attention) -> 
 
 @_property()
 def nan_memory(subject: Subject) -> None:
-    """NaN in padding reaches neither outputs nor gradients, and in padded queries no real row."""
+    """NaN in padding reaches neither outputs nor gradients; in padded queries neither real rows nor gradients."""
     _need(subject.can.padding, "no padding")
     clean = subject.case(holes=0.3)
     assert clean.mask.key_valid is not None, "padding was asked for"
@@ -420,12 +420,17 @@ def nan_memory(subject: Subject) -> None:
         got = case.run(module)
         _same(got.context, clean.out(module), "NaN in padding moves the output")
         _finite_gradients((got.context**2).sum() + sum(got.losses.values()), inputs, module)
-    if subject.self_attention:
-        real = case.real_rows()
-        bad = replace(case, q=noise_at(case.q, hidden, torch.nan), hidden=noise_at(case.hidden, hidden, torch.nan))
-        module = subject.build()
-        rows = bad.out(module).masked_fill(~real, 0.0)
-        _same(rows, clean.out(module).masked_fill(~real, 0.0), "NaN in padded queries moves real rows")
+    if not subject.self_attention:
+        queries = torch.rand(case.q.shape[0], case.q.shape[2], generator=torch.Generator().manual_seed(4)) >= 0.3
+        clean, case = (x.with_mask(query_valid=queries) for x in (clean, case))
+    real = case.real_rows()
+    hidden = ~real[:, 0, :, 0]
+    bad = replace(case, q=noise_at(case.q, hidden, torch.nan), hidden=noise_at(case.hidden, hidden, torch.nan))
+    for training in (False, True):
+        module = subject.build(training=training)
+        expected = _everything(module, clean, real)
+        for name, value in _everything(module, bad, real).items():
+            _same(value, expected[name], f"NaN in padded queries moves {name}")
 
 
 @_property()
@@ -479,14 +484,16 @@ def determinism(subject: Subject) -> None:
             _demand(torch.equal(value, second[name]), f"{name} differs between two runs with one seed")
 
 
-def _everything(module: Attention, case: Case) -> dict[str, Tensor]:
+def _everything(module: Attention, case: Case, real: Tensor | None = None) -> dict[str, Tensor]:
+    """Output, losses, and the gradients of both; of the rows in `real` alone when it is given."""
     inputs = [x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v)]
     got = replace(case, q=inputs[0], k=inputs[1], v=inputs[2]).run(module)
-    sources = [*inputs, *module.parameters()]
-    loss = (got.context**2).sum() + sum(got.losses.values())
-    grads = torch.autograd.grad(loss, sources, allow_unused=True)
-    found = {f"gradient {i}": grad for i, grad in enumerate(grads) if grad is not None}
-    return {"the output": got.context, **got.losses, **found}
+    out = got.context if real is None else got.context.masked_fill(~real, 0.0)
+    sources = dict(zip("qkv", inputs, strict=True)) | dict(module.named_parameters())
+    loss = (out**2).sum() + sum(got.losses.values())
+    grads = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
+    found = {f"the gradient of {n}": grad for n, grad in zip(sources, grads, strict=True) if grad is not None}
+    return {"the output": out, **got.losses, **found}
 
 
 @_property()

@@ -70,7 +70,7 @@ def normalised_linear_attention(
         each CHUNK rows and head of the piece CHUNK x CHUNK weights and a state of num_features x head_dim. With
         gradients all of this is kept, for all pieces.
     """
-    k, v = mask.without_padding(k, v)
+    q, k, v = mask.without_padding(q, k, v)
     valid = mask.key_valid
     if valid is None:
         valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)

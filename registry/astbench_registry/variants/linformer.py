@@ -57,7 +57,7 @@ class LinformerAttention(Attention):
     ) -> AttentionOutput:
         """See the base class. Time and memory O((N + M) k)."""
         require_length("linformer", k.shape[2], self.longest)
-        k, v = mask.without_padding(k, v)
+        q, k, v = mask.without_padding(q, k, v)
         values = self.E if self.config.sharing == "key_value" else self.F
         out = scaled_dot_product_attention(
             q, _project(self.E, k), _project(values, v), scale=scale, enable_gqa=q.shape[1] != k.shape[1]

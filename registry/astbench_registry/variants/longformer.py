@@ -114,7 +114,7 @@ class LongformerAttention(Attention):
         """See the base class. Time and memory O(N (window + globals))."""
         context = context or AttentionContext()
         chosen = self._global_tokens(q.shape[0], k, mask, context)
-        k, v = mask.without_padding(k, v)
+        q, k, v = mask.without_padding(q, k, v)
         heads, key_heads = self.dilated_heads, self.dilated_heads * k.shape[1] // q.shape[1]
         outs, seen = [], []
         for dilation, mine, keys in (

@@ -78,6 +78,7 @@ class ReformerAttention(Attention):
         step = context.step if self.training else 0
         attend = self._own if self.package is None else self._packaged
         with torch.autocast(q.device.type, enabled=False):
+            q, _, v = mask.without_padding(q, k, v)
             out, attended = attend(q, v, mask, scale, step, context.listen)
         stats = None
         if attended is not None:
@@ -89,7 +90,7 @@ class ReformerAttention(Attention):
         self, q: Tensor, v: Tensor, mask: AttentionMask, scale: float, step: int, count: bool
     ) -> tuple[Tensor, Tensor | None]:
         compute = torch.promote_types(q.dtype, torch.float32)
-        q, v = (x.to(compute) for x in mask.without_padding(q, v))
+        q, v = q.to(compute), v.to(compute)
         batch, _, length, _ = q.shape
         valid = mask.key_valid
         if valid is None:

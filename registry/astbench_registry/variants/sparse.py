@@ -60,6 +60,7 @@ class SparseAttention(Attention):
         # A grid is a waste for the few rows of a decoding step; the kernel reads exactly the listed keys.
         listed = self.config.pattern == "fixed" or mask.query_offset > 0
         layout = self.layout(q, k, mask) if listed or listen else None
+        q, k, v = mask.without_padding(q, k, v)
         if listed:
             assert layout is not None, "built above"
             backend = choose_backend(self.config.backend, q.device)
@@ -81,7 +82,6 @@ class SparseAttention(Attention):
 
     def _by_grid(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
         stride = min(self.config.stride, k.shape[2])
-        k, v = mask.without_padding(k, v)
         # The copies of the keys are small beside the weights.
         queries, keys, values = (in_rows(x.repeat_interleave(q.shape[1] // x.shape[1], 1), stride) for x in (q, k, v))
         valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=q.device)

@@ -85,7 +85,7 @@ class SynthesizerAttention(Attention):
     ) -> AttentionOutput:
         """See the base class. Time and memory O(N M)."""
         require_length("synthesizer", k.shape[2], self.longest)
-        k, v = mask.without_padding(k, v)
+        q, k, v = mask.without_padding(q, k, v)
         factor = 1.0 if scale is None else scale * self.shape.head_dim**0.5
         logits = self._synthesized(q, k, mask, context)  # (batch or 1, heads, queries, keys)
         if self.config.mix_dense:
