@@ -176,7 +176,7 @@ class _GatherAttention(torch.autograd.Function):
         queries = _to_units(q, plan)
         keys, values = _to_blocks(k, key_valid, plan), _to_blocks(v, key_valid, plan)
         bias = None if block_bias is None else block_bias.detach().reshape(len(plan.counts), -1).to(compute)
-        out = queries.new_zeros(len(queries), plan.rows, v.shape[-1])
+        out = queries.new_zeros(len(queries), plan.rows, v.shape[-1], dtype=compute)
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=compute, device=q.device)
         for units, width in plan.chunks(k.shape[-1] * k.element_size()):
             index = plan.blocks[units, :width].reshape(-1)
@@ -191,8 +191,8 @@ class _GatherAttention(torch.autograd.Function):
             lse[units] = (highest + total.log()).squeeze(-1)
             weights.div_(total.clamp_(min=torch.finfo(compute).tiny))
             value = values.index_select(0, index).view(count, -1, v.shape[-1])
-            torch.bmm(weights.to(v.dtype), value, out=out[units])
-        result, lse_rows = _from_units(out, plan), _from_units(lse.unsqueeze(-1), plan).squeeze(-1)
+            torch.bmm(weights, value.to(compute), out=out[units])
+        result, lse_rows = _from_units(out, plan).to(q.dtype), _from_units(lse.unsqueeze(-1), plan).squeeze(-1)
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.plan = plan
         return result, lse_rows
@@ -212,7 +212,7 @@ class _GatherAttention(torch.autograd.Function):
         d_keys, d_values = torch.zeros_like(keys, dtype=compute), torch.zeros_like(values, dtype=compute)
         d_bias = None if bias is None else torch.zeros_like(bias)
         # d logits = P * (dP - delta + d lse), delta = rowsum(dO * O)
-        shift = (d_out.to(compute) * out.to(compute)).sum(-1, keepdim=True) - d_lse
+        shift = (d_out.to(compute) * out).sum(-1, keepdim=True) - d_lse
         known_lse = lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)  # rows that see nothing: exp(-inf - 0) = 0
         size = plan.layout.block_size
         for units, width in plan.chunks(k.shape[-1] * k.element_size()):

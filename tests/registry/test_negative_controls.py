@@ -35,7 +35,7 @@ class Plain(Attention):
         q = self.hide_queries(q, mask)
         k, v = (self.repeat(self.hide(x, mask)) for x in (k, v))
         logits = self.logits(q, k, self.default_scale() if scale is None else scale)
-        context_vectors = self.weights(logits, allowed) @ v
+        context_vectors = (self.weights(logits, allowed) @ v.to(logits.dtype)).to(q.dtype)
         listening = context is not None and context.listen
         return AttentionOutput(context_vectors, stats=self.stats(q, allowed) if listening else None)
 
@@ -58,7 +58,8 @@ class Plain(Attention):
         return x.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
 
     def logits(self, q, k, scale):
-        return q @ k.transpose(-1, -2) * scale
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return q.to(wide) @ k.to(wide).transpose(-1, -2) * scale
 
     def weights(self, logits, allowed):
         logits = logits.masked_fill(~allowed, -torch.inf).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
@@ -151,7 +152,7 @@ class AddsNoiseWithoutSeed(Plain):
 
 class RoundsTheLogits(Plain):
     def logits(self, q, k, scale):
-        return super().logits(q, k, scale).to(torch.float8_e5m2 if q.dtype.itemsize == 2 else q.dtype).to(q.dtype)
+        return super().logits(q, k, scale).to(q.dtype)
 
 
 class StopsTheGradientOfKeys(Plain):

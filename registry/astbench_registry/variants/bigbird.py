@@ -55,7 +55,8 @@ class BigBirdAttention(Attention):
         layout = self.layout(q.shape[0], q.shape[2], q.device, mask, context.global_tokens)
         backend = choose_backend(self.config.backend, q.device)
         out, _ = block_sparse_attention(
-            mask.real_queries(q), k, v, layout, scale=scale, key_valid=mask.key_valid, backend=backend)
+            mask.real_queries(q), k, v, layout, scale=scale, key_valid=mask.key_valid, backend=backend
+        )
         stats = None
         if context.listen:
             attended = layout.attended_pairs(causal=False, key_valid=mask.key_valid)

@@ -187,8 +187,8 @@ def _attend(
 ) -> Tensor:
     """Softmax over the parts together; all tensors as rows of tokens, `valid` `(batch or 1, 1, rows, stride)`."""
     rows, stride = k.shape[2:4]
-    wide = torch.promote_types(q.dtype, torch.float32)  # half precision would round the logits
-    q, k = q.to(wide) * scale, k.to(wide)
+    wide = torch.promote_types(q.dtype, torch.float32)  # half precision would round logits and weights
+    q, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
     row = torch.arange(rows, device=q.device)
     column = torch.arange(stride, device=q.device)
     logits, allowed = [], []
@@ -208,7 +208,7 @@ def _attend(
     shape = torch.broadcast_shapes(*(x.shape[:-1] for x in allowed))
     hidden = ~torch.cat([x.expand(*shape, -1) for x in allowed], -1)
     every = torch.cat(logits, -1)
-    weights = every.masked_fill(hidden, torch.finfo(every.dtype).min).softmax(-1).masked_fill(hidden, 0.0).to(v.dtype)
+    weights = every.masked_fill(hidden, torch.finfo(every.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
     pieces = dict(zip(parts, weights.split([x.shape[-1] for x in logits], -1), strict=True))
     out = torch.zeros_like(q)
     if "local" in parts:
