@@ -19,6 +19,11 @@ from astbench.tasks import TASKS
 from tests.astbench.conftest import DEMO, NAMES, PLUGIN
 
 FIT = ["fit", *NAMES, *DEMO]
+PACKAGE = [
+    "--attention=reformer",
+    "--attention.backend=reformer_pytorch",
+    "--attention.allow_duplicate_attention=true",
+]
 
 
 @pytest.fixture
@@ -195,6 +200,24 @@ REFUSALS = {
     "missing init": ([*FIT, "--init_from=nothing"], 6, "nothing"),
     "class_path": ([*FIT, "--trainer.callbacks=os.system"], 2, "a config may not name os.system"),
     "task cannot fit": (["fit", "--attention=ast", "--task=wikitext103"], 2, "has only `astbench test`"),
+    # Code 2 and not 3: said before the data, which is not there, is looked for.
+    "no padding": (
+        ["fit", "--task=squad", *PACKAGE],
+        2,
+        "attention 'reformer' cannot serve this model: takes no padding",
+        "(set --attention.backend=auto)",
+    ),
+    "not a multiple": (
+        ["test", "--task=wikitext103", *PACKAGE, "--attention.bucket_size=48", "--data.context=1000"],
+        2,
+        "takes multiples of 96 tokens, --data.context is 1000 (set --attention.backend=auto)",
+    ),
+    "too long": (
+        ["fit", "--task=squad", "--attention=linformer", "--attention.max_length=64", "--data.max_length=512"],
+        2,
+        "attention 'linformer' cannot serve this model: takes at most 64 tokens, --data.max_length is 512 "
+        "(raise --attention.max_length)",
+    ),
     "missing plugin": ([*FIT, "--plugins=./no.py"], 4, "plugin file ./no.py does not exist"),
     "describe nothing": (["describe", "asst"], 4, "did you mean 'ast'?"),
     "check nothing": (["check", "asst"], 4, "did you mean 'ast'?"),
