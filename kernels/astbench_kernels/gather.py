@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from astbench_kernels.layout import BlockLayout
+from astbench_kernels.layout import BlockLayout, ceil_div
 
 CHUNK_BYTES = 2 * 2**20
 """Gathered keys held at a time; 1-4 MB is the flat bottom of the curve on the CPUs measured."""
@@ -144,7 +144,7 @@ def _from_units(x: Tensor, plan: _Plan) -> Tensor:
     layout, lists = plan.layout, plan.layout.indices.shape[1]
     lead = layout.query_offset % layout.query_group
     x = x.view(plan.batch, lists, layout.num_groups, plan.heads_per_list, layout.query_group, x.shape[-1])
-    x = x.transpose(2, 3).reshape(plan.batch, lists * plan.heads_per_list, -1, x.shape[-1])
+    x = x.transpose(2, 3).flatten(1, 2).flatten(2, 3)
     return x[:, :, lead : lead + layout.query_length]
 
 
@@ -175,7 +175,7 @@ class _GatherAttention(torch.autograd.Function):
         compute = torch.promote_types(q.dtype, torch.float32)
         queries = _to_units(q, plan)
         keys, values = _to_blocks(k, key_valid, plan), _to_blocks(v, key_valid, plan)
-        bias = None if block_bias is None else block_bias.detach().reshape(len(plan.counts), -1).to(compute)
+        bias = None if block_bias is None else block_bias.detach().flatten(0, 2).to(compute)
         out = queries.new_zeros(len(queries), plan.rows, v.shape[-1], dtype=compute)
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=compute, device=q.device)
         for units, width in plan.chunks(k.shape[-1] * k.element_size()):
@@ -206,7 +206,7 @@ class _GatherAttention(torch.autograd.Function):
         queries, d_out = _to_units(q, plan), _to_units(grad_out, plan)
         d_lse = _to_units(grad_lse.unsqueeze(-1), plan)
         keys, values = _to_blocks(k, key_valid, plan), _to_blocks(v, key_valid, plan)
-        bias = None if block_bias is None else block_bias.reshape(len(plan.counts), -1).to(compute)
+        bias = None if block_bias is None else block_bias.flatten(0, 2).to(compute)
         d_queries = torch.zeros_like(queries)
         # Many groups add to one block: sum in float32 whatever the inputs are.
         d_keys, d_values = torch.zeros_like(keys, dtype=compute), torch.zeros_like(values, dtype=compute)
@@ -253,5 +253,6 @@ def _logits(queries: Tensor, key: Tensor, addend: Tensor, scale: float) -> Tenso
 def _from_blocks(x: Tensor, like: Tensor, key_valid: Tensor | None) -> Tensor:
     """The inverse of :func:`_to_blocks`, in the dtype of `like`; padding gets no gradient."""
     batch, heads, length, dim = like.shape
-    x = x.view(batch, heads, -1, dim)[:, :, :length].to(like.dtype)
+    size = x.shape[1] // dim
+    x = x.view(batch, heads, ceil_div(length, size) * size, dim)[:, :, :length].to(like.dtype)
     return x if key_valid is None else x.masked_fill(~key_valid[:, None, :, None], 0.0)

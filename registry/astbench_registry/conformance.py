@@ -268,6 +268,18 @@ def batch_invariance(subject: Subject) -> None:
 
 
 @_property()
+def empty_batch(subject: Subject) -> None:
+    """A batch of none, as the last one of a worker may be, gives an empty output and finite gradients."""
+    case = subject.case(SHORT, SHORT_KEYS, holes=0.2).rows(slice(0, 0))
+    for training in (False, True):
+        module = subject.build(training=training)
+        inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+        got = case.run(module, listen=True)
+        _demand(got.context.shape == case.q.shape, f"context is {tuple(got.context.shape)}, q {tuple(case.q.shape)}")
+        _finite_gradients(got.context.sum() + sum(got.losses.values()), inputs, module)
+
+
+@_property()
 def gradients(subject: Subject) -> None:
     """Gradients of q, k, v and of every parameter equal finite differences, in float64."""
     _need("float64" in subject.can.dtypes, "does not compute in float64")

@@ -241,6 +241,7 @@ MUTANTS = [
     (ForgetsTheSquareRoot, "full_density"),
     (IgnoresTheScale, "scale"),
     (StabilisesOverTheBatch, "batch_invariance"),
+    (StabilisesOverTheBatch, "empty_batch"),
     (IgnoresPadding, "padding_invariance"),
     (IgnoresPadding, "full_density"),
     (IgnoresTheQueryOffset, "decode"),

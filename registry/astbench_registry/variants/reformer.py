@@ -76,7 +76,8 @@ class ReformerAttention(Attention):
         context = context or AttentionContext()
         scale = self.shape.head_dim**-0.5 if scale is None else scale
         step = context.step if self.training else 0
-        attend = self._own if self.package is None else self._packaged
+        # The package cannot reshape a batch of none.
+        attend = self._packaged if self.package is not None and len(q) else self._own
         with torch.autocast(q.device.type, enabled=False):
             q, _, v = mask.without_padding(q, k, v)
             out, attended = attend(q, v, mask, scale, step, context.listen)
