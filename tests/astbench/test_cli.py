@@ -62,6 +62,19 @@ def test_describe_names_options_abilities_and_paper(astbench):
         assert part in done.out
 
 
+def test_describe_shows_the_abilities_under_the_options_given(astbench):
+    package = ["--attention.backend=reformer_pytorch", "--attention.allow_duplicate_attention=true"]
+    for words, padding, lengths in (([], "yes", "any"), (package, "no", "multiples of 128")):
+        facts = [line.split(maxsplit=1) for line in astbench("describe", "reformer", *words).out.splitlines()]
+        assert ["padding", padding] in facts and ["lengths", lengths] in facts
+    assert "default 4, here 2" in astbench("describe", "reformer", "--attention.num_hashes=2").out
+    assert "at most 64 tokens" in astbench("describe", "linformer", "--attention.max_length=64").out
+    assert_refused(astbench("describe", "ast", "--density=3"), 2, "astbench describe takes no --density=3")
+    assert_refused(astbench("describe", "ast", "--attention.densty=3"), 2, "did you mean 'density'?")
+    assert_refused(astbench("describe", "ast", "--attention.density=["), 2, "--attention.density cannot be read")
+    assert_refused(astbench("describe", "ast", "local"), 2, "takes one name, got ast local")
+
+
 def test_help_of_a_choice_shows_its_options(astbench):
     with pytest.raises(SystemExit) as end:
         astbench("fit", *NAMES, "--help")
