@@ -42,19 +42,8 @@ class _Plan:
         return self.heads_per_list * self.layout.query_group
 
     def chunks(self, bytes_per_key: int) -> Iterator[tuple[slice, int]]:
-        """Runs of units with the width of the longest list among them; units without keys are left out."""
-        per_block = self.layout.block_size * bytes_per_key
-        start = 0
-        while start < len(self.counts):
-            width, stop = self.counts[start], start + 1
-            while stop < len(self.counts):
-                wider = max(width, self.counts[stop])
-                if (stop + 1 - start) * wider * per_block > CHUNK_BYTES:
-                    break
-                width, stop = wider, stop + 1
-            if width > 0:
-                yield slice(start, stop), width
-            start = stop
+        """See :func:`_chunks`."""
+        return _chunks(self.counts, self.layout.block_size * bytes_per_key)
 
     def addend(self, units: slice, width: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What is added to the logits, `(units, rows or 1, width * block_size)`: bias, or -inf on unseen pairs."""
@@ -75,6 +64,42 @@ class _Plan:
         return addend
 
 
+def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, int]]:
+    """Runs of units with the width of the longest list among them; units without keys are left out."""
+    start = 0
+    while start < len(counts):
+        width, stop = counts[start], start + 1
+        while stop < len(counts):
+            wider = max(width, counts[stop])
+            if (stop + 1 - start) * wider * bytes_per_block > CHUNK_BYTES:
+                break
+            width, stop = wider, stop + 1
+        if width > 0:
+            yield slice(start, stop), width
+        start = stop
+
+
+def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes_per_key: int) -> int:
+    """(query, key) pairs that :func:`gather_attention` computes: each chunk's lists as long as its longest one.
+
+    Args:
+        layout: The lists.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads.
+        bytes_per_key: Of one key of one head; the longer, the shorter the chunks.
+    """
+    layout = _one_list_per_kv_head(layout, num_heads, num_kv_heads)
+    rows = num_heads // layout.indices.shape[1] * layout.query_group
+    chunks = _chunks(layout.counts.flatten().tolist(), layout.block_size * bytes_per_key)
+    blocks = sum((units.stop - units.start) * width for units, width in chunks)
+    return blocks * layout.block_size * rows
+
+
+def _one_list_per_kv_head(layout: BlockLayout, num_heads: int, num_kv_heads: int) -> BlockLayout:
+    """At least; the layout itself when it has one per query head."""
+    return layout if layout.indices.shape[1] in (num_kv_heads, num_heads) else layout.expand_heads(num_kv_heads)
+
+
 def gather_attention(
     q: Tensor,
     k: Tensor,
@@ -90,8 +115,7 @@ def gather_attention(
 
     Cost: O(N x width x block_size) time; beside inputs and outputs O(CHUNK_BYTES) memory, in both directions.
     """
-    if layout.indices.shape[1] not in (k.shape[1], q.shape[1]):
-        layout = layout.expand_heads(k.shape[1])
+    layout = _one_list_per_kv_head(layout, q.shape[1], k.shape[1])
     if block_bias is not None and block_bias.shape[1] != layout.indices.shape[1]:
         block_bias = block_bias.repeat_interleave(layout.indices.shape[1] // block_bias.shape[1], 1)
     out, lse = _GatherAttention.apply(q, k, v, block_bias, layout, scale, causal, key_valid)

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from astbench_kernels import gather
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
@@ -158,19 +159,17 @@ def test_the_layout_is_built_once_for_each_size():
     assert module._layout[1] is not first
 
 
+@pytest.mark.parametrize("chunk", [0, 5000, gather.CHUNK_BYTES])
 @pytest.mark.parametrize("options", STRIDED + FIXED, ids=named)
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_flops_are_what_the_counter_sees(pattern, options):
-    """The kernel rounds lists up to the longest one of a chunk, so its count is an upper bound."""
-    tensors, _ = draw(96)
-    mask, module = AttentionMask(pattern), build(options)
+@pytest.mark.parametrize(("pattern", "offset"), [*((pattern, 0) for pattern in PATTERNS), ("causal_self", 95)])
+def test_flops_are_what_the_counter_sees(monkeypatch, pattern, offset, options, chunk):
+    """The kernel fills lists up to the longest one of a chunk: one list, some, or all."""
+    monkeypatch.setattr(gather, "CHUNK_BYTES", chunk)
+    (q, k, v), _ = draw(96)
+    mask, module = AttentionMask(pattern, offset), build(options)
     with FlopCounterMode(display=False) as counter:
-        module(*tensors, mask)
-    declared, counted = module.flops(BATCH, 96, 96, mask), counter.get_total_flops()
-    if options.get("pattern") == "strided":
-        assert declared == counted
-    else:
-        assert declared <= counted <= 2.1 * declared
+        module(q[:, :, offset:].float(), k.float(), v.float(), mask)
+    assert module.flops(BATCH, 96 - offset, 96, mask) == counter.get_total_flops()
 
 
 class Largest(TorchDispatchMode):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend
+from astbench_kernels.gather import gathered_pairs
 from astbench_kernels.layout import ceil_div
 from astbench_registry.configs.sparse import SparseConfig
 from astbench_registry.interface import (
@@ -100,11 +101,7 @@ class SparseAttention(Attention):
         if self._layout is None or self._layout[0] != what:
             build = self._fixed_layout if self.config.pattern == "fixed" else self._strided_layout
             self._layout = (what, build(*what))
-        layout = self._layout[1]
-        batch = q.shape[0]
-        return replace(
-            layout, indices=layout.indices.expand(batch, -1, -1, -1), counts=layout.counts.expand(batch, -1, -1)
-        )
+        return _for_batch(self._layout[1], q.shape[0])
 
     def _fixed_layout(
         self, query_length: int, key_length: int, offset: int, causal: bool, device: torch.device
@@ -158,13 +155,19 @@ class SparseAttention(Attention):
         return AttentionStats(attended, mask.visible_pairs(q, k), backend, layout)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
-        """Two matmuls: over the listed keys, or over the grid's neighbouring rows and columns."""
+        """Two matmuls: over the listed keys, or over the grid's neighbouring rows and columns.
+
+        Of the lists ("fixed", and decoding) this is what the gather backend computes in float32: those of a chunk
+        are filled up to the longest one. The paper's number, `4 x kept pairs x head_dim`, is smaller: causal, on
+        inputs of one chunk, about half.
+        """
         config, heads = self.config, self.shape.num_heads
         if config.pattern == "fixed" or mask.query_offset > 0:
             build = self._fixed_layout if config.pattern == "fixed" else self._strided_layout
             layout = build(query_length, key_length, mask.query_offset, mask.causal, torch.device("cpu"))
-            listed = int(layout.counts.sum()) * heads // layout.counts.shape[1]
-            return 4 * batch * listed * layout.query_group * layout.block_size * self.shape.head_dim
+            layout = _for_batch(layout, batch)
+            pairs = gathered_pairs(layout, heads, self.shape.num_kv_heads, bytes_per_key=4 * self.shape.head_dim)
+            return 4 * pairs * self.shape.head_dim
         stride = min(config.stride, key_length)
         query_rows, key_rows = ceil_div(query_length, stride), ceil_div(key_length, stride)
         reach = {"local": (2 if mask.causal else 3) * stride, "strided": key_rows}
@@ -174,6 +177,11 @@ class SparseAttention(Attention):
     def state_size(self, key_length: int) -> int:
         """The KV cache: every key is read again, by later queries of its column or as a summary."""
         return self.kv_cache_size(key_length)
+
+
+def _for_batch(layout: BlockLayout, batch: int) -> BlockLayout:
+    """One sequence's lists for each of `batch`."""
+    return replace(layout, indices=layout.indices.expand(batch, -1, -1, -1), counts=layout.counts.expand(batch, -1, -1))
 
 
 def in_rows(x: Tensor, stride: int) -> Tensor:
