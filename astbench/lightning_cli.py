@@ -178,7 +178,14 @@ class CLI(LightningCLI):
         options = self.options
         attention = {k: v for k, v in vars(options.attention).items() if k != "name"}
         config = make_config(self.attention, attention)
-        config.can.check(self.attention, _PATTERN[self.module_class.head])
+        option = self.data_class.length_option
+        config.can.check(
+            self.attention,
+            _PATTERN[self.module_class.head],
+            length=options.data[option],
+            length_flag=f"--data.{option}",
+            padded=self.data_class.pads,
+        )
         BackboneConfig(**vars(options.backbone))
         OptimConfig(**vars(options.optim))
         self.task_config(**_without_name(options.task))

@@ -227,6 +227,24 @@ def check_names(found: Selection) -> None:
     find_task(found.task)
 
 
+def attention_options(found: Selection, command: str) -> dict[str, Any]:
+    """The `--attention.OPTION=VALUE` among the arguments, for commands that take nothing else.
+
+    Raises:
+        ConfigError: another flag, or a value that is not YAML.
+    """
+    options = {}
+    for word in (w for w in found.argv if w.startswith("-")):
+        option, equals, value = word.partition("=")
+        if not (option.startswith("--attention.") and equals):
+            raise ConfigError(f"astbench {command} takes no {word}")
+        try:
+            options[option.removeprefix("--attention.")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{option} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    return options
+
+
 def nearest(word: str, known: list[str]) -> str:
     """` (did you mean ...?)` or nothing."""
     near = difflib.get_close_matches(word, known, n=1)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import yaml
-
 from astbench.console import say
 from astbench.errors import ConfigError
-from astbench.selection import select
+from astbench.selection import attention_options, select
 
 if TYPE_CHECKING:
     from astbench_registry.conformance import Result
@@ -27,12 +25,7 @@ def run(words: list[str]) -> int:
             "poisoned padding, low precision, determinism: pass, fail, or skip with the reason."
         )
         return 0
-    options = {}
-    for word in (w for w in found.argv if w.startswith("-")):
-        option, equals, value = word.partition("=")
-        if not (option.startswith("--attention.") and equals):
-            raise ConfigError(f"astbench check takes no {word}")
-        options[option.removeprefix("--attention.")] = yaml.safe_load(value)
+    options = attention_options(found, "check")
     from astbench_registry.registry import config_class, load_plugin, make_config, registered
 
     for position, name in enumerate(names):

@@ -7,9 +7,9 @@ import re
 from dataclasses import fields
 
 from astbench.errors import ConfigError
-from astbench.selection import select
+from astbench.selection import attention_options, select
 from astbench_registry import AttentionConfig
-from astbench_registry.registry import config_class, registered
+from astbench_registry.registry import config_class, make_config, registered
 
 
 def run(words: list[str]) -> int:
@@ -17,27 +17,32 @@ def run(words: list[str]) -> int:
     found = select(words)
     names = [w for w in found.argv if not w.startswith("-")]
     if found.help or not names:
-        print("usage: astbench describe NAME [--plugins=FILE.py|MODULE]")
+        print("usage: astbench describe NAME [--attention.OPTION=VALUE...] [--plugins=FILE.py|MODULE]")
         if not found.help:
             raise ConfigError("astbench describe needs a name; `astbench list` shows them")
         return 0
-    if len(found.argv) > 1:
-        raise ConfigError(f"astbench describe takes one name, got {' '.join(found.argv)}")
+    if len(names) > 1:
+        raise ConfigError(f"astbench describe takes one name, got {' '.join(names)}")
+    options = attention_options(found, "describe")
     config = config_class(names[0])
+    chosen = make_config(names[0], options)
     rows = registered()
     source = rows[names[0]].source if names[0] in rows else names[0]
-    print(_head(names[0], source, config))
+    print(_head(names[0], source, chosen))
     help_of = option_help(config)
     print("\noptions (--attention.OPTION=VALUE)")
     for field in fields(config):
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-        print(f"  {field.name:<20} {kind:<44} default {getattr(config(), field.name)!r}")
+        given = f", here {getattr(chosen, field.name)!r}" if field.name in options else ""
+        print(f"  {field.name:<20} {kind:<44} default {getattr(config(), field.name)!r}{given}")
         print(f"  {'':<20} {help_of.get(field.name, '')}")
     return 0
 
 
-def _head(name: str, source: str, config: type[AttentionConfig]) -> str:
-    can = config().can
+def _head(name: str, source: str, config: AttentionConfig) -> str:
+    can = config.can
+    lengths = [f"multiples of {can.length_multiple}"] if can.length_multiple > 1 else []
+    lengths += [f"at most {can.max_length} tokens"] if can.max_length is not None else []
     facts = {
         "from": source,
         "paper": config.paper or "-",
@@ -47,6 +52,7 @@ def _head(name: str, source: str, config: type[AttentionConfig]) -> str:
         "decoding": "with a KV cache" if can.decode else "no",
         "grouped heads": "yes" if can.gqa else "no",
         "padding": "yes" if can.padding else "no",
+        "lengths": ", ".join(lengths) or "any",
         "own parameters": "yes" if can.owns_parameters else "no",
         "dtypes": ", ".join(can.dtypes),
         "head sizes": ", ".join(map(str, can.head_dims)) or "any",

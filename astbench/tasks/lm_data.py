@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -33,6 +33,9 @@ class WikiTextData(pl.LightningDataModule):
         windows: Only this many windows, spread evenly over the text (each from its own start, `stride` aside).
         eval_batch_size: Windows per step.
     """
+
+    length_option: ClassVar[str] = "context"  # the option that says how long inputs can be
+    pads: ClassVar[bool] = False  # a batch holds windows of one length
 
     def __init__(
         self,

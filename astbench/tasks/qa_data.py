@@ -44,6 +44,8 @@ class SpanQAData(pl.LightningDataModule):
     """
 
     task: ClassVar[str]
+    length_option: ClassVar[str] = "max_length"  # the option that says how long inputs can be
+    pads: ClassVar[bool] = True  # windows of a batch differ in length
 
     def __init__(
         self,

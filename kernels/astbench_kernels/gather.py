@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from astbench_kernels.layout import BlockLayout
+from astbench_kernels.layout import BlockLayout, ceil_div
 
 CHUNK_BYTES = 2 * 2**20
 """Gathered keys held at a time; 1-4 MB is the flat bottom of the curve on the CPUs measured."""
@@ -42,19 +42,8 @@ class _Plan:
         return self.heads_per_list * self.layout.query_group
 
     def chunks(self, bytes_per_key: int) -> Iterator[tuple[slice, int]]:
-        """Runs of units with the width of the longest list among them; units without keys are left out."""
-        per_block = self.layout.block_size * bytes_per_key
-        start = 0
-        while start < len(self.counts):
-            width, stop = self.counts[start], start + 1
-            while stop < len(self.counts):
-                wider = max(width, self.counts[stop])
-                if (stop + 1 - start) * wider * per_block > CHUNK_BYTES:
-                    break
-                width, stop = wider, stop + 1
-            if width > 0:
-                yield slice(start, stop), width
-            start = stop
+        """See :func:`_chunks`."""
+        return _chunks(self.counts, self.layout.block_size * bytes_per_key)
 
     def addend(self, units: slice, width: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What is added to the logits, `(units, rows or 1, width * block_size)`: bias, or -inf on unseen pairs."""
@@ -75,6 +64,42 @@ class _Plan:
         return addend
 
 
+def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, int]]:
+    """Runs of units with the width of the longest list among them; units without keys are left out."""
+    start = 0
+    while start < len(counts):
+        width, stop = counts[start], start + 1
+        while stop < len(counts):
+            wider = max(width, counts[stop])
+            if (stop + 1 - start) * wider * bytes_per_block > CHUNK_BYTES:
+                break
+            width, stop = wider, stop + 1
+        if width > 0:
+            yield slice(start, stop), width
+        start = stop
+
+
+def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes_per_key: int) -> int:
+    """(query, key) pairs that :func:`gather_attention` computes: each chunk's lists as long as its longest one.
+
+    Args:
+        layout: The lists.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads.
+        bytes_per_key: Of one key of one head; the longer, the shorter the chunks.
+    """
+    layout = _one_list_per_kv_head(layout, num_heads, num_kv_heads)
+    rows = num_heads // layout.indices.shape[1] * layout.query_group
+    chunks = _chunks(layout.counts.flatten().tolist(), layout.block_size * bytes_per_key)
+    blocks = sum((units.stop - units.start) * width for units, width in chunks)
+    return blocks * layout.block_size * rows
+
+
+def _one_list_per_kv_head(layout: BlockLayout, num_heads: int, num_kv_heads: int) -> BlockLayout:
+    """At least; the layout itself when it has one per query head."""
+    return layout if layout.indices.shape[1] in (num_kv_heads, num_heads) else layout.expand_heads(num_kv_heads)
+
+
 def gather_attention(
     q: Tensor,
     k: Tensor,
@@ -90,8 +115,7 @@ def gather_attention(
 
     Cost: O(N x width x block_size) time; beside inputs and outputs O(CHUNK_BYTES) memory, in both directions.
     """
-    if layout.indices.shape[1] not in (k.shape[1], q.shape[1]):
-        layout = layout.expand_heads(k.shape[1])
+    layout = _one_list_per_kv_head(layout, q.shape[1], k.shape[1])
     if block_bias is not None and block_bias.shape[1] != layout.indices.shape[1]:
         block_bias = block_bias.repeat_interleave(layout.indices.shape[1] // block_bias.shape[1], 1)
     out, lse = _GatherAttention.apply(q, k, v, block_bias, layout, scale, causal, key_valid)
@@ -144,7 +168,7 @@ def _from_units(x: Tensor, plan: _Plan) -> Tensor:
     layout, lists = plan.layout, plan.layout.indices.shape[1]
     lead = layout.query_offset % layout.query_group
     x = x.view(plan.batch, lists, layout.num_groups, plan.heads_per_list, layout.query_group, x.shape[-1])
-    x = x.transpose(2, 3).reshape(plan.batch, lists * plan.heads_per_list, -1, x.shape[-1])
+    x = x.transpose(2, 3).flatten(1, 2).flatten(2, 3)
     return x[:, :, lead : lead + layout.query_length]
 
 
@@ -175,8 +199,8 @@ class _GatherAttention(torch.autograd.Function):
         compute = torch.promote_types(q.dtype, torch.float32)
         queries = _to_units(q, plan)
         keys, values = _to_blocks(k, key_valid, plan), _to_blocks(v, key_valid, plan)
-        bias = None if block_bias is None else block_bias.detach().reshape(len(plan.counts), -1).to(compute)
-        out = queries.new_zeros(len(queries), plan.rows, v.shape[-1])
+        bias = None if block_bias is None else block_bias.detach().flatten(0, 2).to(compute)
+        out = queries.new_zeros(len(queries), plan.rows, v.shape[-1], dtype=compute)
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=compute, device=q.device)
         for units, width in plan.chunks(k.shape[-1] * k.element_size()):
             index = plan.blocks[units, :width].reshape(-1)
@@ -191,8 +215,8 @@ class _GatherAttention(torch.autograd.Function):
             lse[units] = (highest + total.log()).squeeze(-1)
             weights.div_(total.clamp_(min=torch.finfo(compute).tiny))
             value = values.index_select(0, index).view(count, -1, v.shape[-1])
-            torch.bmm(weights.to(v.dtype), value, out=out[units])
-        result, lse_rows = _from_units(out, plan), _from_units(lse.unsqueeze(-1), plan).squeeze(-1)
+            torch.bmm(weights, value.to(compute), out=out[units])
+        result, lse_rows = _from_units(out, plan).to(q.dtype), _from_units(lse.unsqueeze(-1), plan).squeeze(-1)
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.plan = plan
         return result, lse_rows
@@ -206,13 +230,13 @@ class _GatherAttention(torch.autograd.Function):
         queries, d_out = _to_units(q, plan), _to_units(grad_out, plan)
         d_lse = _to_units(grad_lse.unsqueeze(-1), plan)
         keys, values = _to_blocks(k, key_valid, plan), _to_blocks(v, key_valid, plan)
-        bias = None if block_bias is None else block_bias.reshape(len(plan.counts), -1).to(compute)
+        bias = None if block_bias is None else block_bias.flatten(0, 2).to(compute)
         d_queries = torch.zeros_like(queries)
         # Many groups add to one block: sum in float32 whatever the inputs are.
         d_keys, d_values = torch.zeros_like(keys, dtype=compute), torch.zeros_like(values, dtype=compute)
         d_bias = None if bias is None else torch.zeros_like(bias)
         # d logits = P * (dP - delta + d lse), delta = rowsum(dO * O)
-        shift = (d_out.to(compute) * out.to(compute)).sum(-1, keepdim=True) - d_lse
+        shift = (d_out.to(compute) * out).sum(-1, keepdim=True) - d_lse
         known_lse = lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)  # rows that see nothing: exp(-inf - 0) = 0
         size = plan.layout.block_size
         for units, width in plan.chunks(k.shape[-1] * k.element_size()):
@@ -253,5 +277,6 @@ def _logits(queries: Tensor, key: Tensor, addend: Tensor, scale: float) -> Tenso
 def _from_blocks(x: Tensor, like: Tensor, key_valid: Tensor | None) -> Tensor:
     """The inverse of :func:`_to_blocks`, in the dtype of `like`; padding gets no gradient."""
     batch, heads, length, dim = like.shape
-    x = x.view(batch, heads, -1, dim)[:, :, :length].to(like.dtype)
+    size = x.shape[1] // dim
+    x = x.view(batch, heads, ceil_div(length, size) * size, dim)[:, :, :length].to(like.dtype)
     return x if key_valid is None else x.masked_fill(~key_valid[:, None, :, None], 0.0)

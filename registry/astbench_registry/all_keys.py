@@ -18,7 +18,7 @@ def attend_to_all(
     query_length, key_length = q.shape[2], k.shape[2]
     at_the_end = mask.query_offset + query_length == key_length
     plain = mask.key_valid is None and (not mask.causal or at_the_end)
-    k, v = mask.without_padding(k, v)
+    q, k, v = mask.without_padding(q, k, v)
     return dense_attention(
         q,
         k,

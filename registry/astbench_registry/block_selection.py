@@ -102,7 +102,7 @@ class BlockSelectingAttention(Attention):
         scale = self.shape.head_dim**-0.5 if scale is None else scale
         selection = self.selection(q, k, mask)
         with torch.autocast(q.device.type, enabled=False):
-            k, v = mask.without_padding(k, v)
+            q, k, v = mask.without_padding(q, k, v)
             scores = self.scores(q, k, v, mask, selection, scale)
             keep = self.choose(scores.detach(), selection, context)
             layout = BlockLayout.from_mask(
@@ -277,4 +277,4 @@ def block_scores(query: Tensor, key: Tensor) -> Tensor:
     """`(batch, heads, groups, d) . (batch, kv_heads, blocks, d)` -> `(batch, heads, groups, blocks)`."""
     batch, heads, groups, _ = query.shape
     grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1])).flatten(2, 3)
-    return torch.matmul(grouped, key.transpose(-1, -2)).view(batch, heads, groups, -1)
+    return torch.matmul(grouped, key.transpose(-1, -2)).view(batch, heads, groups, key.shape[2])

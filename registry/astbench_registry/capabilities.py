@@ -33,6 +33,8 @@ class Capabilities:
         dtypes: Floating-point types it computes in.
         head_dims: Head sizes it accepts; empty for any.
         length_multiple: Lengths must be multiples of this; 1 for any.
+        max_length: Longest sequence in tokens; None for any.
+        remedy: Where options limit padding or lengths: which flag lifts that, as part of a message.
     """
 
     patterns: tuple[Pattern, ...]
@@ -47,6 +49,8 @@ class Capabilities:
     dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
     head_dims: tuple[int, ...] = ()
     length_multiple: int = 1
+    max_length: int | None = None
+    remedy: str = ""
 
     def __post_init__(self) -> None:
         unknown = [pattern for pattern in self.patterns if pattern not in PATTERNS]
@@ -61,8 +65,22 @@ class Capabilities:
         num_kv_heads: int = 1,
         head_dim: int | None = None,
         dtype: str | None = None,
+        length: int | None = None,
+        length_flag: str = "the length",
+        padded: bool = False,
     ) -> list[str]:
-        """Every reason why the variant cannot serve such a layer; empty when it can."""
+        """Every reason why the variant cannot serve such a layer; empty when it can.
+
+        Args:
+            pattern: How the layer attends.
+            num_heads: Query heads.
+            num_kv_heads: Key/value heads.
+            head_dim: Of both.
+            dtype: It computes in.
+            length: Longest input in tokens.
+            length_flag: What to call it in a reason.
+            padded: Inputs may hold padding.
+        """
         reasons = []
         if pattern not in self.patterns:
             reasons.append(f"no {pattern.replace('_', ' ')} attention (it has: {', '.join(self.patterns)})")
@@ -72,6 +90,13 @@ class Capabilities:
             reasons.append(f"head_dim must be one of {self.head_dims}, got {head_dim}")
         if dtype is not None and dtype not in self.dtypes:
             reasons.append(f"computes in {', '.join(self.dtypes)}, not {dtype}")
+        remedy = f" ({self.remedy})" if self.remedy else ""
+        if padded and not self.padding:
+            reasons.append(f"takes no padding, and the task's batches hold some{remedy}")
+        if length is not None and self.max_length is not None and length > self.max_length:
+            reasons.append(f"takes at most {self.max_length} tokens, {length_flag} is {length}{remedy}")
+        if length is not None and length % self.length_multiple:
+            reasons.append(f"takes multiples of {self.length_multiple} tokens, {length_flag} is {length}{remedy}")
         return reasons
 
     def check(self, name: str, pattern: Pattern, **layer: Any) -> None:

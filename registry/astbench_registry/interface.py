@@ -90,15 +90,21 @@ class AttentionMask:
             device=q.device,
         )
 
-    def without_padding(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values `(batch, heads, key_length, d)` with zeros where there is padding.
+    def without_padding(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `(batch, heads, length, d)` with zeros where there is padding.
 
-        Padding may hold anything, NaN included, and a weight of zero would keep a NaN.
+        Padding may hold anything, NaN included, and a weight of zero would keep a NaN. Queries too: nobody reads
+        a padded row's output, but in the backward pass its gradient of zero, times NaN, would reach all keys.
         """
-        if self.key_valid is None:
-            return tensors
-        hidden = ~self.key_valid[:, None, :, None]
-        return tuple(x.masked_fill(hidden, 0.0) for x in tensors)
+        if self.key_valid is not None:
+            hidden = ~self.key_valid[:, None, :, None]
+            k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+        return self.real_queries(q), k, v
+
+    def real_queries(self, q: Tensor) -> Tensor:
+        """The queries alone of :meth:`without_padding`."""
+        valid = self.valid_queries(q.shape[2])
+        return q if valid is None else q.masked_fill(~valid[:, None, :, None], 0.0)
 
     def dense(self, query_length: int, key_length: int, device: torch.device) -> Tensor | None:
         """Bool `(batch or 1, 1, query_length or 1, key_length)`, True = may be attended; None for everything.

@@ -58,8 +58,10 @@ def window_rows(
     length = q.shape[2]
     window = fitting(window, length)
     tail = missing(length, window)
-    wide = torch.promote_types(q.dtype, torch.float32)  # half precision would round the logits
-    query, key, value = (pad(x.transpose(1, 2), (0, 0, 0, 0, 0, tail)) for x in (q.to(wide) * scale, k.to(wide), v))
+    wide = torch.promote_types(q.dtype, torch.float32)  # half precision would round logits and weights
+    query, key, value = (
+        pad(x.transpose(1, 2), (0, 0, 0, 0, 0, tail)) for x in (q.to(wide) * scale, k.to(wide), v.to(wide))
+    )
     near = layer._sliding_chunks_query_key_matmul(query, key, window)[
         :, :length
     ]  # (batch, length, heads, 2 window + 1)
@@ -71,11 +73,11 @@ def window_rows(
     logits = torch.cat([far, near], -1).masked_fill(~allowed[:, :, None], -torch.inf)
     logits = logits.masked_fill((number == 0)[:, :, None, None], 0.0)
     weights = logits.softmax(-1)
-    weights = weights.masked_fill(~allowed[:, :, None], 0.0).to(q.dtype)
+    weights = weights.masked_fill(~allowed[:, :, None], 0.0)
     to_far, to_near = weights.split([listed.shape[1], 2 * window + 1], -1)
     out = layer._sliding_chunks_matmul_attn_probs_value(pad(to_near, (0, 0, 0, 0, 0, tail)), value, window)
     out = out[:, :length] + torch.einsum("bihg,bghd->bihd", to_far, _at(value, listed))
-    return out.transpose(1, 2), number
+    return out.transpose(1, 2).to(q.dtype), number
 
 
 def fitting(window: int, length: int) -> int:

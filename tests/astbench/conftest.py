@@ -139,7 +139,7 @@ class MineConfig(AttentionConfig):
 @register_attention("NAME", MineConfig)
 class Mine(Attention):
     def forward(self, q, k, v, mask, *, scale=None, context=None):
-        k, v = mask.without_padding(k, v)
+        q, k, v = mask.without_padding(q, k, v)
         allowed = mask.dense(q.shape[2], k.shape[2], q.device)
         scale = (scale or q.shape[-1] ** -0.5) * self.config.power
         out = F.scaled_dot_product_attention(q, k, v, allowed, scale=scale)

@@ -20,6 +20,11 @@ from astbench.tasks import TASKS
 from tests.astbench.conftest import DEMO, NAMES, PLUGIN
 
 FIT = ["fit", *NAMES, *DEMO]
+PACKAGE = [
+    "--attention=reformer",
+    "--attention.backend=reformer_pytorch",
+    "--attention.allow_duplicate_attention=true",
+]
 
 
 @pytest.fixture
@@ -56,6 +61,19 @@ def test_describe_names_options_abilities_and_paper(astbench):
     assert done.code == 0 and done.err == ""
     for part in ("block_size", "density", "distill_weight", "default 16", "strict", "with a KV cache"):
         assert part in done.out
+
+
+def test_describe_shows_the_abilities_under_the_options_given(astbench):
+    package = ["--attention.backend=reformer_pytorch", "--attention.allow_duplicate_attention=true"]
+    for words, padding, lengths in (([], "yes", "any"), (package, "no", "multiples of 128")):
+        facts = [line.split(maxsplit=1) for line in astbench("describe", "reformer", *words).out.splitlines()]
+        assert ["padding", padding] in facts and ["lengths", lengths] in facts
+    assert "default 4, here 2" in astbench("describe", "reformer", "--attention.num_hashes=2").out
+    assert "at most 64 tokens" in astbench("describe", "linformer", "--attention.max_length=64").out
+    assert_refused(astbench("describe", "ast", "--density=3"), 2, "astbench describe takes no --density=3")
+    assert_refused(astbench("describe", "ast", "--attention.densty=3"), 2, "did you mean 'density'?")
+    assert_refused(astbench("describe", "ast", "--attention.density=["), 2, "--attention.density cannot be read")
+    assert_refused(astbench("describe", "ast", "local"), 2, "takes one name, got ast local")
 
 
 def test_help_of_a_choice_shows_its_options(astbench):
@@ -199,6 +217,24 @@ REFUSALS = {
     "missing init": ([*FIT, "--init_from=nothing"], 6, "nothing"),
     "class_path": ([*FIT, "--trainer.callbacks=os.system"], 2, "a config may not name os.system"),
     "task cannot fit": (["fit", "--attention=ast", "--task=wikitext103"], 2, "has only `astbench test`"),
+    # Code 2 and not 3: said before the data, which is not there, is looked for.
+    "no padding": (
+        ["fit", "--task=squad", *PACKAGE],
+        2,
+        "attention 'reformer' cannot serve this model: takes no padding",
+        "(set --attention.backend=auto)",
+    ),
+    "not a multiple": (
+        ["test", "--task=wikitext103", *PACKAGE, "--attention.bucket_size=48", "--data.context=1000"],
+        2,
+        "takes multiples of 96 tokens, --data.context is 1000 (set --attention.backend=auto)",
+    ),
+    "too long": (
+        ["fit", "--task=squad", "--attention=linformer", "--attention.max_length=64", "--data.max_length=512"],
+        2,
+        "attention 'linformer' cannot serve this model: takes at most 64 tokens, --data.max_length is 512 "
+        "(raise --attention.max_length)",
+    ),
     "missing plugin": ([*FIT, "--plugins=./no.py"], 4, "plugin file ./no.py does not exist"),
     "describe nothing": (["describe", "asst"], 4, "did you mean 'ast'?"),
     "check nothing": (["check", "asst"], 4, "did you mean 'ast'?"),

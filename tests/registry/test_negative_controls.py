@@ -32,9 +32,10 @@ class Plain(Attention):
 
     def forward(self, q, k, v, mask, *, scale=None, context=None):
         allowed = self.allowed(q, k, mask)
+        q = self.hide_queries(q, mask)
         k, v = (self.repeat(self.hide(x, mask)) for x in (k, v))
         logits = self.logits(q, k, self.default_scale() if scale is None else scale)
-        context_vectors = self.weights(logits, allowed) @ v
+        context_vectors = (self.weights(logits, allowed) @ v.to(logits.dtype)).to(q.dtype)
         listening = context is not None and context.listen
         return AttentionOutput(context_vectors, stats=self.stats(q, allowed) if listening else None)
 
@@ -49,11 +50,16 @@ class Plain(Attention):
     def hide(self, x, mask):
         return x if mask.key_valid is None else x.masked_fill(~mask.key_valid[:, None, :, None], 0.0)
 
+    def hide_queries(self, q, mask):
+        valid = mask.valid_queries(q.shape[2])
+        return q if valid is None else q.masked_fill(~valid[:, None, :, None], 0.0)
+
     def repeat(self, x):
         return x.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
 
     def logits(self, q, k, scale):
-        return q @ k.transpose(-1, -2) * scale
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return q.to(wide) @ k.to(wide).transpose(-1, -2) * scale
 
     def weights(self, logits, allowed):
         logits = logits.masked_fill(~allowed, -torch.inf).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
@@ -116,6 +122,13 @@ class MultipliesPaddingByZero(Plain):
         return x if mask.key_valid is None else x * mask.key_valid[:, None, :, None]
 
 
+class LeavesPaddedQueries(Plain):
+    """Their rows are nobody's, but in the backward pass zero times NaN is NaN for every key."""
+
+    def hide_queries(self, q, mask):
+        return q
+
+
 class AveragesWhereNothingIsSeen(Plain):
     def weights(self, logits, allowed):
         return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1)
@@ -139,7 +152,7 @@ class AddsNoiseWithoutSeed(Plain):
 
 class RoundsTheLogits(Plain):
     def logits(self, q, k, scale):
-        return super().logits(q, k, scale).to(torch.float8_e5m2 if q.dtype.itemsize == 2 else q.dtype).to(q.dtype)
+        return super().logits(q, k, scale).to(q.dtype)
 
 
 class StopsTheGradientOfKeys(Plain):
@@ -228,10 +241,12 @@ MUTANTS = [
     (ForgetsTheSquareRoot, "full_density"),
     (IgnoresTheScale, "scale"),
     (StabilisesOverTheBatch, "batch_invariance"),
+    (StabilisesOverTheBatch, "empty_batch"),
     (IgnoresPadding, "padding_invariance"),
     (IgnoresPadding, "full_density"),
     (IgnoresTheQueryOffset, "decode"),
     (MultipliesPaddingByZero, "nan_memory"),
+    (LeavesPaddedQueries, "nan_memory"),
     (AveragesWhereNothingIsSeen, "fully_masked"),
     (GradientOfAnEmptyRowIsNan, "fully_masked"),
     (TilesTheKeyHeads, "gqa"),
@@ -276,6 +291,12 @@ def test_selecting_mutant_is_caught(mutant, options, property):
     config = PooledTopKConfig(**{**BlockSelectionConfig.conformance_options, **options})
     assert not failures(check_module(PooledTopKAttention, config, properties=[property]))
     assert failures(check_module(mutant, config, properties=[property]))
+
+
+def test_padded_queries_are_caught_by_a_gradient_under_every_pattern():
+    results = failures(check_module(LeavesPaddedQueries, PlainConfig(), properties=["nan_memory"]))
+    assert {r.pattern for r in results} == set(PATTERNS)
+    assert all("NaN in padded queries moves the gradient of" in r.detail for r in results)
 
 
 def test_an_exception_is_a_failure_in_one_line():

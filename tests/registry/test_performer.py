@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention, linear_attention
 from astbench_registry.variants.performer import draw_features
 
 BATCH, HEADS, KV_HEADS, DIM, FEATURES = 2, 6, 3, 5, 13
@@ -56,12 +56,32 @@ def oracle(q, k, v, w, pattern, valid, scale, *, kernel="softmax", epsilon=1e-3)
 def test_is_the_definition(length, pattern, padding, kernel):
     tensors, valid = draw(length, length if pattern.endswith("self") else 73, padding=padding, grad=True)
     module = build({"kernel": kernel})
-    got = module(*tensors, AttentionMask(pattern, key_valid=valid), scale=0.7).context
+    mask = AttentionMask(pattern, key_valid=valid)
+    got = module(*tensors, mask, scale=0.7).context
     expected = oracle(*tensors, features_of(module), pattern, valid, 0.7, kernel=kernel)
+    got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
     pairs = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
     torch.testing.assert_close(*pairs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "relu"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_pieces_of_the_sequence_are_the_definition_too(monkeypatch, pattern, kernel):
+    """Of 64 rows here; otherwise all lengths above fit into one."""
+    monkeypatch.setattr(linear_attention, "PIECE_BYTES", 0)
+    test_is_the_definition(301, pattern, 0.3, kernel)
+
+
+@pytest.mark.parametrize("offset", [64, 150, 300])
+def test_pieces_before_the_first_query_are_seen(monkeypatch, offset):
+    monkeypatch.setattr(linear_attention, "PIECE_BYTES", 0)
+    (q, k, v), valid = draw(301, padding=0.3)
+    module, mask = build(), AttentionMask("causal_self", offset, valid)
+    expected = oracle(q, k, v, features_of(module), "causal_self", valid, 0.7)[:, :, offset:]
+    got = module(q[:, :, offset:], k, v, mask, scale=0.7).context
+    torch.testing.assert_close(mask.real_queries(got), mask.real_queries(expected), rtol=0, atol=1e-12)
 
 
 # ----- laws of the features
@@ -238,8 +258,10 @@ def test_half_precision_modules_keep_exact_features():
 # ----- cost
 
 
+@pytest.mark.parametrize("piece", [0, linear_attention.PIECE_BYTES])
 @pytest.mark.parametrize(("pattern", "offset"), [*((pattern, 0) for pattern in PATTERNS), ("causal_self", 90)])
-def test_flops_are_what_the_counter_sees(pattern, offset):
+def test_flops_are_what_the_counter_sees(monkeypatch, pattern, offset, piece):
+    monkeypatch.setattr(linear_attention, "PIECE_BYTES", piece)
     keys = 191 if pattern.endswith("self") else 53
     (q, k, v), _ = draw(191, keys)
     mask, module = AttentionMask(pattern, query_offset=offset), build()

@@ -189,6 +189,31 @@ def test_unknown_backend_names_the_choices():
         module(q, k, k, AttentionMask())
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "layer", "reasons"),
+    [
+        ("performer", {"backend": "performer_pytorch"}, {"padded": True, "length": 512}, ["takes no padding"]),
+        ("performer", {"backend": "performer_pytorch"}, {"padded": False, "length": 512}, []),
+        ("performer", {}, {"padded": True, "length": 512}, []),
+        ("linformer", {"max_length": 64}, {"length": 65}, ["takes at most 64 tokens, the length is 65"]),
+        ("linformer", {"max_length": 64}, {"length": 64, "padded": True}, []),
+        ("linformer", {}, {"length": 10**6}, []),
+        ("synthesizer", {"max_length": 64}, {"length": 65}, ["takes at most 64 tokens, the length is 65"]),
+        (
+            "reformer",
+            {"backend": "reformer_pytorch", "allow_duplicate_attention": True, "bucket_size": 8},
+            {"padded": True, "length": 40},
+            ["takes no padding", "takes multiples of 16 tokens, the length is 40"],
+        ),
+    ],
+)
+def test_options_that_limit_padding_and_lengths_are_declared(name, options, layer, reasons):
+    can = make_config(name, options).can
+    found = can.problems("bidirectional_self", **layer)
+    assert len(found) == len(reasons) and all(text.startswith(part) for text, part in zip(found, reasons, strict=True))
+    assert all(f"({can.remedy})" in text and "--attention." in can.remedy for text in found)
+
+
 def test_capabilities_are_refused_with_every_reason():
     can = config_class("local").capabilities
     can.check("local", "causal_self", num_heads=6, num_kv_heads=3, head_dim=5, dtype="float32")

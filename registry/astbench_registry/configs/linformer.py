@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from astbench_registry.capabilities import AttentionConfig, Capabilities
@@ -35,3 +35,8 @@ class LinformerConfig(AttentionConfig):
         sharings = ("none", "headwise", "key_value")
         self.require(self.sharing in sharings, "sharing", "none, headwise or key_value")
         self.require(self.max_length is None or self.max_length >= 1, "max_length", "at least 1 token")
+
+    @property
+    def can(self) -> Capabilities:
+        """As long as the matrices have rows."""
+        return replace(self.capabilities, max_length=self.max_length, remedy="raise --attention.max_length")

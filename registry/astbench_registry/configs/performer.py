@@ -57,4 +57,5 @@ class PerformerConfig(AttentionConfig):
             decode=False,
             strictly_causal=self.kernel == "relu",
             dtypes=("float64", "float32"),
+            remedy="set --attention.backend=auto",
         )

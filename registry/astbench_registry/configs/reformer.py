@@ -50,5 +50,9 @@ class ReformerConfig(AttentionConfig):
         if self.backend == "auto":
             return self.capabilities
         return replace(
-            self.capabilities, padding=False, dtypes=("float64", "float32"), length_multiple=2 * self.bucket_size
+            self.capabilities,
+            padding=False,
+            dtypes=("float64", "float32"),
+            length_multiple=2 * self.bucket_size,
+            remedy="set --attention.backend=auto",
         )

@@ -45,9 +45,11 @@ class SynthesizerConfig(AttentionConfig):
 
     @property
     def can(self) -> Capabilities:
-        """The random kinds read no hidden states; fixed, they own no parameters unless mixed."""
+        """The random kinds read no hidden states; fixed, they own no parameters unless mixed. Positions are counted."""
         return replace(
             self.capabilities,
             owns_parameters=self.trainable or self.mix_dense,
             needs_hidden_states=self.kind.endswith("dense"),
+            max_length=self.max_length,
+            remedy="raise --attention.max_length",
         )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, select_blocks
+from astbench_kernels.gather import gathered_pairs
 from astbench_kernels.layout import ceil_div
 from astbench_registry.block_selection import valid_in_blocks
 from astbench_registry.configs.bigbird import BigBirdConfig
@@ -54,7 +55,9 @@ class BigBirdAttention(Attention):
         context = context or AttentionContext()
         layout = self.layout(q.shape[0], q.shape[2], q.device, mask, context.global_tokens)
         backend = choose_backend(self.config.backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
-        out, _ = block_sparse_attention(q, k, v, layout, scale=scale, key_valid=mask.key_valid, backend=backend)
+        out, _ = block_sparse_attention(
+            mask.real_queries(q), k, v, layout, scale=scale, key_valid=mask.key_valid, backend=backend
+        )
         stats = None
         if context.listen:
             attended = layout.attended_pairs(causal=False, key_valid=mask.key_valid)
@@ -111,7 +114,12 @@ class BigBirdAttention(Attention):
         return real & ((rank <= self.config.first_blocks) | (left < self.config.last_blocks))
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
-        """The two matmuls over the kept blocks, when no token is padding and the task names none."""
-        layout = self.layout(1, query_length, torch.device("cpu"), AttentionMask())
-        kept = int(layout.counts.sum()) * self.config.block_size**2
-        return 4 * batch * kept * self.shape.head_dim
+        """The two matmuls as the gather backend runs them in float32, when no token is padding and none is named.
+
+        It fills the lists of a chunk up to the longest one, a global block's where there is one. The paper's
+        number, `4 x kept pairs x head_dim`, is smaller: on inputs of one chunk less than half.
+        """
+        layout = self.layout(batch, query_length, torch.device("cpu"), AttentionMask())
+        shape = self.shape
+        pairs = gathered_pairs(layout, shape.num_heads, shape.num_kv_heads, bytes_per_key=4 * shape.head_dim)
+        return 4 * pairs * shape.head_dim

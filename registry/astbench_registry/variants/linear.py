@@ -38,22 +38,20 @@ class LinearAttention(Attention):
         stats = self.all_pairs(q, k, mask, context)
         dtype, compute = q.dtype, torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            k, v = mask.without_padding(k, v)
             q, k, v = (x.to(compute) for x in (q, k, v))
-            out = normalised_linear_attention(_features(q * factor), _features(k), v, mask)
+            out = normalised_linear_attention(q * factor, k, v, mask, _features, q.shape[-1])
         return AttentionOutput(out.to(dtype), stats=stats)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """The sums over keys and what the queries read of them; causal: inside the chunks too."""
-        shape, dim = self.shape, self.shape.head_dim
         lengths = (query_length, key_length)
-        return batch * linear_attention_flops(shape.num_heads, shape.num_kv_heads, dim, dim, lengths, mask)
+        return batch * linear_attention_flops(self.shape, self.shape.head_dim, lengths, mask)
 
     def state_size(self, key_length: int) -> int:
         """Per key/value head the sums of phi(k) v^T and of phi(k), whatever the length."""
         return self.shape.num_kv_heads * self.shape.head_dim * (self.shape.head_dim + 1)
 
 
-def _features(x: Tensor) -> Tensor:
+def _features(x: Tensor) -> tuple[Tensor, None]:
     """elu(x) + 1, written so that x < -17 does not round to 0 in float32."""
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp()), None

@@ -57,11 +57,16 @@ class LinformerAttention(Attention):
     ) -> AttentionOutput:
         """See the base class. Time and memory O((N + M) k)."""
         require_length("linformer", k.shape[2], self.longest)
-        k, v = mask.without_padding(k, v)
+        q, k, v = mask.without_padding(q, k, v)
         values = self.E if self.config.sharing == "key_value" else self.F
-        out = scaled_dot_product_attention(
-            q, _project(self.E, k), _project(values, v), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        wide = torch.promote_types(
+            q.dtype, torch.float32
+        )  # mixtures of many keys are large, and rounding them moves logits
+        with torch.autocast(q.device.type, enabled=False):
+            key, value = _project(self.E, k.to(wide)), _project(values, v.to(wide))
+            out = scaled_dot_product_attention(
+                q.to(wide), key, value, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            ).to(q.dtype)
         return AttentionOutput(out, stats=self.all_pairs(q, k, mask, context, f"sdpa-{q.device.type}"))
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:

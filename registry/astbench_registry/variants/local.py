@@ -57,7 +57,7 @@ class LocalAttention(Attention):
         allowed = (near & inside[:, None, :])[None]  # (batch or 1, chunks, chunk, reach)
         if mask.key_valid is not None:
             allowed = allowed & mask.key_valid[:, index][:, :, None, :]
-        k, v = mask.without_padding(k, v)
+        q, k, v = mask.without_padding(q, k, v)
 
         rows = pad(q, (0, 0, 0, chunks * chunk - length)).unflatten(2, (chunks, chunk))
         out = scaled_dot_product_attention(

@@ -114,7 +114,7 @@ class LongformerAttention(Attention):
         """See the base class. Time and memory O(N (window + globals))."""
         context = context or AttentionContext()
         chosen = self._global_tokens(q.shape[0], k, mask, context)
-        k, v = mask.without_padding(k, v)
+        q, k, v = mask.without_padding(q, k, v)
         heads, key_heads = self.dilated_heads, self.dilated_heads * k.shape[1] // q.shape[1]
         outs, seen = [], []
         for dilation, mine, keys in (
@@ -173,7 +173,7 @@ class LongformerAttention(Attention):
         """
         ordinary = ~chosen if mask.key_valid is None else mask.key_valid & ~chosen
         listed, real = list_tokens(chosen)  # (batch, globals)
-        if self.theirs is not None:
+        if self.theirs is not None and len(q):  # theirs cannot reshape a batch of none
             scale = q.shape[-1] ** -0.5 if scale is None else scale
             return sliding_chunks.window_rows(self.theirs, q, k, v, ordinary, listed, real, self.config.window, scale)
         batch, _, length, _ = q.shape

@@ -65,12 +65,11 @@ class NystromAttention(Attention):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, scale: float) -> Tensor:
         dtype = torch.promote_types(v.dtype, torch.float32)
-        q = q.to(dtype)
-        real_q, k, v = (x.to(dtype).masked_fill(~valid[:, None, :, None], 0.0) for x in (q, k, v))
+        q, k, v = (x.to(dtype).masked_fill(~valid[:, None, :, None], 0.0) for x in (q, k, v))
         group = q.shape[1] // k.shape[1]
         segment, in_use = segments(valid, self.config.num_landmarks)  # (batch, landmarks, length), (batch, landmarks)
         share = (segment.to(dtype) / segment.sum(-1, keepdim=True).clamp(min=1))[:, None]
-        q_marks, k_marks = share @ real_q, (share @ k).repeat_interleave(group, 1)
+        q_marks, k_marks = share @ q, (share @ k).repeat_interleave(group, 1)
 
         # Landmarks that are not in use are rows and columns of zeros; they stay zero in the pseudo-inverse.
         slots = in_use[:, None, None, :]

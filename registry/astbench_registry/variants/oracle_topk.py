@@ -29,7 +29,7 @@ class OracleTopKAttention(BlockSelectingAttention):
         missing = selection.num_blocks * selection.block_size - k.shape[2]
         group = selection.query_group
         mass = []
-        groups_at_a_time = max(1, ROWS_AT_A_TIME // (batch * heads * k.shape[2] * group))
+        groups_at_a_time = max(1, ROWS_AT_A_TIME // max(1, batch * heads * k.shape[2] * group))
         for start in range(0, length, groups_at_a_time * group):
             rows = slice(start, min(length, start + groups_at_a_time * group))
             logits = torch.matmul(q[:, :, rows].to(compute), key.transpose(-1, -2)) * scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from astbench_registry.configs.performer import PerformerConfig
 from astbench_registry.errors import CapabilityError
 from astbench_registry.interface import Attention, AttentionContext, AttentionMask, AttentionOutput, AttentionShape
-from astbench_registry.linear_attention import linear_attention_flops, normalised_linear_attention
+from astbench_registry.linear_attention import Features, linear_attention_flops, normalised_linear_attention
 
 
 class PerformerAttention(Attention):
@@ -67,16 +68,12 @@ class PerformerAttention(Attention):
         stats = self.all_pairs(q, k, mask, context)
         dtype, compute = q.dtype, torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            k, v = mask.without_padding(k, v)
+            q, k, v = q.to(compute) * scale**0.5, k.to(compute) * scale**0.5, v.to(compute)
             projection = self.projection(q.device, compute)
-            q, k = (x.to(compute) * scale**0.5 for x in (q, k))
-            if self.config.kernel == "softmax":
-                queries, _ = _exponentials(q @ projection.T)  # |q|^2 is one factor for the row, which cancels
-                keys, log_scale = _exponentials(k @ projection.T - k.square().sum(-1, keepdim=True) / 2)
-            else:
-                queries, keys = (torch.relu(x @ projection.T) + self.config.kernel_epsilon for x in (q, k))
-                log_scale = None
-            out = normalised_linear_attention(queries, keys, v.to(compute), mask, log_scale)
+            features: Features = partial(_exponentials, projection)
+            if self.config.kernel == "relu":
+                features = partial(_rectified, projection, self.config.kernel_epsilon)
+            out = normalised_linear_attention(q, k, v, mask, features, self.config.num_features)
         return AttentionOutput(out.to(dtype), stats=stats)
 
     def projection(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -103,11 +100,9 @@ class PerformerAttention(Attention):
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """The projections, the sums over keys and what the queries read; causal: inside the chunks too."""
-        shape, features = self.shape, self.config.num_features
-        lengths = (query_length, key_length)
-        sums = linear_attention_flops(shape.num_heads, shape.num_kv_heads, features, shape.head_dim, lengths, mask)
-        vectors = shape.num_heads * query_length + shape.num_kv_heads * key_length
-        return batch * (sums + 2 * vectors * features * shape.head_dim)
+        features, lengths = self.config.num_features, (query_length, key_length)
+        projection = 2 * features * self.shape.head_dim
+        return batch * linear_attention_flops(self.shape, features, lengths, mask, per_vector=projection)
 
     def state_size(self, key_length: int) -> int:
         """Per key/value head the sums of phi(k) v^T and of phi(k) and their log scale, whatever the length."""
@@ -145,10 +140,15 @@ def draw_features(num_features: int, head_dim: int, generator: torch.Generator, 
     return rotation.flatten(0, 1)[:num_features] * gaussian.norm(dim=-1, keepdim=True)
 
 
-def _exponentials(exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(exponents) of each row relative to its largest, and the logarithm of that, as a constant."""
-    largest = exponents.detach().amax(-1)
-    return (exponents - largest.unsqueeze(-1)).exp(), largest
+def _exponentials(projection: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(w x - |x|^2 / 2) as exp(w x - largest) and the logarithm of the rest; the largest is a constant."""
+    exponents = x @ projection.T
+    largest = exponents.detach().amax(-1, keepdim=True)
+    return exponents.sub_(largest).exp_(), largest.squeeze(-1) - x.square().sum(-1) / 2
+
+
+def _rectified(projection: Tensor, epsilon: float, x: Tensor) -> tuple[Tensor, None]:
+    return torch.relu(x @ projection.T) + epsilon, None
 
 
 def _fast_attention(config: PerformerConfig, shape: AttentionShape) -> Any:

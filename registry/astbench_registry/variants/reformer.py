@@ -76,8 +76,10 @@ class ReformerAttention(Attention):
         context = context or AttentionContext()
         scale = self.shape.head_dim**-0.5 if scale is None else scale
         step = context.step if self.training else 0
-        attend = self._own if self.package is None else self._packaged
+        # The package cannot reshape a batch of none.
+        attend = self._packaged if self.package is not None and len(q) else self._own
         with torch.autocast(q.device.type, enabled=False):
+            q, _, v = mask.without_padding(q, k, v)
             out, attended = attend(q, v, mask, scale, step, context.listen)
         stats = None
         if attended is not None:
@@ -89,7 +91,7 @@ class ReformerAttention(Attention):
         self, q: Tensor, v: Tensor, mask: AttentionMask, scale: float, step: int, count: bool
     ) -> tuple[Tensor, Tensor | None]:
         compute = torch.promote_types(q.dtype, torch.float32)
-        q, v = (x.to(compute) for x in mask.without_padding(q, v))
+        q, v = q.to(compute), v.to(compute)
         batch, _, length, _ = q.shape
         valid = mask.key_valid
         if valid is None:

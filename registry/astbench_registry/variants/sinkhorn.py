@@ -78,11 +78,12 @@ class SinkhornAttention(Attention):
         valid = mask.key_valid
         if valid is None:
             valid = torch.ones(batch, keys, dtype=torch.bool, device=k.device)
+        q, k, v = mask.without_padding(q, k, v)
         # Queries that are not given (they precede a decoding step) are computed as zeros and cut off again.
         everyone = pad(q, (0, 0, first, keys - last))
         order = (~valid).to(torch.uint8).argsort(stable=True, dim=-1)  # real tokens to the front
         with torch.autocast(q.device.type, enabled=False):
-            q_, k_, v_ = (_take(x.to(compute), order) for x in mask.without_padding(everyone, k, v))
+            q_, k_, v_ = (_take(x.to(compute), order) for x in (everyone, k, v))
             size = min(self.config.block_size, keys)
             q_, k_, v_ = (_in_blocks(x, size) for x in (q_, k_, v_))
             places = torch.arange(k_.shape[2] * size, device=k.device).view(-1, size)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend
+from astbench_kernels.gather import gathered_pairs
 from astbench_kernels.layout import ceil_div
 from astbench_registry.configs.sparse import SparseConfig
 from astbench_registry.interface import (
@@ -60,6 +61,7 @@ class SparseAttention(Attention):
         # A grid is a waste for the few rows of a decoding step; the kernel reads exactly the listed keys.
         listed = self.config.pattern == "fixed" or mask.query_offset > 0
         layout = self.layout(q, k, mask) if listed or listen else None
+        q, k, v = mask.without_padding(q, k, v)
         if listed:
             assert layout is not None, "built above"
             backend = choose_backend(
@@ -83,7 +85,6 @@ class SparseAttention(Attention):
 
     def _by_grid(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
         stride = min(self.config.stride, k.shape[2])
-        k, v = mask.without_padding(k, v)
         # The copies of the keys are small beside the weights.
         queries, keys, values = (in_rows(x.repeat_interleave(q.shape[1] // x.shape[1], 1), stride) for x in (q, k, v))
         valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=q.device)
@@ -102,11 +103,7 @@ class SparseAttention(Attention):
         if self._layout is None or self._layout[0] != what:
             build = self._fixed_layout if self.config.pattern == "fixed" else self._strided_layout
             self._layout = (what, build(*what))
-        layout = self._layout[1]
-        batch = q.shape[0]
-        return replace(
-            layout, indices=layout.indices.expand(batch, -1, -1, -1), counts=layout.counts.expand(batch, -1, -1)
-        )
+        return _for_batch(self._layout[1], q.shape[0])
 
     def _fixed_layout(
         self, query_length: int, key_length: int, offset: int, causal: bool, device: torch.device
@@ -160,13 +157,19 @@ class SparseAttention(Attention):
         return AttentionStats(attended, mask.visible_pairs(q, k), backend, layout)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
-        """Two matmuls: over the listed keys, or over the grid's neighbouring rows and columns."""
+        """Two matmuls: over the listed keys, or over the grid's neighbouring rows and columns.
+
+        Of the lists ("fixed", and decoding) this is what the gather backend computes in float32: those of a chunk
+        are filled up to the longest one. The paper's number, `4 x kept pairs x head_dim`, is smaller: causal, on
+        inputs of one chunk, about half.
+        """
         config, heads = self.config, self.shape.num_heads
         if config.pattern == "fixed" or mask.query_offset > 0:
             build = self._fixed_layout if config.pattern == "fixed" else self._strided_layout
             layout = build(query_length, key_length, mask.query_offset, mask.causal, torch.device("cpu"))
-            listed = int(layout.counts.sum()) * heads // layout.counts.shape[1]
-            return 4 * batch * listed * layout.query_group * layout.block_size * self.shape.head_dim
+            layout = _for_batch(layout, batch)
+            pairs = gathered_pairs(layout, heads, self.shape.num_kv_heads, bytes_per_key=4 * self.shape.head_dim)
+            return 4 * pairs * self.shape.head_dim
         stride = min(config.stride, key_length)
         query_rows, key_rows = ceil_div(query_length, stride), ceil_div(key_length, stride)
         reach = {"local": (2 if mask.causal else 3) * stride, "strided": key_rows}
@@ -176,6 +179,11 @@ class SparseAttention(Attention):
     def state_size(self, key_length: int) -> int:
         """The KV cache: every key is read again, by later queries of its column or as a summary."""
         return self.kv_cache_size(key_length)
+
+
+def _for_batch(layout: BlockLayout, batch: int) -> BlockLayout:
+    """One sequence's lists for each of `batch`."""
+    return replace(layout, indices=layout.indices.expand(batch, -1, -1, -1), counts=layout.counts.expand(batch, -1, -1))
 
 
 def in_rows(x: Tensor, stride: int) -> Tensor:
@@ -189,8 +197,8 @@ def _attend(
 ) -> Tensor:
     """Softmax over the parts together; all tensors as rows of tokens, `valid` `(batch or 1, 1, rows, stride)`."""
     rows, stride = k.shape[2:4]
-    wide = torch.promote_types(q.dtype, torch.float32)  # half precision would round the logits
-    q, k = q.to(wide) * scale, k.to(wide)
+    wide = torch.promote_types(q.dtype, torch.float32)  # half precision would round logits and weights
+    q, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
     row = torch.arange(rows, device=q.device)
     column = torch.arange(stride, device=q.device)
     logits, allowed = [], []
@@ -210,7 +218,7 @@ def _attend(
     shape = torch.broadcast_shapes(*(x.shape[:-1] for x in allowed))
     hidden = ~torch.cat([x.expand(*shape, -1) for x in allowed], -1)
     every = torch.cat(logits, -1)
-    weights = every.masked_fill(hidden, torch.finfo(every.dtype).min).softmax(-1).masked_fill(hidden, 0.0).to(v.dtype)
+    weights = every.masked_fill(hidden, torch.finfo(every.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
     pieces = dict(zip(parts, weights.split([x.shape[-1] for x in logits], -1), strict=True))
     out = torch.zeros_like(q)
     if "local" in parts:

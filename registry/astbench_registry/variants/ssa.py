@@ -65,10 +65,7 @@ class SelectiveAttention(Attention):
     ) -> AttentionOutput:
         """See the base class. Time O(N M), memory as dense attention."""
         stats = self.all_pairs(q, k, mask, context, f"sdpa-{q.device.type}")
-        k, v = mask.without_padding(k, v)
-        valid = mask.valid_queries(q.shape[2])
-        if valid is not None:
-            q = q.masked_fill(~valid[:, None, :, None], 0.0)  # NaN in padding must not reach w_q's gradient
+        q, k, v = mask.without_padding(q, k, v)
         query = _scaled(q, self.query_temperature(q, k, mask))
         value = _scaled(v, None if self.w_v is None else 1 + _token_aware(v, self.w_v))
         return AttentionOutput(attend_to_all(query, k, value, mask, scale=scale), stats=stats)

@@ -85,17 +85,19 @@ class SynthesizerAttention(Attention):
     ) -> AttentionOutput:
         """See the base class. Time and memory O(N M)."""
         require_length("synthesizer", k.shape[2], self.longest)
-        k, v = mask.without_padding(k, v)
+        q, k, v = mask.without_padding(q, k, v)
         factor = 1.0 if scale is None else scale * self.shape.head_dim**0.5
-        logits = self._synthesized(q, k, mask, context)  # (batch or 1, heads, queries, keys)
-        if self.config.mix_dense:
-            alpha = self.alpha.sigmoid().to(logits.dtype)
-            with torch.autocast(q.device.type, enabled=False):
-                wide = torch.promote_types(q.dtype, torch.float32)  # half precision would round the logits
-                products = _grouped(q.to(wide), k.to(wide).transpose(-1, -2)) * self.shape.head_dim**-0.5
-            logits = (1 - alpha) * products + alpha * logits
-        weights = _softmax(logits * factor, mask.dense(q.shape[2], k.shape[2], q.device))
-        out = _grouped(weights.to(v.dtype).expand(v.shape[0], -1, -1, -1), v)
+        dtype = q.dtype
+        wide = torch.promote_types(dtype, torch.float32)  # half precision would round logits and weights
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v = (x.to(wide) for x in (q, k, v))
+            logits = self._synthesized(q, k, mask, context)  # (batch or 1, heads, queries, keys)
+            if self.config.mix_dense:
+                alpha = self.alpha.sigmoid().to(wide)
+                products = _grouped(q, k.transpose(-1, -2)) * self.shape.head_dim**-0.5
+                logits = (1 - alpha) * products + alpha * logits
+            weights = _softmax(logits * factor, mask.dense(q.shape[2], k.shape[2], q.device))
+            out = _grouped(weights.expand(v.shape[0], -1, -1, -1), v).to(dtype)
         return AttentionOutput(out, stats=self.all_pairs(q, k, mask, context))
 
     def _synthesized(self, q: Tensor, k: Tensor, mask: AttentionMask, context: AttentionContext | None) -> Tensor:
@@ -105,9 +107,7 @@ class SynthesizerAttention(Attention):
         if self.config.kind == "random":
             return self.R[None, :, rows, :keys].to(dtype)
         if self.config.kind == "factorized_random":
-            with torch.autocast(q.device.type, enabled=False):
-                wide = torch.promote_types(dtype, torch.float32)
-                return (self.R_1[:, rows].to(wide) @ self.R_2[:, :keys].to(wide).transpose(-1, -2))[None]
+            return (self.R_1[:, rows].to(dtype) @ self.R_2[:, :keys].to(dtype).transpose(-1, -2))[None]
         if context is None or context.hidden_states is None:
             raise ValueError(f"attention 'synthesizer' of kind {self.config.kind} needs the layer's hidden states")
         x = context.hidden_states.to(dtype)
@@ -116,11 +116,9 @@ class SynthesizerAttention(Attention):
             x = x.masked_fill(~valid[:, :, None], 0.0)
         if self.config.kind == "dense":
             return self.network(x, keys)
-        # Position j = row b + column, cut off after the last key. Products double the error of half precision.
-        with torch.autocast(q.device.type, enabled=False):
-            x = x.to(torch.promote_types(dtype, torch.float32))
-            row, column = self.rows(x, ceil(keys / self.columns.size)), self.columns(x, self.columns.size)
-            return (row[..., :, None] * column[..., None, :]).flatten(-2)[..., :keys]
+        # Position j = row b + column, cut off after the last key.
+        row, column = self.rows(x, ceil(keys / self.columns.size)), self.columns(x, self.columns.size)
+        return (row[..., :, None] * column[..., None, :]).flatten(-2)[..., :keys]
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Networks, values, and products when mixed; R_1 R_2^T, which no input changes, is left out."""
@@ -168,8 +166,7 @@ def _grouped(rows: Tensor, shared: Tensor) -> Tensor:
 
 
 def _softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:
-    """In float32 at least; rows that see nothing are zero."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    """Rows that see nothing are zero."""
     if allowed is None:
         return logits.softmax(-1)
     return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1).masked_fill(~allowed, 0.0)
