@@ -159,6 +159,9 @@ def _as_mask(
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None) -> Tensor:
+    """Layers that nothing is attached to; of cross-attention too, where the keys' padding says nothing of queries."""
+    if mask.key_valid is not None:
+        mask = replace(mask, query_valid=mask.key_valid.new_ones(q.shape[0], q.shape[2]))
     shape = AttentionShape(q.shape[1], k.shape[1], q.shape[-1])
     return build_attention("dense", {}, shape)(q, k, v, mask, scale=scale).context
 

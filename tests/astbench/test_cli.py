@@ -97,7 +97,7 @@ def test_check_runs_the_conformance_suite(astbench, plugin_file):
 
 def test_what_a_plugin_raises_while_it_runs_names_it(astbench, plugin_file, tmp_path):
     code = PLUGIN.replace("NAME", "mine").replace(
-        "        k, v = mask", "        raise KeyError('window')\n        k, v = mask"
+        "        q, k, v = mask", "        raise KeyError('window')\n        q, k, v = mask"
     )
     done = astbench(
         "fit", f"--attention={plugin_file(code=code)}:Mine", NAMES[1], *DEMO, f"--run_dir={tmp_path / 'run'}"
