@@ -23,7 +23,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-gpu: $(VENV)/.installed-dev  ## What needs a CUDA device
+gpu: $(VENV)/.installed-dev  ## On a CUDA device: the Triton kernels compiled instead of interpreted, and what needs a GPU
+	$(BIN)/python -m pytest tests/kernels/test_triton.py
 	$(BIN)/python -m pytest -m gpu
 
 $(BIN)/python:
