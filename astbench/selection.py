@@ -191,18 +191,24 @@ def _load_plugins(found: Selection) -> None:
         name = found.attention
         if name and ":" in name:
             # ./mine.py:Mine is a plugin and the name that its class registered.
-            plugin, _, cls = name.rpartition(":")
-            registered = load_plugin(plugin)
-            found.attention = _name_of(plugin, cls, registered)
+            plugin = name.rpartition(":")[0]
+            found.attention = name_of_class(name)
             if plugin not in found.plugins:
                 found.plugins.append(plugin)
     except RegistryError as error:
         raise NameOrPluginError(str(error)) from error
 
 
-def _name_of(plugin: str, cls: str, names: list[str]) -> str:
+def name_of_class(target: str) -> str:
+    """The name under which `./mine.py:Mine` registers that class; loads the plugin.
+
+    Raises:
+        PluginError: it does not load, or registers no such class.
+    """
     from astbench_registry.registry import attention_class
 
+    plugin, _, cls = target.rpartition(":")
+    names = load_plugin(plugin)
     for name in names:
         if attention_class(name).__name__ == cls:
             return name

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
@@ -124,6 +125,10 @@ def attention_forward(
         asked.append(f"attention dropout {dropout}")
     if asked:
         raise CapabilityError(f"{type(module).__name__} asks for {' and '.join(asked)}, which no variant honours")
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary positions leave queries and keys in float32; torch's own attention casts all three as well.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     mask = _as_mask(module, query, key, attention_mask)
     if _calls is not None:
         pattern = mask.pattern

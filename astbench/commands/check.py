@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from astbench.console import say
 from astbench.errors import ConfigError
-from astbench.selection import attention_options, select
+from astbench.selection import attention_options, name_of_class, select
 
 if TYPE_CHECKING:
     from astbench_registry.conformance import Result
@@ -26,12 +26,11 @@ def run(words: list[str]) -> int:
         )
         return 0
     options = attention_options(found, "check")
-    from astbench_registry.registry import config_class, load_plugin, make_config, registered
+    from astbench_registry.registry import config_class, make_config, registered
 
     for position, name in enumerate(names):
         if ":" in name:
-            # ./mine.py:Mine checks all that the file registers under that class.
-            names[position] = load_plugin(name.rpartition(":")[0])[0]
+            names[position] = name_of_class(name)
     names = names or (list(registered()) if everything else [])
     if not names:
         raise ConfigError("astbench check needs a name, or --all; `astbench list` shows the names")

@@ -95,6 +95,20 @@ def test_check_runs_the_conformance_suite(astbench, plugin_file):
     assert "0 failed" in done.out
 
 
+def test_check_of_a_class_checks_that_class(astbench, plugin_file):
+    broken = PLUGIN.replace("NAME", "zzz").replace("Mine", "Second").replace("v, allowed,", "v, None,")
+    file = plugin_file(code=PLUGIN.replace("NAME", "aaa") + broken)
+    assert astbench("check", f"{file}:Mine").code == 0
+    wrong = astbench("check", f"{file}:Second")
+    assert wrong.code == 1 and wrong.out.startswith("zzz")
+    assert_refused(astbench("check", f"{file}:Nope"), 4, "registers no class 'Nope'", "aaa, zzz")
+
+
+def test_autocast_with_rotary_positions(astbench, tmp_path):
+    done = astbench("fit", *NAMES, *DEMO, "--trainer.precision=bf16-mixed", f"--run_dir={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+
+
 def test_what_a_plugin_raises_while_it_runs_names_it(astbench, plugin_file, tmp_path):
     code = PLUGIN.replace("NAME", "mine").replace(
         "        q, k, v = mask", "        raise KeyError('window')\n        q, k, v = mask"
