@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from types import FrameType
 
-from astbench.errors import SIGTERM_EXIT_CODE, AstbenchError
+from astbench.errors import AstbenchError, Terminated
 
 LIGHTNING = {
     "fit": "train, evaluate, and leave a record",
@@ -33,14 +34,8 @@ first run:    astbench fit --attention=ast --task=triviaqa
 then:         astbench list
               astbench fit --help
 exit codes:   0 done, 2 usage or config, 3 data, 4 unknown name or plugin, 5 not finite, 6 checkpoint,
-              7 environment, 143 terminated; a traceback only with --debug
+              7 environment, 130 interrupted, 143 terminated; a traceback only with --debug
 """
-
-
-class Terminated(AstbenchError):
-    """SIGTERM arrived."""
-
-    exit_code = SIGTERM_EXIT_CODE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +83,7 @@ def _dispatch(words: list[str]) -> int:
     if command in LIGHTNING:
         from astbench.commands.lightning import run
 
-        return run(command, rest)
+        return run(command, words[1:])
     if command in OWN:
         from importlib import import_module
 
@@ -107,6 +102,8 @@ def _known(error: Exception) -> int:
         return 4
     if isinstance(error, CapabilityError | ValueError):
         return 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 7
     return 0
 
 

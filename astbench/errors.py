@@ -43,4 +43,13 @@ class MissingPackageError(AstbenchError):
     exit_code = 7
 
 
-SIGTERM_EXIT_CODE = 143
+class Terminated(AstbenchError):
+    """SIGTERM arrived."""
+
+    exit_code = 143
+
+
+class Interrupted(AstbenchError):
+    """Ctrl-C (SIGINT) arrived."""
+
+    exit_code = 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import tempfile
@@ -23,7 +24,8 @@ from yaml import safe_load
 from astbench import console
 from astbench.backbones.presets import BackboneConfig, Head, resolve_preset
 from astbench.config import OptimConfig
-from astbench.errors import CheckpointError, ConfigError, MissingPackageError
+from astbench.errors import CheckpointError, ConfigError, Interrupted, MissingPackageError
+from astbench.explain import explain
 from astbench.runs.callbacks import RunCallback, build_loggers, progress_bar
 from astbench.runs.checkpoints import SafeCheckpointIO, read_checkpoint
 from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, default_run_dir
@@ -34,6 +36,8 @@ from astbench_registry.registry import config_class, make_config
 
 _ALLOWED = ["astbench", "astbench_registry", "torch.optim", "lightning.pytorch", "pytorch_lightning"]
 """What a config may name by `class_path`; naming a class imports and builds it."""
+
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 _PATTERN: dict[Head, Pattern] = {"question_answering": "bidirectional_self", "causal_lm": "causal_self"}
 
@@ -66,18 +70,9 @@ class Parser(LightningArgumentParser):
                 f"a config may not name {denied[1]}: naming a class imports and builds it; allowed are "
                 f"{', '.join(_ALLOWED)}; --trust_config lifts this for configs you trust"
             )
-        if wrong := re.match(r'Parser key "([^"]+)": Expected a <class \'(\w+)\'>\. Got value: (.*)', message):
-            example = f" (--{wrong[1]}=[one,two], or --{wrong[1]}+=one to add)" if wrong[2] == "list" else ""
-            return f"--{wrong[1]} must be of type {wrong[2]}{example}, got {wrong[3][:100]}"
-        if wrong := re.match(r'Parser key "([^"]+)": Expected a typing.Literal\[(.*?)\]\. Got value: (.*)', message):
-            return f"--{wrong[1]} must be one of {wrong[2]}, got {wrong[3][:100]}"
-        union = r'Parser key "([^"]+)": Does not validate .*?Subtypes: \[(.*)\] Errors: .* Given value: (.*)'
-        if wrong := re.match(union, message):
-            flag = "seed" if wrong[1] == "seed_everything" else wrong[1]
-            return f"--{flag} must be {_alternatives(wrong[2])}, got {wrong[3][:100]}"
         marker = "nrecognized arguments:"
         if marker not in message:
-            return message if len(message) < 400 else f"{message[:400]} ..."
+            return explain(message)
         words = message.partition(marker)[2].split()
         known = self._options()
         tips = [w + nearest(w.split("=")[0], known) for w in words if w.startswith("-")]
@@ -101,15 +96,6 @@ class Parser(LightningArgumentParser):
             self._action_groups = groups
 
 
-def _alternatives(subtypes: str) -> str:
-    """A union's members as jsonargparse prints them, in words: literal values first, then types."""
-    values = [value for group in re.findall(r"Literal\[(.*?)\]", subtypes) for value in re.findall(r"'([^']+)'", group)]
-    types = [name.rpartition(".")[2] for name in re.findall(r"<class '([^']+)'>", subtypes)]
-    types = [name for name in types if name not in ("NoneType", "bool")]
-    parts = [f"one of {', '.join(dict.fromkeys(values))}"] if values else []
-    return " or ".join(parts + [f"of type {name}" for name in types]) or "of another type"
-
-
 class CLI(LightningCLI):
     """Builds data, model and trainer from the options, and wraps the run in its folder and record."""
 
@@ -119,7 +105,7 @@ class CLI(LightningCLI):
         self.attention = found.attention
         self.module_class, self.data_class, self.task_config = task.load()
         self.folder: RunFolder | None = None
-        sys.argv[1:] = [command, *found.argv]  # not args=: distributed children run sys.argv again
+        sys.argv[1:] = [command, *found.argv]
         super().__init__(
             self.module_class,
             self.data_class,
@@ -149,7 +135,7 @@ class CLI(LightningCLI):
         parser.add_argument("--checkpoint_every", type=int, default=100, help="optimizer steps between checkpoints")
         parser.add_argument(
             "--loggers",
-            type=list[Literal["csv", "tensorboard", "wandb", "mlflow"]],
+            type=LoggerName | list[LoggerName],
             default=["csv", "tensorboard"],
             help="where metrics go; --loggers+=wandb adds one",
         )
@@ -175,6 +161,7 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what can be checked before anything is built or read."""
+        sys.argv[1:] = [self.command, *self.found.said]  # Lightning starts a run's other processes with these
         options = self.options
         attention = {k: v for k, v in vars(options.attention).items() if k != "name"}
         config = make_config(self.attention, attention)
@@ -225,37 +212,50 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with our checkpoint files, callback, progress and loggers."""
         options = self.options
-        path = options.run_dir or default_run_dir(self.task.name, self.attention)
-        self.folder = RunFolder(path)
+        self.folder = RunFolder(options.run_dir or self._new_run_dir())
         self.run_callback = RunCallback(self.folder, self.command, self.task, options.checkpoint_every)
         trainer = self._get(self.config_init, "trainer").as_dict()
         callbacks = [*(trainer.pop("callbacks", None) or []), self.run_callback]
-        if trainer.pop("enable_progress_bar", None) is not False:
+        trainer["enable_progress_bar"] = trainer.get("enable_progress_bar") is not False
+        if trainer["enable_progress_bar"]:
             callbacks.append(progress_bar())
-            trainer["enable_progress_bar"] = True
         plugins = [*(trainer.pop("plugins", None) or []), SafeCheckpointIO()]
         if trainer.get("logger") in (None, True) and self.command == "fit":
-            trainer["logger"] = build_loggers(options.loggers, self.folder, resume=self.found.resume is not None)
+            names = [options.loggers] if isinstance(options.loggers, str) else options.loggers
+            trainer["logger"] = build_loggers(names, self.folder, resume=self.found.resume is not None)
         elif trainer.get("logger") in (None, True):
             trainer["logger"] = False
         trainer["default_root_dir"] = str(self.folder.path)
         return Trainer(**trainer, callbacks=callbacks, plugins=plugins)
 
+    def _new_run_dir(self) -> Path:
+        """A folder of its own, named on the command line that Lightning starts its other processes with."""
+        if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+            raise ConfigError("processes started from outside must agree on a folder: name it with --run_dir=FOLDER")
+        path = default_run_dir(self.task.name, self.attention)
+        sys.argv.append(f"--run_dir={path}")
+        return path
+
     def _run_subcommand(self, subcommand: str) -> None:
         assert self.folder is not None
         checkpoint = self._checkpoint()
         self._prepare_data(checkpoint)
-        self.folder.open_for_writing(resume=self.found.resume is not None)
+        writer = self.trainer.is_global_zero
+        if writer:
+            self.folder.open_for_writing(resume=self.found.resume is not None)
         with closing(self.folder):
-            if self.found.resume is None:
+            if writer and self.found.resume is None:
                 self._save_config()
-            self.run_callback.begin(_plain(self.options), self.found.said, checkpoint)
+            self.run_callback.begin(_plain(self.options), self.found.said, checkpoint, writer=writer)
             run: Callable[..., Any] = getattr(self.trainer, subcommand)
             with self.run_callback.recording():
                 quiet = {"verbose": False} if subcommand in ("validate", "test") else {}
-                run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, **quiet)
-                if subcommand == "fit":
-                    self.run_callback.evaluate(self.trainer, self.model, self.datamodule)
+                try:
+                    run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, **quiet)
+                    if subcommand == "fit":
+                        self.run_callback.evaluate(self.trainer, self.model, self.datamodule)
+                except SystemExit as error:
+                    raise Interrupted("interrupted") from error  # what Lightning makes of Ctrl-C
             self.run_callback.finish(self.model, self.datamodule)
 
     def _checkpoint(self) -> str | None:
@@ -393,7 +393,9 @@ def _plain(options: Namespace) -> dict[str, Any]:
     """The options as JSON-able data."""
     import json
 
-    return dict(json.loads(json.dumps(options.as_dict(), default=str)))
+    plain = dict(json.loads(json.dumps(options.as_dict(), default=str)))
+    plain.pop("config", None)  # where the options were read from; they are all here
+    return plain
 
 
 def _quiet() -> None:
@@ -410,6 +412,8 @@ def _quiet() -> None:
         ".*treespec.*",
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*GPU available but not used.*",
+        ".*resuming from a checkpoint that ended before the epoch ended.*",  # the sampler goes on where it stood
+        ".*recommended to use `self.log.*sync_dist=True.*",  # every process has gathered all guesses by then
         ".*is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.utils import logging
 
 from astbench_registry import CapabilityError, Pattern, build_attention
 from astbench_registry.interface import (
@@ -21,6 +22,8 @@ from astbench_registry.interface import (
     AttentionShape,
     AttentionStats,
 )
+
+logger = logging.get_logger(__name__)
 
 IMPLEMENTATION = "astbench"
 """The name under which the hooks are registered with transformers."""
@@ -125,6 +128,11 @@ def attention_forward(
         asked.append(f"attention dropout {dropout}")
     if asked:
         raise CapabilityError(f"{type(module).__name__} asks for {' and '.join(asked)}, which no variant honours")
+    if kwargs.get("output_attentions"):
+        logger.warning_once(
+            "a swapped attention builds no matrix of weights: output_attentions stays empty, as with sdpa; "
+            "handle.listening() tells which key blocks each layer used"
+        )
     if torch.is_autocast_enabled(query.device.type):
         # Rotary positions leave queries and keys in float32; torch's own attention casts all three as well.
         dtype = torch.get_autocast_dtype(query.device.type)

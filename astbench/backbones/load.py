@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from astbench.backbones.presets import PRESETS, BackboneConfig, Head, resolve_preset
-from astbench.errors import ConfigError, DataError, MissingPackageError
+from astbench.errors import ConfigError, DataError, MissingPackageError, NameOrPluginError
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,9 @@ def locate(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
             names = [*PRESETS, "tiny", "small"]
             near = difflib.get_close_matches(config.name, names, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"unknown backbone '{config.name}'{hint or ';'} presets: {', '.join(sorted(names))}")
+            raise NameOrPluginError(
+                f"unknown backbone '{config.name}'{hint or ';'} presets: {', '.join(sorted(names))}"
+            )
         return config.name, {"revision": config.revision} if config.revision else {}
     gguf = config.gguf_file
     if gguf is None and not (folder / "config.json").is_file():

@@ -112,7 +112,7 @@ def swap_attention(
     name: str,
     options: Mapping[str, Any] | None = None,
     *,
-    where: Sequence[Where] = ("encoder_self", "decoder_self", "cross"),
+    where: Where | Sequence[Where] = ("encoder_self", "decoder_self", "cross"),
     layers: Sequence[int] | None = None,
 ) -> SwapHandle:
     """Replace the attention of a loaded Hugging Face model by a registered one.
@@ -126,15 +126,18 @@ def swap_attention(
         name: Registered attention, or `path/to/file.py:Class`.
         options: The variant's options.
         where: Which attention is replaced.
-        layers: Layer numbers within each stack; all by default.
+        layers: Layer numbers within each stack, counted from 0; all by default.
 
     Raises:
         CapabilityError: a family without the interface (with the list of those that have it), nothing to
             attach to, or a variant that cannot serve the model, with every reason.
-        ValueError: an option that does not exist or a bad value.
+        ValueError: an option, a place or a layer that does not exist, or a bad value.
     """
+    where = (where,) if isinstance(where, str) else tuple(where)
+    if unknown := [w for w in where if w not in WHERE.values()]:
+        raise ValueError(f"where={unknown[0]!r} is not one of {', '.join(dict.fromkeys(WHERE.values()))}")
     config = make_config(name, options or {})
-    handle = SwapHandle(model, name, config.as_dict(), tuple(where), None if layers is None else tuple(layers))
+    handle = SwapHandle(model, name, config.as_dict(), where, None if layers is None else tuple(layers))
     _enter(model, handle)
     try:
         calls = _probe_attention(model)
@@ -206,6 +209,9 @@ def _choose(calls: list[Call], handle: SwapHandle) -> list[tuple[Call, int, int]
     stacks: dict[Pattern, list[Call]] = {}
     for call in calls:
         stacks.setdefault(call.pattern, []).append(call)
+    deepest = max((len(stack) for p, stack in stacks.items() if WHERE[p] in handle.where), default=0)
+    if deepest and (beyond := [n for n in handle.layers or () if not 0 <= n < deepest]):
+        raise ValueError(f"layers={list(handle.layers or ())}: there is no layer {beyond[0]}, only 0 to {deepest - 1}")
     chosen = [
         (call, index, len(stack))
         for pattern, stack in stacks.items()

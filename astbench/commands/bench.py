@@ -10,6 +10,7 @@ from typing import Any
 from astbench.bench.config import BenchConfig
 from astbench.console import say
 from astbench.errors import ConfigError
+from astbench.explain import explain
 
 
 def run(words: list[str]) -> int:
@@ -56,7 +57,7 @@ def _parse(words: list[str]) -> BenchConfig:
     except Exception as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"astbench bench: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"astbench bench: {explain(str(error))}") from error
 
 
 def _begin(config: BenchConfig, words: list[str]) -> tuple[Any, dict[str, Any]]:

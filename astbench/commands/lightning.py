@@ -9,9 +9,9 @@ from astbench_registry import registered
 
 
 def run(command: str, words: list[str]) -> int:
-    """Run one Lightning subcommand. Without names, `--help` needs no torch."""
+    """Run one Lightning subcommand. Without both names, `--help` needs no torch."""
     found = select(words)
-    if found.help and found.attention is None and found.task is None:
+    if found.help and (found.attention is None or found.task is None):
         print(_overview(command))
         return 0
     check_names(found)

@@ -9,7 +9,7 @@ from astbench.errors import ConfigError
 from astbench.selection import select
 from astbench.tasks import TASKS
 from astbench_registry import registered
-from astbench_registry.registry import Registered
+from astbench_registry.registry import Registered, clashes
 
 _MARKS = {
     "bidirectional_self": "bi",
@@ -30,6 +30,8 @@ def run(words: list[str]) -> int:
     print("attention       patterns     decode gqa  params layout  paper, or where it comes from")
     for row in registered().values():
         print(_attention(row))
+    for name, sources in clashes().items():
+        print(f"  {name:<13} claimed by {' and by '.join(sources)}: only one may stay installed")
     print("\n  patterns: bi bidirectional self, ca causal self (ca*: not strictly causal), xb/xc cross-attention of")
     print("  a bidirectional/causal model; params: has parameters of its own; layout: reports its key blocks")
     print("\ntask")

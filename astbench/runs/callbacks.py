@@ -16,15 +16,22 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from astbench import console
-from astbench.cli import Terminated
-from astbench.errors import MissingPackageError
+from astbench.errors import AstbenchError, Interrupted, MissingPackageError, NumericError, Terminated
 from astbench.runs.files import write_json
 from astbench.runs.folder import DONE, LAST, METRICS, RECORD, RunFolder
 from astbench.runs.metrics_log import MetricsLogger
 from astbench.runs.picture import draw_pattern
-from astbench.runs.record import new_record, peak_memory
+from astbench.runs.record import new_record, peak_memory, read_record
 from astbench.tasks import Task
 from astbench.training import TaskModule
+
+_STATES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    ((NumericError,), "diverged"),
+    ((Terminated,), "terminated"),
+    ((Interrupted, KeyboardInterrupt), "interrupted"),
+    ((torch.OutOfMemoryError, MemoryError), "out_of_memory"),
+)
+"""What ended a run, as its record calls it."""
 
 
 class RunCallback(Callback):
@@ -40,21 +47,34 @@ class RunCallback(Callback):
     def __init__(self, folder: RunFolder, command: str, task: Task, checkpoint_every: int) -> None:
         self.folder, self.command, self.task, self.checkpoint_every = folder, command, task, checkpoint_every
         self.record: dict[str, Any] = {}
-        self.terminated = False
+        self.stop_signal: int | None = None
         self.saved_step = -1
         self.step_seconds: list[float] = []
         self._step_started = 0.0
+        self._step_before = -1
         self._started = time.monotonic()
         self._first_batch: Any = None
-        self._spent = 0.0
+        self._train_before = 0.0
+        self._is_writer = True
 
     # -- before and after -------------------------------------------------------------------------------
 
-    def begin(self, config: dict[str, Any], words: Sequence[str], checkpoint: str | None) -> None:
+    def begin(self, config: dict[str, Any], words: Sequence[str], checkpoint: str | None, *, writer: bool) -> None:
         """First version of the record: should the process be killed, it says that it was running."""
         self.record = new_record(self.command, config, config["seed_everything"], words)
         self.record["checkpoint"] = checkpoint
-        write_json(self.folder / RECORD, self.record)
+        self._is_writer = writer  # of several processes, one
+        self._remember_earlier()
+        self._write_record()
+
+    def _remember_earlier(self) -> None:
+        """A resumed run's record names the processes before, and counts their time."""
+        before = read_record(self.folder / RECORD)
+        if before is None:
+            return
+        kept = ("argv", "started", "state", "git", "versions", "hardware", "wall_seconds", "train")
+        self.record["earlier"] = [*before.get("earlier", []), {k: before[k] for k in kept if k in before}]
+        self._train_before = before.get("train", {}).get("wall_seconds", 0.0)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -62,16 +82,11 @@ class RunCallback(Callback):
         try:
             yield
         except BaseException as error:
-            state = {"NumericError": "diverged", "Terminated": "terminated"}
-            self.record["state"] = state.get(type(error).__name__, "failed")
-            if isinstance(error, torch.OutOfMemoryError | MemoryError):
-                self.record["state"] = "out_of_memory"
-            if isinstance(error, KeyboardInterrupt):
-                self.record["state"] = "interrupted"
+            self.record["state"] = next((state for kind, state in _STATES if isinstance(error, kind)), "failed")
             self.record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             if "parameters" in self.record:
                 self._write_record()
-            else:
+            elif self._is_writer:
                 self.folder.discard()  # refused before anything ran: leave nothing behind
             raise
 
@@ -132,8 +147,12 @@ class RunCallback(Callback):
     # -- training ---------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here SIGTERM waits for the end of the step, so that a checkpoint can be written."""
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        """From here SIGTERM and Ctrl-C wait for the end of the step, so that a checkpoint can be written."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        # Lightning restores it one too high, and so would validate one batch earlier than an uninterrupted run.
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total
+        batches.ready = batches.completed
         self._continue_log(trainer)
 
     def _continue_log(self, trainer: pl.Trainer) -> None:
@@ -142,8 +161,9 @@ class RunCallback(Callback):
             if isinstance(logger, MetricsLogger):
                 logger.forget_after(trainer.global_step)
 
-    def _on_sigterm(self, *_: Any) -> None:
-        self.terminated = True
+    def _on_signal(self, number: int, *_: Any) -> None:
+        self.stop_signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -156,14 +176,21 @@ class RunCallback(Callback):
         step = trainer.global_step
         # When and as which step metrics are logged; Lightning restores it one too high.
         trainer.fit_loop.epoch_loop._batches_that_stepped = step
-        if step != self.saved_step and (self.terminated or step % self.checkpoint_every == 0):
-            self._save(trainer)
-        if self.terminated and step == self.saved_step:  # else in the middle of an accumulated step
-            raise self._stopped(step)
+        if step != self._step_before:  # else in the middle of an accumulated step
+            due = self.stop_signal is not None or step % self.checkpoint_every == 0
+            if due and step != self.saved_step:
+                self._save(trainer)
+            if self.stop_signal is not None:
+                raise self._stopped(step)
+        self._step_before = step
         self._step_started = time.perf_counter()
 
-    def _stopped(self, step: int) -> Terminated:
-        return Terminated(f"terminated by SIGTERM at step {step}; continue with --resume={self.folder.path}")
+    def _stopped(self, step: int) -> AstbenchError:
+        plugins = "".join(f" --plugins={plugin}" for plugin in self.record["config"].get("plugins") or [])
+        go_on = f"at step {step}; continue with --resume={self.folder.path}{plugins}"
+        if self.stop_signal == signal.SIGINT:
+            return Interrupted(f"interrupted {go_on}")
+        return Terminated(f"terminated by SIGTERM {go_on}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -174,27 +201,31 @@ class RunCallback(Callback):
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.folder / LAST)
         self.saved_step = trainer.global_step
+        self._count_training(trainer)
+
+    def _count_training(self, trainer: pl.Trainer) -> None:
+        """Steps, and the training time of all processes of the run up to their last checkpoint."""
+        spent = self._train_before + time.monotonic() - self._started
+        self.record["train"] = {"steps": trainer.global_step, "wall_seconds": round(spent, 3)}
+        self._write_record()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last checkpoint holds the final weights."""
         if trainer.global_step != self.saved_step:
             self._save(trainer)
-        if self.terminated:
+        if self.stop_signal is not None:
             raise self._stopped(trainer.global_step)
         signal.signal(signal.SIGTERM, _terminate)
-        self._spent = time.monotonic() - self._started
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._count_training(trainer)
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
         """The evaluation after training."""
         if self.saved_step < 0:
             self._continue_log(trainer)  # killed after the last step: this process had nothing to train
-        steps = sorted(self.step_seconds)
-        self.record["train"] = {
-            "steps": trainer.global_step,
-            "wall_seconds": round(self._spent, 3),
-            "step_ms": _quartiles(steps),
-            "steps_timed": len(steps),
-        }
+        timed = {"step_ms": _quartiles(self.step_seconds), "steps_timed": len(self.step_seconds)}
+        spent = self.record.get("train", {}).get("wall_seconds", self._train_before)
+        self.record["train"] = {"steps": trainer.global_step, "wall_seconds": spent, **timed}
         trainer.validate(module, datamodule=data, verbose=False, weights_only=True)
 
     # -- evaluation -------------------------------------------------------------------------------------
@@ -245,6 +276,8 @@ class RunCallback(Callback):
             )
 
     def _write_record(self) -> None:
+        if not self._is_writer:
+            return
         self.record["wall_seconds"] = round(time.monotonic() - self._started, 3)
         self.record["peak_memory"] = peak_memory()
         write_json(self.folder / RECORD, self.record)
@@ -322,6 +355,9 @@ class LineProgress(ProgressBar):
         self._next = 0.0
         self._started = time.monotonic()
         self._first = 0
+
+    def disable(self) -> None:
+        """Nothing to do: only the first process prints."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""

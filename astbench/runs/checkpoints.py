@@ -34,8 +34,9 @@ class SafeCheckpointIO(CheckpointIO):
                 os.replace(path, folder / PREVIOUS)
             os.replace(fresh, path)
             sync_folder(path.parent)
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {path} could not be written: {error.strerror or error}") from error
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            raise CheckpointError(f"checkpoint {path} could not be written: {reason}") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """See Lightning; tensors and plain data only.

@@ -42,6 +42,8 @@ class RunFolder:
         Raises:
             ConfigError: it holds another run already (and `resume` is False), or somebody writes in it.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--run_dir={self.path} is a file; a run needs a folder")
         if not resume and self.path.exists() and any(self.path.iterdir()):
             raise ConfigError(
                 f"{self.path} holds a run already; choose another --run_dir, or continue it with --resume={self.path}"

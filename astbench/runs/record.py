@@ -40,9 +40,18 @@ def new_record(command: str, config: dict[str, Any], seed: int, words: Sequence[
     }
 
 
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A record as it was last written; None where there is none or it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def config_hash(config: dict[str, Any]) -> str:
-    """Short digest of everything that decides the result: not where it is written."""
-    decides = {k: v for k, v in config.items() if k not in ("run_dir", "resume", "config")}
+    """Short digest of everything that decides the result: not where or how often it is written."""
+    decides = {k: v for k, v in config.items() if k not in ("run_dir", "loggers", "checkpoint_every")}
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -72,10 +72,10 @@ TASKS: dict[str, Task] = {
             "--data.max_length=4096",
             metric="f1",
             demo={
-                "data.demo_train": 19_200,
+                "data.demo_train": 14_400,
                 "data.batch_size": 32,
                 "data.negative_share": 0.0,
-                "trainer.max_steps": 600,
+                "trainer.max_steps": 450,
                 # Far below the usual norm, so that a step's size hardly depends on the batch: after hundreds of
                 # steps of almost no loss, Adam turned the first surprise into a leap that lost what was learned.
                 "trainer.gradient_clip_val": 0.05,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from astbench.backbones.load import require_positions
@@ -144,6 +146,7 @@ class SpanQAData(pl.LightningDataModule):
             self._tokenizer = self._make_tokenizer()
         if stage == "predict":
             self.examples["predict"] = [self._asked()]
+            self.fingerprints["predict"] = qa_sources.fingerprint(self.examples["predict"])
         for split in [*wanted[stage], *(["predict"] if stage == "predict" else [])]:
             if split not in self.sets:
                 self.sets[split] = self._dataset(split)
@@ -154,8 +157,22 @@ class SpanQAData(pl.LightningDataModule):
         examples = examples[:limit]
         if not examples:
             raise DataError(f"{self.task}: the {split} split of source {self.source} holds no question")
-        self.examples[split] = examples
+        self.examples[split] = self._distinct_ids(split, examples)
         self.fingerprints[split] = qa_sources.fingerprint(examples)
+
+    def _distinct_ids(self, split: str, examples: list[QAExample]) -> list[QAExample]:
+        """Questions are scored by their id: one that comes again gets a number, and a note says so."""
+        seen: Counter[str] = Counter()
+        kept = []
+        for example in examples:
+            seen[example.question_id] += 1
+            if (times := seen[example.question_id]) > 1:
+                example = replace(example, question_id=f"{example.question_id}#{times}")
+            kept.append(example)
+        again = len(examples) - len(seen)
+        if again:
+            self.notes.append(f"{again} of {len(examples)} {split} questions have the id of another: numbered #2, ...")
+        return kept
 
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer_folder is not None:
@@ -172,12 +189,18 @@ class SpanQAData(pl.LightningDataModule):
         windower = Windower(self.tokenizer, self.max_length, self.stride, self.max_question)
         examples = self.examples[split]
         if training:
-            examples = [e for e in examples if e.context.strip()]
+            examples = [e for e in examples if windower.finds_text(e)]
             empty = len(self.examples[split]) - len(examples)
             if empty:
                 self.notes.append(f"{empty} of {len(self.examples[split])} training documents are empty: left out")
             if not examples:
                 raise DataError(f"{self.task}: every training document is empty")
+        long = sum(windower.cuts_question(e.question) for e in examples)
+        if long:
+            self.notes.append(
+                f"{long} of {len(examples)} {split} questions are cut to {self.max_question} tokens; "
+                "--data.max_question allows more"
+            )
         dataset = QADataset(examples, windower, negative_share=self.negative_share, seed=self.seed, training=training)
         if not len(dataset):
             raise DataError(f"{self.task}: no document of the {split} split holds any text")
@@ -202,11 +225,6 @@ class SpanQAData(pl.LightningDataModule):
             raise DataError(f"--data.document={self.document} cannot be read as UTF-8 text: {error}") from error
         if not text.strip():
             raise DataError(f"--data.document={self.document} is empty")
-        words = self.tokenizer(self.question, add_special_tokens=False)["input_ids"]
-        if len(words) > self.max_question:
-            self.notes.append(
-                f"the question is cut from {len(words)} to {self.max_question} tokens; --data.max_question allows more"
-            )
         return QAExample("asked", self.question, ("",), text, title=file.stem, answer_starts=())
 
     def check_model(self, model: PreTrainedModel) -> None:
@@ -237,15 +255,24 @@ class SpanQAData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every window of the evaluation questions."""
-        return self._loader(self.sets[self.eval_split], batch_size=self.eval_batch_size)
+        return self._evaluation(self.eval_split)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Every window of the test questions."""
-        return self._loader(self.sets["test"], batch_size=self.eval_batch_size)
+        return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Every window of the document that was asked about."""
-        return self._loader(self.sets["predict"], batch_size=self.eval_batch_size)
+        return self._evaluation("predict")
+
+    def _evaluation(self, split: str) -> DataLoader[Any]:
+        """This process's share of the windows; one that is dealt twice to fill up changes no best span."""
+        dataset, trainer = self.sets[split], self.trainer
+        assert trainer is not None
+        share: DistributedSampler[Any] | None = None
+        if trainer.world_size > 1:
+            share = DistributedSampler(dataset, trainer.world_size, trainer.global_rank, shuffle=False)
+        return self._loader(dataset, batch_size=self.eval_batch_size, sampler=share)
 
     def _loader(self, dataset: QADataset, **arguments: Any) -> DataLoader[Any]:
         pad = self.tokenizer.pad_token_id
@@ -265,9 +292,10 @@ class SpanQAData(pl.LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """What the record says of the data."""
+        asked = "predict" in self.examples
         return {
-            "source": self.source,
-            "path": self.path or None,
+            "source": "document" if asked else self.source,
+            "path": (self.document if asked else self.path) or None,
             "questions": {split: len(examples) for split, examples in self.examples.items()},
             "windows": {split: len(s) for split, s in self.sets.items() if not s.training},
             "fingerprints": dict(self.fingerprints),
@@ -282,8 +310,8 @@ class TriviaQAData(SpanQAData):
         source: demo, hub (mandarjoshi/trivia_qa, rc.wikipedia) or local.
         path: For `local`: a folder in the official layout (qa/wikipedia-train.json and evidence/), or with
             train/validation/test.jsonl[.gz] or .parquet in the hub's columns.
-        demo_train: Generated training questions, for `demo`: two thirds about one paragraph, a tenth about
-            two or three, the rest about whole articles, in this order in the first epoch.
+        demo_train: Generated training questions, for `demo`: 43% about one paragraph, 37% about two or three,
+            the rest about whole articles, in this order in the first epoch.
         demo_eval: Generated evaluation questions, for `demo`, about whole articles.
     """
 
@@ -298,6 +326,9 @@ class TriviaQAData(SpanQAData):
         **options: Any,
     ) -> None:
         super().__init__(source, path, **options)
+        for name, value in (("demo_train", demo_train), ("demo_eval", demo_eval)):
+            if value < 1:
+                raise ConfigError(f"--data.{name} must be at least 1 question, got {value}")
         self.demo_train, self.demo_eval = demo_train, demo_eval
 
     def read(self, split: str) -> list[QAExample]:
@@ -315,7 +346,7 @@ class TriviaQAData(SpanQAData):
         """Short documents first: matching a name across a long one is hard to begin with."""
         if split != "train":
             return qa_demo.generate(split, self.demo_eval)
-        short, middle = self.demo_train * 7 // 20, self.demo_train * 3 // 10
+        short, middle = self.demo_train * 43 // 100, self.demo_train * 37 // 100
         stages: tuple[tuple[int, int | tuple[int, int]], ...] = (
             (short, 1),
             (middle, (2, 3)),
@@ -368,10 +399,10 @@ class SquadData(SpanQAData):
         if self.source == "hub":
             return qa_sources.read_hub("squad", "train" if split == "train" else "validation")
         examples = qa_sources.read_squad(self.path, self.whole_articles)
-        articles = list(dict.fromkeys(e.title for e in examples))
+        articles = list(dict.fromkeys(e.article for e in examples))
         if split == "train" and len(articles) == 1:
             raise DataError(
                 f"--data.path={self.path} holds one article, and articles are held out whole: none is left to train on"
             )
         held = set(articles[:: self.holdout])
-        return [e for e in examples if (e.title in held) != (split == "train")]
+        return [e for e in examples if (e.article in held) != (split == "train")]

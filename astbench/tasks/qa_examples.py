@@ -18,6 +18,7 @@ class QAExample:
         answer_starts: Character offsets in `context` at which one of `answers` begins (where
             several of them match, the longest is the mention); `None` is distant supervision,
             where the mentions are not annotated.
+        article: Number of the article in its file, where whole articles are held out.
     """
 
     question_id: str
@@ -26,3 +27,4 @@ class QAExample:
     context: str
     title: str = ""
     answer_starts: tuple[int, ...] | None = None
+    article: int = 0

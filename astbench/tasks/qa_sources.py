@@ -109,7 +109,7 @@ def read_squad(path: str | Path, whole_articles: bool = False) -> list[QAExample
     data = _json(file)
     examples = []
     try:
-        for article in data["data"]:
+        for number, article in enumerate(data["data"]):
             whole = PARAGRAPH_BREAK.join(p["context"] for p in article["paragraphs"])
             begin = 0
             for paragraph in article["paragraphs"]:
@@ -127,6 +127,7 @@ def read_squad(path: str | Path, whole_articles: bool = False) -> list[QAExample
                             context=whole if whole_articles else paragraph["context"],
                             title=article["title"],
                             answer_starts=tuple(sorted({a["answer_start"] + shift for a in answers})),
+                            article=number,
                         )
                     )
     except (KeyError, TypeError, AttributeError) as error:

@@ -84,6 +84,14 @@ class Windower:
             found.append(Window(ids, types, offsets, starts, ends))
         return found
 
+    def finds_text(self, example: QAExample) -> bool:
+        """Whether the document holds a token; some hold only characters that the tokenizer drops."""
+        return any(c.isalnum() for c in example.context) or bool(self.windows(example))
+
+    def cuts_question(self, question: str) -> bool:
+        """Whether the question is longer than `max_question` tokens."""
+        return 4 * len(question) > self.max_question and self._short_question(question) != question
+
     def _short_question(self, question: str) -> str:
         encoded = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]

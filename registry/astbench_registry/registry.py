@@ -24,7 +24,8 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from astbench_registry.capabilities import AttentionConfig, Capabilities
 from astbench_registry.errors import PluginError, UnknownAttentionError
@@ -130,17 +131,30 @@ def _entry_source(ep: metadata.EntryPoint) -> str:
 def registered() -> dict[str, Registered]:
     """Every name that can be asked for, sorted, without importing anybody's code.
 
-    Two installed packages that claim one name are both left out here; asking for the name says who they are.
+    Two installed packages that claim one name are both left out here (:func:`clashes` names them).
     """
     found = {name: Registered(name, "astbench", row.target, row.config) for name, row in BUILTIN.items()}
-    claims: dict[str, list[metadata.EntryPoint]] = {}
-    for ep in _entry_points():
-        claims.setdefault(ep.name, []).append(ep)
-    for name, eps in claims.items():
+    for name, eps in _claims().items():
         if name not in found and len(eps) == 1:
             found[name] = Registered(name, _entry_source(eps[0]), eps[0].value)
     found.update(_decorated)
     return dict(sorted(found.items()))
+
+
+def clashes() -> dict[str, list[str]]:
+    """Names that several claim, with all of them: installed packages, or one and a built-in, which wins."""
+    claimed = {name: [_entry_source(ep) for ep in eps] for name, eps in _claims().items()}
+    for name in BUILTIN.keys() & claimed.keys():
+        claimed[name].insert(0, "astbench")
+    return {name: sorted(sources) for name, sources in sorted(claimed.items()) if len(sources) > 1}
+
+
+def _claims() -> dict[str, list[metadata.EntryPoint]]:
+    """Installed packages' entry points by name."""
+    claims: dict[str, list[metadata.EntryPoint]] = {}
+    for ep in _entry_points():
+        claims.setdefault(ep.name, []).append(ep)
+    return claims
 
 
 def load_plugin(target: str) -> list[str]:
@@ -242,19 +256,60 @@ def build_attention(name: str, options: Mapping[str, Any] | AttentionConfig, sha
         ValueError: an option that does not exist or holds a bad value, by name.
     """
     config = options if isinstance(options, AttentionConfig) else make_config(name, options)
-    return attention_class(name)(config, shape)
+    cls = attention_class(name)
+    if name in BUILTIN:
+        return cls(config, shape)
+    try:
+        return cls(config, shape)
+    except ValueError:
+        raise  # an option that does not go with this layer
+    except Exception as error:  # whatever a plugin raises is reported under its name
+        source = _load(name).source
+        raise PluginError(
+            f"attention '{name}' from {source} cannot be built: {type(error).__name__}: {_one_line(error)}"
+        ) from error
 
 
 def make_config(name: str, options: Mapping[str, Any]) -> AttentionConfig:
     """Plain options to the variant's frozen dataclass. Raises as :func:`build_attention`."""
     cls = config_class(name)
     known = [f.name for f in fields(cls)]
-    for option in options:
+    try:
+        types = get_type_hints(cls)
+    except NameError:
+        types = {}  # a plugin's annotation of something imported for type checkers only
+    for option, value in options.items():
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"attention '{name}' has no option '{option}'{hint} options: {', '.join(known)}")
+            raise ValueError(f"attention '{name}' has no option '{option}'{hint} options: {', '.join(known) or 'none'}")
+        if not _of_type(value, types.get(option, Any)):
+            raise ValueError(f"--attention.{option} must be {_type_name(types[option])}, got {value!r}")
     return cls(**options)
+
+
+def _of_type(value: Any, hint: Any) -> bool:
+    """Plain types, literals, unions and lists of them; what else a variant declares is its own to check."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in parts
+    if origin in (Union, UnionType):
+        return any(_of_type(value, part) for part in parts)
+    if origin in (tuple, list):
+        return isinstance(value, tuple | list) and all(_of_type(v, parts[0]) for v in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
 
 
 def _load(name: str) -> Registered:
@@ -277,7 +332,7 @@ def _load(name: str) -> Registered:
             cls = eps[0].load()
     except PluginError:
         raise
-    except Exception as error:  # whatever a plugin raises is reported under its name
+    except (Exception, SystemExit) as error:  # whatever a plugin raises is reported under its name
         raise PluginError(
             f"attention '{name}' from {source} ({eps[0].value}) does not load: "
             f"{type(error).__name__}: {_one_line(error)}"

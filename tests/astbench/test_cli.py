@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from astbench.backbones.presets import PRESETS
+from astbench.runs.checkpoints import read_checkpoint
 from astbench.runs.folder import CONFIG, DONE, LAST, MANIFEST, METRICS, PREVIOUS, RECORD
 from astbench.runs.record import SCHEMA
 from astbench.tasks import TASKS
@@ -120,6 +121,45 @@ def test_what_a_plugin_raises_while_it_runs_names_it(astbench, plugin_file, tmp_
     assert "KeyError: 'window' (raised by attention 'mine' at " in done.err and done.err.count("\n") == 1
 
 
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
+    """The same samples, gradients averaged, evaluation shared out, one folder, one record."""
+    words = ["fit", "--attention=dense", NAMES[1], *DEMO, "--data.demo_eval=9", "--trainer.accelerator=cpu"]
+    records, weights = [], []
+    for name, batch, devices in (("one", 4, 1), ("two", 2, 2)):
+        own = [f"--data.batch_size={batch}", f"--trainer.devices={devices}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "astbench", *words, *own],
+            capture_output=True,
+            text=True,
+            cwd=(tmp_path / name).mkdir() or tmp_path / name,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("done: ") == 1 and f"cpu x {devices}" in done.stdout
+        (folder,) = (tmp_path / name / "runs").iterdir()
+        records.append(record_of(folder))
+        weights.append(read_checkpoint(folder)["state_dict"])
+        assert len(json.loads((folder / "items.json").read_text())) == 9
+    # A softmax does not see these: their gradient is rounding, and Adam makes whole steps of it.
+    unseen = ("qa_outputs.bias", "key.bias", "k_proj.bias")
+    for key, value in weights[0].items():
+        if key.endswith(unseen):
+            continue
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
+    assert records[0]["data"] == records[1]["data"]
+
+
+def test_processes_from_outside_need_a_folder(astbench, here, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert_refused(astbench(*FIT), 2, "name it with --run_dir=FOLDER")
+
+
+def test_no_progress_bar(astbench, here):
+    done = astbench(*FIT, "--trainer.enable_progress_bar=false", "--run_dir=run")
+    assert done.code == 0, done.err
+    assert "step 1/3" not in done.out and "Epoch" not in done.out + done.err
+
+
 def test_check_with_options(astbench):
     done = astbench("check", "dense", "--attention.backend=sdpa_math")
     assert done.code == 0, done.out
@@ -129,6 +169,7 @@ def test_check_with_options(astbench):
     assert refused.code == 2 and refused.out == "" and "sdpa_cudnn" in refused.err and refused.err.count("\n") == 1
     assert "name just one" in astbench("check", "local", "dense", "--attention.window=3").err
     assert "takes no --window=3" in astbench("check", "local", "--window=3").err
+    assert_refused(astbench("check", "ast", "--attention.density=abc"), 2, "--attention.density must be float")
 
 
 def test_check_of_several_ends_with_a_matrix(astbench):
@@ -141,7 +182,16 @@ def test_check_of_several_ends_with_a_matrix(astbench):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["list"], ["fit", "--help"], ["describe", "ast"], ["predict", "--help"], ["--version"]]
+    "words",
+    [
+        ["--help"],
+        ["list"],
+        ["fit", "--help"],
+        ["describe", "ast"],
+        ["predict", "--help"],
+        ["--version"],
+        ["fit", "--attention=ast", "--help"],
+    ],
 )
 def test_answers_without_importing_torch(words):
     code = (
@@ -191,8 +241,8 @@ REFUSALS = {
     "no names": (["fit"], 2, "--attention=NAME is required"),
     "no task": (["fit", "--attention=ast"], 2, "--task=NAME is required"),
     "negative seed": ([*FIT, "--seed=-1"], 2, "--seed must be between 0 and 4294967295, got -1"),
-    "not a list": ([*FIT, "--loggers=foo"], 2, "--loggers must be of type list (--loggers=[one,two]", "got foo"),
-    "unknown logger": ([*FIT, "--loggers=[foo]"], 2, "--loggers", "csv", "wandb", "got foo"),
+    "unknown single logger": ([*FIT, "--loggers=foo"], 2, "--loggers must be one of csv, tensorboard", "got foo"),
+    "unknown logger": ([*FIT, "--loggers=[foo]"], 2, "--loggers", "csv", "wandb", "got ['foo']"),
     "seed of letters": ([*FIT, "--seed=abc"], 2, "--seed must be of type int, got abc"),
     "bad precision": (
         [*FIT, "--trainer.precision=foo"],
@@ -213,9 +263,9 @@ REFUSALS = {
     "unknown source": ([*FIT, "--data.source=web"], 2, "data.source", "'demo', 'hub', 'local'"),
     "no path": ([*FIT, "--data.source=local"], 3, "--data.source=local needs --data.path"),
     "missing path": ([*FIT, "--data.source=local", "--data.path=/no/where"], 3, "/no/where does not exist"),
-    "empty source": ([*FIT, "--data.demo_train=0"], 3, "the train split of source demo holds no question"),
+    "empty source": ([*FIT, "--data.demo_train=0"], 2, "--data.demo_train must be at least 1 question, got 0"),
     "what the trainer refuses": ([*FIT, "--trainer.fast_dev_run=-1"], 2, "fast_dev_run"),
-    "unknown backbone": ([*FIT, "--backbone=tny"], 2, "unknown backbone 'tny'; did you mean 'tiny'?"),
+    "unknown backbone": ([*FIT, "--backbone=tny"], 4, "unknown backbone 'tny'; did you mean 'tiny'?"),
     "longer than the table": (
         [*FIT, "--backbone=bert-tiny", "--data.max_length=4000"],
         2,
@@ -475,10 +525,15 @@ def test_predict_answers_from_a_file(astbench, here, run):
     assert done.code == 0, done.err
     answer = record_of(here / "p")["answer"]
     assert answer["text"] in document.read_text() and answer["windows"] > 1
+    data = record_of(here / "p")["data"]
+    assert (data["source"], data["path"]) == ("document", str(document)) and data["fingerprints"]["predict"]
+    assert f"source      document {document}" in done.out
     assert f"answer   {answer['text']}" in done.out
     (here / "empty.txt").write_text(" \n")
     (here / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (here / "word.txt").write_text("Rookwell")
+    (here / "invisible.txt").write_text("\u200b\u200d")
+    assert_refused(astbench(*ask, "--data.document=invisible.txt", "--run_dir=q"), 3, "holds any text")
     for name, part in (("no.txt", "does not exist"), ("empty.txt", "is empty"), ("binary.txt", "cannot be read")):
         assert_refused(astbench(*ask, f"--data.document={name}", "--run_dir=q"), 3, name, part)
         assert not (here / "q").exists()

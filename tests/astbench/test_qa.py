@@ -509,6 +509,15 @@ def test_squad_of_one_article_cannot_train(tmp_path):
     assert {e.title for e in data.read("validation")} == {"Article 0"}
 
 
+def test_squad_articles_without_titles_are_still_held_out_whole(tmp_path):
+    data = squad_json(9)
+    for article in data["data"]:
+        article["title"] = ""
+    (tmp_path / "dev.json").write_text(json.dumps(data))
+    squad = SquadData("local", str(tmp_path), holdout=4)
+    assert {e.question_id for e in squad.read("validation")} == {"0-1", "4-1", "8-1"}
+
+
 def test_squad_by_whole_articles(tmp_path):
     data = squad_json(2)
     for article in data["data"]:
@@ -558,8 +567,22 @@ def test_empty_documents_and_questions_without_an_answer_are_told(tmp_path):
     assert data.describe()["questions"] == {"train": 3, "validation": 3}
 
 
-def test_nothing_but_empty_documents_is_an_error(tmp_path):
-    empty = [hub_row(0, entity_pages=page(" "))]
+def test_ids_that_come_again_and_questions_that_are_cut_are_told(tmp_path):
+    rows = [hub_row(0), hub_row(0, question="What is it? " * 20), hub_row(1)]
+    data = local(tmp_path, rows, rows)
+    data.setup("fit")
+    assert data.notes == [
+        "1 of 3 train questions have the id of another: numbered #2, ...",
+        "1 of 3 validation questions have the id of another: numbered #2, ...",
+        "1 of 3 train questions are cut to 16 tokens; --data.max_question allows more",
+        "1 of 3 validation questions are cut to 16 tokens; --data.max_question allows more",
+    ]
+    assert [e.question_id for e in data.examples["train"]] == ["tc_0", "tc_0#2", "tc_1"]
+
+
+@pytest.mark.parametrize("nothing", [" ", "\u200b\u200d"], ids=["space", "invisible"])
+def test_nothing_but_empty_documents_is_an_error(tmp_path, nothing):
+    empty = [hub_row(0, entity_pages=page(nothing))]
     with pytest.raises(DataError, match="every training document is empty"):
         local(tmp_path, empty, [hub_row(0)]).setup("fit")
     with pytest.raises(DataError, match="no document of the validation split holds any text"):

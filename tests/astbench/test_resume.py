@@ -148,6 +148,32 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_143(run, whole, tmp_path):
     code, out = run(["fit", f"--resume={folder}"])
     assert code == 0, out
     assert_same_end(folder, whole)
+    record = json.loads((folder / RECORD).read_text())
+    (earlier,) = record["earlier"]
+    assert earlier["state"] == "terminated" and earlier["argv"][2:] == [*FIT[1:], f"--run_dir={folder}"]
+    assert record["argv"] == ["astbench", "fit", f"--resume={folder}"]
+    assert record["train"]["wall_seconds"] > earlier["train"]["wall_seconds"] > 0
+    assert (earlier["train"]["steps"], record["train"]["steps"]) == (4, STEPS)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(run, tmp_path):
+    folder = tmp_path / "run"
+    code, out = run([*FIT, f"--run_dir={folder}"], ("on_train_batch_start", 2, signal.SIGINT))
+    assert code == 130, out
+    assert out.splitlines()[-1] == f"astbench: error: interrupted at step 2; continue with --resume={folder}"
+    assert read_checkpoint(folder / LAST)["global_step"] == 2
+    assert json.loads((folder / RECORD).read_text())["state"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_evaluation_while_training_comes_at_the_same_steps(run, tmp_path):
+    words = [*FIT, "--trainer.val_check_interval=5"]
+    assert run([*words, f"--run_dir={tmp_path / 'whole'}"])[0] == 0
+    assert (tmp_path / "whole" / METRICS).read_text().count("\n") > STEPS + 2
+    run([*words, f"--run_dir={tmp_path / 'run'}"], ("on_train_batch_start", 8, signal.SIGKILL))
+    code, out = run(["fit", f"--resume={tmp_path / 'run'}"])
+    assert code == 0, out
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -155,10 +181,11 @@ def test_accumulated_gradients_and_sparse_logging(run, tmp_path):
     """Steps of two batches, an epoch of two and a half steps, a row every fourth step."""
     words = [*FIT, "--trainer.accumulate_grad_batches=2", "--trainer.log_every_n_steps=4"]
     assert run([*words, f"--run_dir={tmp_path / 'whole'}"])[0] == 0
-    for number in (9, 13):
-        folder = tmp_path / f"run{number}"
-        code, _ = run([*words, f"--run_dir={folder}"], ("on_train_batch_start", number, signal.SIGKILL))
-        assert code == -signal.SIGKILL
+    for number, how, end in ((9, signal.SIGKILL, -signal.SIGKILL), (13, signal.SIGKILL, -signal.SIGKILL),
+                             (8, signal.SIGTERM, 143), (9, signal.SIGTERM, 143), (13, signal.SIGINT, 130)):  # fmt: skip
+        folder = tmp_path / f"run{number}{how.name}"
+        code, out = run([*words, f"--run_dir={folder}"], ("on_train_batch_start", number, how))
+        assert code == end, out
         code, out = run(["fit", f"--resume={folder}"])
         assert code == 0, out
         assert_same_end(folder, tmp_path / "whole")

@@ -86,6 +86,8 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
         RunFolder(tmp_path / "file" / "run").open_for_writing(resume=False)
+    with pytest.raises(ConfigError, match="is a file"):
+        RunFolder(tmp_path / "file").open_for_writing(resume=False)
 
 
 def test_discard_removes_only_what_was_begun_here(tmp_path):
@@ -230,9 +232,10 @@ def test_a_save_needs_no_more_renames_than_are_tested(folder, monkeypatch):
     assert len(calls) == 4
 
 
-def test_a_full_disk_is_a_checkpoint_error(folder, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("No space left, says zip")])
+def test_a_full_disk_is_a_checkpoint_error(folder, monkeypatch, error):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoints, "write_atomic", full)
     with pytest.raises(CheckpointError, match=r"could not be written: No space left"):
@@ -321,7 +324,7 @@ def test_record_says_what_ran_on_what():
 
 def test_config_hash_ignores_where_it_is_written_and_nothing_else():
     config = {"run_dir": "a", "attention": {"name": "ast", "density": 0.25}, "seed_everything": 0}
-    assert config_hash({**config, "run_dir": "b", "resume": "b", "config": ["x.yaml"]}) == config_hash(config)
+    assert config_hash({**config, "run_dir": "b", "loggers": ["csv"], "checkpoint_every": 3}) == config_hash(config)
     assert config_hash(dict(reversed(config.items()))) == config_hash(config)
     assert config_hash({**config, "seed_everything": 1}) != config_hash(config)
     assert config_hash({**config, "attention": {"name": "ast", "density": 0.5}}) != config_hash(config)

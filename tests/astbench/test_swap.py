@@ -310,10 +310,34 @@ def test_a_variant_that_returns_something_else_is_named(monkeypatch):
             model(input_ids=torch.ones(1, 8, dtype=torch.long))
 
 
-@pytest.mark.parametrize("choice", [{"where": ["cross"]}, {"layers": [7]}, {"where": []}])
+@pytest.mark.parametrize("choice", [{"where": "cross"}, {"where": ["cross"]}, {"layers": []}, {"where": []}])
 def test_nothing_to_attach_to_is_refused(choice):
     reason = refused(tiny_model("llama"), **choice)
     assert "no attention layer" in reason and "3 decoder_self" in reason
+
+
+@pytest.mark.parametrize(
+    ("choice", "part"),
+    [
+        ({"where": "decoder"}, "where='decoder' is not one of encoder_self, decoder_self, cross"),
+        ({"layers": [0, 7]}, "there is no layer 7, only 0 to 2"),
+        ({"layers": [-1]}, "there is no layer -1"),
+    ],
+)
+def test_places_and_layers_that_do_not_exist_are_refused(choice, part):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=part):
+        swap_attention(model, "dense", **choice)
+    swap_attention(model, "dense")  # nothing of the refused swap is left
+
+
+def test_weights_that_are_not_there_are_said(caplog, monkeypatch):
+    model = tiny_model("bert")
+    swap_attention(model, "dense")
+    said = []
+    monkeypatch.setattr("astbench.backbones.hooks.logger.warning_once", said.append)
+    out = model(input_ids=torch.ones(1, 8, dtype=torch.long), output_attentions=True)
+    assert out.attentions == () and said and "output_attentions stays empty" in said[0]
 
 
 def test_a_variant_without_cross_attention_is_refused_where_there_is_some():

@@ -22,8 +22,9 @@ from astbench_registry import (
     registry,
 )
 from astbench_registry.capabilities import PATTERNS
+from astbench_registry.configs.block_selection import PooledTopKConfig
 from astbench_registry.conformance import check
-from astbench_registry.registry import make_config
+from astbench_registry.registry import clashes, make_config
 from astbench_registry.table import BUILTIN
 
 SHAPE = AttentionShape(num_heads=2, num_kv_heads=1, head_dim=5, hidden_size=10, max_positions=64)
@@ -163,7 +164,7 @@ def test_unknown_option_suggests_the_nearest():
         ("ast", {"mass": 1.5}, "--attention.mass must be above 0 and at most 1, got 1.5"),
         ("ast", {"temperature": 0.0}, "--attention.temperature must be above 0, got 0.0"),
         ("ast", {"rank": 0}, "--attention.rank must be at least 1, got 0"),
-        ("ast", {"budget": "adaptve"}, "--attention.budget must be fixed or adaptive, got 'adaptve'"),
+        ("ast", {"budget": "adaptve"}, "--attention.budget must be one of fixed, adaptive, got 'adaptve'"),
         (
             "ast",
             {"estimator": "hard"},
@@ -183,7 +184,9 @@ def test_bad_values_name_the_flag(name, options, expected):
 
 
 def test_unknown_backend_names_the_choices():
-    module = build_attention("pooled_topk", {"backend": "tritn"}, SHAPE)
+    with pytest.raises(ValueError, match=r"--attention.backend must be one of auto, reference, gather, .* got 'tritn'"):
+        build_attention("pooled_topk", {"backend": "tritn"}, SHAPE)
+    module = build_attention("pooled_topk", PooledTopKConfig(backend="tritn"), SHAPE)
     q, k = torch.zeros(1, 2, 3, 5), torch.zeros(1, 1, 3, 5)
     with pytest.raises(ValueError, match="unknown backend 'tritn'; set backend to one of auto, reference, gather"):
         module(q, k, k, AttentionMask())
@@ -375,6 +378,38 @@ def test_broken_installed_plugin_hurts_nobody_else(install):
     assert build_attention("dense", {}, SHAPE).name == "dense"
 
 
+def test_installed_plugin_that_exits_does_not_load(install):
+    install("fake-exit", {"leaving": "fake_exit:Mine"}, {"fake_exit": "raise SystemExit(0)"})
+    with pytest.raises(PluginError, match=r"fake-exit .* does not load: SystemExit: 0"):
+        config_class("leaving")
+
+
+def test_plugin_whose_init_raises_is_named(plugin):
+    raising = "    def __init__(self, *_):\n        1 / 0\n\n    def forward"
+    path = plugin(code=PLUGIN.replace("    def forward", raising))
+    (name,) = load_plugin(path)
+    with pytest.raises(PluginError, match=f"attention '{name}' from .* cannot be built: ZeroDivisionError"):
+        build_attention(name, {}, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("ast", {"density": "0.5"}, "--attention.density must be float, got '0.5'"),
+        ("ast", {"block_size": 16.0}, "--attention.block_size must be int, got 16.0"),
+        ("ast", {"block_size": True}, "--attention.block_size must be int, got True"),
+        ("ast", {"sample": 1}, "--attention.sample must be bool, got 1"),
+        ("ast", {"budget": "free"}, "--attention.budget must be one of fixed, adaptive, got 'free'"),
+        ("ast", {"top_k": 2.5}, "--attention.top_k must be int | None, got 2.5"),
+    ],
+)
+def test_values_of_the_wrong_type_name_the_flag(name, options, expected):
+    with pytest.raises(ValueError) as error:
+        make_config(name, options)
+    assert message(error) == expected
+    assert make_config("ast", {"density": 1, "top_k": None, "min_blocks": 2}).density == 1
+
+
 def test_installed_plugin_must_register_under_its_own_name(install):
     install("fake-other", {"mine": "fake_other:Mine"}, {"fake_other": PLUGIN.replace("NAME", "other")})
     with pytest.raises(PluginError) as error:
@@ -386,6 +421,7 @@ def test_two_installed_plugins_of_one_name(install):
     install("fake-one", {"mine": "fake_one:Mine"}, {"fake_one": PLUGIN.replace("NAME", "mine")})
     install("fake-two", {"mine": "fake_two:Mine"}, {"fake_two": PLUGIN.replace("NAME", "mine")})
     assert "mine" not in registered()
+    assert clashes() == {"mine": ["fake-one", "fake-two"]}
     with pytest.raises(PluginError) as error:
         config_class("mine")
     assert message(error) == "attention 'mine' is registered twice: by fake-one and by fake-two; uninstall one"
@@ -394,6 +430,7 @@ def test_two_installed_plugins_of_one_name(install):
 def test_installed_plugin_cannot_replace_a_built_in(install):
     install("fake-dense", {"dense": "fake_dense:Mine"}, {"fake_dense": PLUGIN.replace("NAME", "dense")})
     assert registered()["dense"].source == "astbench"
+    assert clashes() == {"dense": ["astbench", "fake-dense"]}
     assert build_attention("dense", {}, SHAPE).__class__.__name__ == "DenseAttention"
 
 
