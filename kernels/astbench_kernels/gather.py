@@ -1,5 +1,7 @@
 """Block-sparse attention by gathering: for each query group, copy its key blocks together, then two matmuls.
 
+Lists that few rows share go the other way round: see :mod:`astbench_kernels.key_major`.
+
 Plain torch on any device, written for the CPU, where a few MB of gathered keys stay in cache. The backward pass
 gathers again instead of saving the copies: autograd through the gather would keep `1/density` times the memory
 of the keys for every group.
@@ -8,60 +10,38 @@ of the keys for every group.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from astbench_kernels.layout import BlockLayout, ceil_div
+from astbench_kernels.key_major import KeyMajorAttention
+from astbench_kernels.layout import BlockLayout
+from astbench_kernels.units import (
+    LOG2_E,
+    Plan,
+    from_blocks,
+    from_units,
+    make_plan,
+    one_list_per_kv_head,
+    to_blocks,
+    to_units,
+)
 
-CHUNK_BYTES = 2 * 2**20
-"""Gathered keys held at a time; 1-4 MB is the flat bottom of the curve on the CPUs measured."""
+CHUNK_BYTES = 2**20
+"""Gathered keys held at a time; 0.5-2 MB is the flat bottom of the curve on the CPUs measured."""
+
+KEY_MAJOR_BELOW = 0.5
+"""Query rows a list, over the keys of a block, below which the work is done key block by key block. Measured: with
+blocks of 16 both ways cost the same at 8 rows, with blocks of 64 at 32; at one row the difference is tenfold."""
+
+SHORTEST_TILE = 16
+"""Query rows that a block must meet on average for that: a decoding step's one or few rows gather their own keys."""
 
 
-@dataclass
-class _Plan:
-    """Everything about a call but the tensors that need gradients."""
-
-    layout: BlockLayout
-    scale: float
-    causal: bool
-    batch: int
-    kv_heads: int
-    heads_per_list: int
-    blocks: Tensor  # int64 (units, width): rows of the flat block table; unit = (batch, list head, group)
-    slots: Tensor  # bool (units, width)
-    counts: list[int]
-    key_positions: Tensor  # int64 (units, width): position of each listed block's first key
-    row_positions: Tensor  # int64 (groups, rows): position of each query row of a unit
-    valid: Tensor | None  # bool (batch * kv_heads * blocks, block_size), None where every key may be seen
-
-    @property
-    def rows(self) -> int:
-        return self.heads_per_list * self.layout.query_group
-
-    def chunks(self, bytes_per_key: int) -> Iterator[tuple[slice, int]]:
-        """See :func:`_chunks`."""
-        return _chunks(self.counts, self.layout.block_size * bytes_per_key)
-
-    def addend(self, units: slice, width: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What is added to the logits, `(units, rows or 1, width * block_size)`: bias, or -inf on unseen pairs."""
-        size = self.layout.block_size
-        position = self.key_positions[units, :width, None] + torch.arange(size, device=self.blocks.device)
-        hidden = ~self.slots[units, :width, None] | (position >= self.layout.key_length)
-        if self.valid is not None:
-            hidden |= ~self.valid[self.blocks[units, :width]]
-        if bias is None:
-            addend = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-        else:
-            addend = bias[units, :width, None].expand(hidden.shape).clone()
-        addend = addend.masked_fill_(hidden, -torch.inf).flatten(1).unsqueeze(1)
-        if self.causal:
-            groups = torch.arange(units.start, units.stop, device=position.device) % self.layout.num_groups
-            rows = self.row_positions[groups]  # (units, rows)
-            addend = addend.masked_fill(position.flatten(1).unsqueeze(1) > rows.unsqueeze(-1), -torch.inf)
-        return addend
+def _is_key_major(layout: BlockLayout, rows: int, tables: int) -> bool:
+    met = int(layout.counts.sum()) * rows / (tables * layout.num_blocks)
+    return rows < KEY_MAJOR_BELOW * layout.block_size and met >= SHORTEST_TILE
 
 
 def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, int]]:
@@ -80,7 +60,9 @@ def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, in
 
 
 def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes_per_key: int) -> int:
-    """(query, key) pairs that :func:`gather_attention` computes: each chunk's lists as long as its longest one.
+    """(query, key) pairs that :func:`gather_attention` computes.
+
+    Query-major, each chunk's lists are as long as its longest one; key-major, every list has its own length.
 
     Args:
         layout: The lists.
@@ -88,16 +70,13 @@ def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes
         num_kv_heads: Key/value heads.
         bytes_per_key: Of one key of one head; the longer, the shorter the chunks.
     """
-    layout = _one_list_per_kv_head(layout, num_heads, num_kv_heads)
+    layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
     rows = num_heads // layout.indices.shape[1] * layout.query_group
+    if _is_key_major(layout, rows, layout.indices.shape[0] * num_kv_heads):
+        return int(layout.counts.sum()) * layout.block_size * rows
     chunks = _chunks(layout.counts.flatten().tolist(), layout.block_size * bytes_per_key)
     blocks = sum((units.stop - units.start) * width for units, width in chunks)
     return blocks * layout.block_size * rows
-
-
-def _one_list_per_kv_head(layout: BlockLayout, num_heads: int, num_kv_heads: int) -> BlockLayout:
-    """At least; the layout itself when it has one per query head."""
-    return layout if layout.indices.shape[1] in (num_kv_heads, num_heads) else layout.expand_heads(num_kv_heads)
 
 
 def gather_attention(
@@ -113,73 +92,17 @@ def gather_attention(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`astbench_kernels.block_sparse_attention`.
 
-    Cost: O(N x width x block_size) time; beside inputs and outputs O(CHUNK_BYTES) memory, in both directions.
+    Cost: O(N x width x block_size) time; beside inputs and outputs O(CHUNK_BYTES) memory, in both directions, and for
+    lists that few rows share (:mod:`astbench_kernels.key_major`) O(N x width).
     """
-    layout = _one_list_per_kv_head(layout, q.shape[1], k.shape[1])
+    layout = one_list_per_kv_head(layout, q.shape[1], k.shape[1])
     if block_bias is not None and block_bias.shape[1] != layout.indices.shape[1]:
         block_bias = block_bias.repeat_interleave(layout.indices.shape[1] // block_bias.shape[1], 1)
-    out, lse = _GatherAttention.apply(q, k, v, block_bias, layout, scale, causal, key_valid)
+    rows = q.shape[1] // layout.indices.shape[1] * layout.query_group
+    key_major = _is_key_major(layout, rows, k.shape[0] * k.shape[1])
+    schedule = KeyMajorAttention if key_major else _GatherAttention
+    out, lse = schedule.apply(q, k, v, block_bias, layout, scale, causal, key_valid)
     return out, lse
-
-
-def _plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: bool, key_valid: Tensor | None) -> _Plan:
-    batch, num_heads, _, _ = q.shape
-    kv_heads, lists, groups = k.shape[1], layout.indices.shape[1], layout.num_groups
-    width = layout.indices.shape[-1]
-    slots = layout.slots.reshape(-1, width)
-    listed = layout.indices.long().masked_fill(~layout.slots, 0)
-    kv_head_of_list = torch.arange(lists, device=q.device) * kv_heads // lists
-    row = torch.arange(batch, device=q.device)[:, None] * kv_heads + kv_head_of_list
-    first = (layout.first_group + torch.arange(groups, device=q.device)) * layout.query_group
-    rows = first[:, None] + torch.arange(layout.query_group, device=q.device)
-    valid = None
-    if key_valid is not None:
-        padded = torch.nn.functional.pad(key_valid, (0, layout.num_blocks * layout.block_size - layout.key_length))
-        valid = padded.view(batch, 1, layout.num_blocks, layout.block_size).expand(-1, kv_heads, -1, -1)
-        valid = valid.reshape(-1, layout.block_size)
-    return _Plan(
-        layout=layout,
-        scale=scale,
-        causal=causal,
-        batch=batch,
-        kv_heads=kv_heads,
-        heads_per_list=num_heads // lists,
-        blocks=(listed + row[:, :, None, None] * layout.num_blocks).reshape(-1, width),
-        slots=slots,
-        counts=layout.counts.flatten().tolist(),
-        key_positions=(listed * layout.block_size).reshape(-1, width),
-        row_positions=rows.repeat(1, num_heads // lists),
-        valid=valid,
-    )
-
-
-def _to_units(x: Tensor, plan: _Plan) -> Tensor:
-    """`(batch, heads, query_length, d)` -> `(units, rows, d)`, zeros where a group sticks out of the queries."""
-    layout, lists = plan.layout, plan.layout.indices.shape[1]
-    lead = layout.query_offset % layout.query_group
-    tail = layout.num_groups * layout.query_group - lead - layout.query_length
-    x = torch.nn.functional.pad(x, (0, 0, lead, tail))
-    x = x.view(plan.batch, lists, plan.heads_per_list, layout.num_groups, layout.query_group, x.shape[-1])
-    return x.transpose(2, 3).reshape(-1, plan.rows, x.shape[-1])
-
-
-def _from_units(x: Tensor, plan: _Plan) -> Tensor:
-    """The inverse of :func:`_to_units`."""
-    layout, lists = plan.layout, plan.layout.indices.shape[1]
-    lead = layout.query_offset % layout.query_group
-    x = x.view(plan.batch, lists, layout.num_groups, plan.heads_per_list, layout.query_group, x.shape[-1])
-    x = x.transpose(2, 3).flatten(1, 2).flatten(2, 3)
-    return x[:, :, lead : lead + layout.query_length]
-
-
-def _to_blocks(x: Tensor, key_valid: Tensor | None, plan: _Plan) -> Tensor:
-    """`(batch, kv_heads, key_length, d)` -> `(batch * kv_heads * blocks, block_size * d)`, unseen keys zeroed."""
-    layout = plan.layout
-    if key_valid is not None:
-        # Padding may hold NaN; a zero weight would keep it.
-        x = x.masked_fill(~key_valid[:, None, :, None], 0.0)
-    x = torch.nn.functional.pad(x, (0, 0, 0, layout.num_blocks * layout.block_size - layout.key_length))
-    return x.reshape(-1, layout.block_size * x.shape[-1])
 
 
 class _GatherAttention(torch.autograd.Function):
@@ -195,71 +118,63 @@ class _GatherAttention(torch.autograd.Function):
         causal: bool,
         key_valid: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        plan = _plan(q, k, layout, scale, causal, key_valid)
+        plan = make_plan(q, k, layout, scale, causal, key_valid)
         compute = torch.promote_types(q.dtype, torch.float32)
-        queries = _to_units(q, plan)
-        keys, values = _to_blocks(k, key_valid, plan), _to_blocks(v, key_valid, plan)
-        bias = None if block_bias is None else block_bias.detach().flatten(0, 2).to(compute)
-        out = queries.new_zeros(len(queries), plan.rows, v.shape[-1], dtype=compute)
+        queries = to_units(q, plan).to(compute) * (scale * LOG2_E)
+        keys, values = to_blocks(k, key_valid, plan), to_blocks(v, key_valid, plan)
+        bias = None if block_bias is None else block_bias.detach().flatten(0, 2).to(compute) * LOG2_E
+        out = queries.new_zeros(len(queries), plan.rows, v.shape[-1])
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=compute, device=q.device)
-        for units, width in plan.chunks(k.shape[-1] * k.element_size()):
+        for units, width in _chunks_of(plan, k):
             index = plan.blocks[units, :width].reshape(-1)
-            count = units.stop - units.start
-            key = keys.index_select(0, index).view(count, -1, k.shape[-1])
-            weights = _logits(queries[units], key, plan.addend(units, width, bias, compute), scale)
+            weights = _logits(queries[units], _gather(keys, index, k, plan, units), plan, units, width, bias)
             # Rows that see nothing: weights 0, log-sum-exp log 0 = -inf; no NaN on the way.
             highest = weights.amax(-1, keepdim=True)
             highest.masked_fill_(highest == -torch.inf, 0.0)
-            weights.sub_(highest).exp_()
+            weights.sub_(highest).exp2_()
             total = weights.sum(-1, keepdim=True)
-            lse[units] = (highest + total.log()).squeeze(-1)
-            weights.div_(total.clamp_(min=torch.finfo(compute).tiny))
-            value = values.index_select(0, index).view(count, -1, v.shape[-1])
-            torch.bmm(weights, value.to(compute), out=out[units])
-        result, lse_rows = _from_units(out, plan).to(q.dtype), _from_units(lse.unsqueeze(-1), plan).squeeze(-1)
+            lse[units] = (highest + total.log2()).squeeze(-1)
+            torch.bmm(weights, _gather(values, index, v, plan, units), out=out[units])
+            out[units].div_(total.clamp_(min=torch.finfo(compute).tiny))
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.plan = plan
-        return result, lse_rows
+        return from_units(out, plan).to(q.dtype), from_units(lse.unsqueeze(-1) / LOG2_E, plan).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_out, grad_lse = grads
         q, k, v, block_bias, key_valid, out, lse = ctx.saved_tensors
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         compute = lse.dtype
-        queries, d_out = _to_units(q, plan), _to_units(grad_out, plan)
-        d_lse = _to_units(grad_lse.unsqueeze(-1), plan)
-        keys, values = _to_blocks(k, key_valid, plan), _to_blocks(v, key_valid, plan)
-        bias = None if block_bias is None else block_bias.flatten(0, 2).to(compute)
+        queries, d_out = to_units(q, plan).to(compute) * (plan.scale * LOG2_E), to_units(grad_out, plan).to(compute)
+        d_lse = to_units(grad_lse.unsqueeze(-1), plan)
+        keys, values = to_blocks(k, key_valid, plan), to_blocks(v, key_valid, plan)
+        bias = None if block_bias is None else block_bias.flatten(0, 2).to(compute) * LOG2_E
         d_queries = torch.zeros_like(queries)
         # Many groups add to one block: sum in float32 whatever the inputs are.
         d_keys, d_values = torch.zeros_like(keys, dtype=compute), torch.zeros_like(values, dtype=compute)
         d_bias = None if bias is None else torch.zeros_like(bias)
         # d logits = P * (dP - delta + d lse), delta = rowsum(dO * O)
-        shift = (d_out.to(compute) * out).sum(-1, keepdim=True) - d_lse
+        shift = (d_out * out).sum(-1, keepdim=True) - d_lse
         known_lse = lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)  # rows that see nothing: exp(-inf - 0) = 0
-        size = plan.layout.block_size
-        for units, width in plan.chunks(k.shape[-1] * k.element_size()):
+        for units, width in _chunks_of(plan, k):
             index = plan.blocks[units, :width].reshape(-1)
-            count = units.stop - units.start
-            key = keys.index_select(0, index).view(count, -1, k.shape[-1])
-            weights = _logits(queries[units], key, plan.addend(units, width, bias, compute), plan.scale)
-            weights.sub_(known_lse[units]).exp_()
-            value = values.index_select(0, index).view(count, -1, v.shape[-1])
-            d_value = torch.bmm(weights.to(v.dtype).transpose(1, 2), d_out[units])
-            d_values.index_add_(0, index, d_value.view(len(index), -1).to(compute))
-            d_logits = torch.bmm(d_out[units], value.transpose(1, 2)).to(compute)
+            key = _gather(keys, index, k, plan, units)
+            weights = _logits(queries[units], key, plan, units, width, bias)
+            weights.sub_(known_lse[units]).exp2_()
+            d_value = torch.bmm(weights.transpose(1, 2), d_out[units])
+            d_values.index_add_(0, index, d_value.view(len(index), -1))
+            d_logits = torch.bmm(d_out[units], _gather(values, index, v, plan, units).transpose(1, 2))
             d_logits.sub_(shift[units]).mul_(weights)
             if d_bias is not None:
-                d_bias[units, :width] = d_logits.view(count, plan.rows, width, size).sum((1, 3))
-            d_logits = d_logits.mul_(plan.scale).to(q.dtype)
+                d_bias[units, :width] = d_logits.sum(1).view(-1, width, plan.layout.block_size).sum(-1)
             torch.bmm(d_logits, key, out=d_queries[units])
             d_key = torch.bmm(d_logits.transpose(1, 2), queries[units])
-            d_keys.index_add_(0, index, d_key.view(len(index), -1).to(compute))
+            d_keys.index_add_(0, index, d_key.view(len(index), -1))
         return (
-            _from_units(d_queries, plan),
-            _from_blocks(d_keys, k, key_valid),
-            _from_blocks(d_values, v, key_valid),
+            from_units(d_queries.mul_(plan.scale), plan).to(q.dtype),
+            from_blocks(d_keys.div_(LOG2_E), k, key_valid),  # the queries above hold scale * LOG2_E
+            from_blocks(d_values, v, key_valid),
             None if d_bias is None else d_bias.view_as(block_bias).to(block_bias.dtype),
             None,
             None,
@@ -268,15 +183,34 @@ class _GatherAttention(torch.autograd.Function):
         )
 
 
-def _logits(queries: Tensor, key: Tensor, addend: Tensor, scale: float) -> Tensor:
-    """`(units, rows, keys)` in the dtype of `addend`: a product in half precision would round the logits."""
-    queries, key = queries.to(addend.dtype), key.to(addend.dtype)
-    return torch.baddbmm(addend, queries, key.transpose(1, 2), alpha=scale)
+def _chunks_of(plan: Plan, k: Tensor) -> Iterator[tuple[slice, int]]:
+    bytes_per_block = plan.layout.block_size * k.shape[-1] * k.element_size()
+    return _chunks(plan.layout.counts.flatten().tolist(), bytes_per_block)
 
 
-def _from_blocks(x: Tensor, like: Tensor, key_valid: Tensor | None) -> Tensor:
-    """The inverse of :func:`_to_blocks`, in the dtype of `like`; padding gets no gradient."""
-    batch, heads, length, dim = like.shape
-    size = x.shape[1] // dim
-    x = x.view(batch, heads, ceil_div(length, size) * size, dim)[:, :, :length].to(like.dtype)
-    return x if key_valid is None else x.masked_fill(~key_valid[:, None, :, None], 0.0)
+def _gather(blocks: Tensor, index: Tensor, like: Tensor, plan: Plan, units: slice) -> Tensor:
+    """`(units, keys, d)`: the listed rows of a block table, wide enough to compute with."""
+    rows = blocks.index_select(0, index).view(units.stop - units.start, -1, like.shape[-1])
+    return rows.to(torch.promote_types(like.dtype, torch.float32))
+
+
+def _logits(queries: Tensor, key: Tensor, plan: Plan, units: slice, width: int, bias: Tensor | None) -> Tensor:
+    """`(units, rows, keys)` in powers of two, -inf where a pair may not be seen."""
+    logits = torch.bmm(queries, key.transpose(1, 2))
+    if bias is not None:
+        tiles = logits.view(len(queries), plan.rows, width, plan.layout.block_size)
+        tiles += bias[units, None, :width, None]
+    _hide(logits, plan, units, width)
+    return logits
+
+
+def _hide(logits: Tensor, plan: Plan, units: slice, width: int) -> None:
+    """Set unseen pairs of `(units, rows, width * block_size)` to -inf; few blocks hold any, only they are touched."""
+    masked = ~plan.slots[units, :width] | plan.early[units, :width]
+    if plan.unseen is not None:
+        masked = masked | plan.unseen.any(-1)[plan.blocks[units, :width]]
+    if not bool(masked.any()):
+        return
+    unit, slot = masked.nonzero(as_tuple=True)
+    tiles = logits.view(len(masked), plan.rows, width, plan.layout.block_size).transpose(1, 2)
+    tiles[unit, slot] = tiles[unit, slot].masked_fill_(plan.hidden(unit + units.start, slot), -torch.inf)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from astbench_kernels import BlockLayout, block_sparse_attention, select_blocks, soft_top_k
+from astbench_kernels import BlockLayout, block_sparse_attention, gather, key_major, select_blocks, soft_top_k
 
 # Distinct primes, so that a swapped axis cannot pass.
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
@@ -18,6 +18,14 @@ CASES = [
     pytest.param(11, 97, 16, 4, 85, True, id="decode-chunk-mid-group"),
     pytest.param(1000, 1000, 64, 128, 0, False, id="long-1000"),
 ]
+
+
+@pytest.fixture(params=["query-major", "key-major"])
+def schedule(request, monkeypatch):
+    """Both ways of the gather backend, whatever the shape."""
+    monkeypatch.setattr(gather, "KEY_MAJOR_BELOW", 0 if request.param == "query-major" else 10**9)
+    monkeypatch.setattr(gather, "SHORTEST_TILE", 0)
+    return request.param
 
 
 def random_case(query_length, key_length, block_size, query_group, offset, lists=HEADS, seed=0, dtype=torch.float64):
@@ -74,7 +82,8 @@ def test_reference_is_the_definition(lists):
 
 @pytest.mark.parametrize("lists", [1, KV_HEADS, HEADS])
 @pytest.mark.parametrize(("n", "m", "block", "group", "offset", "causal"), CASES)
-def test_gather_matches_reference_with_gradients(n, m, block, group, offset, causal, lists):
+def test_gather_matches_reference_with_gradients(schedule, monkeypatch, n, m, block, group, offset, causal, lists):
+    monkeypatch.setattr(key_major, "TILE_ROWS", 50)
     results = {}
     for backend in ("reference", "gather"):
         inputs, layout, valid = random_case(n, m, block, group, offset, lists)
@@ -91,7 +100,37 @@ def test_gather_matches_reference_with_gradients(n, m, block, group, offset, cau
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_gather_gradcheck():
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_logits_may_lie_far_apart(schedule, size):
+    """A row's references are raised where its logits leave the range of exp2, and nothing over- or underflows."""
+    results = {}
+    for backend in ("reference", "gather"):
+        (q, k, v, bias), layout, valid = random_case(127, 127, 8, 1, 0)
+        q, bias = (q * size).detach().requires_grad_(), (bias * size).detach().requires_grad_()
+        out, lse = block_sparse_attention(
+            q, k, v, layout, block_bias=bias, causal=True, key_valid=valid, backend=backend
+        )
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v, bias))
+        results[backend] = (out, lse, *grads)
+    for got, expected in zip(results["gather"], results["reference"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * size)
+
+
+def test_equal_runs_are_bitwise_equal(schedule):
+    (q, k, v, bias), layout, valid = random_case(70, 70, 16, 2, 0, dtype=torch.float32)
+
+    def run():
+        out, lse = block_sparse_attention(
+            q, k, v, layout, block_bias=bias, causal=True, key_valid=valid, backend="gather"
+        )
+        return out, lse, *torch.autograd.grad(out.sum(), (q, k, v, bias))
+
+    first = run()
+    for _ in range(250):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+def test_gather_gradcheck(schedule):
     inputs, layout, valid = random_case(7, 11, 4, 2, 0, KV_HEADS)
 
     def run(q, k, v, bias):
@@ -104,7 +143,7 @@ def test_gather_gradcheck():
 
 
 @pytest.mark.parametrize("backend", ["reference", "gather"])
-def test_padding_may_hold_nan(backend):
+def test_padding_may_hold_nan(schedule, backend):
     inputs, layout, valid = random_case(33, 33, 8, 4, 0)
     clean = block_sparse_attention(*inputs[:3], layout, causal=True, key_valid=valid, backend=backend)
     q, k, v, _ = (x.detach().clone() for x in inputs)
@@ -119,7 +158,7 @@ def test_padding_may_hold_nan(backend):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("backend", ["reference", "gather"])
-def test_low_precision_forward(backend, dtype, tolerance):
+def test_low_precision_forward(schedule, backend, dtype, tolerance):
     inputs, layout, valid = random_case(300, 300, 16, 16, 0, dtype=dtype)
     q, k, v, bias = (x.detach() for x in inputs)
     got, _ = block_sparse_attention(q, k, v, layout, block_bias=bias, key_valid=valid, backend=backend)
@@ -130,7 +169,7 @@ def test_low_precision_forward(backend, dtype, tolerance):
     assert error < tolerance
 
 
-def test_pattern_is_exact():
+def test_pattern_is_exact(schedule):
     """With value = identity the support of the output is the pattern, without any tolerance."""
     (q, k, _, _), layout, valid = random_case(48, 48, 8, 4, 0)
     eye = torch.eye(48, dtype=torch.float64).expand(BATCH, KV_HEADS, 48, 48)

@@ -1,0 +1,133 @@
+"""Queries by lists and keys by blocks: how the plain-torch schedules lay a call out.
+
+A unit is one list, `(batch, list head, query group)`, with the query rows that share it; the block table holds every
+key block of every batch row and key/value head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from astbench_kernels.layout import BlockLayout, ceil_div
+
+LOG2_E = math.log2(math.e)
+"""Logits are kept in powers of two: torch's exp2 is two to three times as fast as its exp."""
+
+
+@dataclass
+class Plan:
+    """Everything about a call but the tensors that need gradients."""
+
+    layout: BlockLayout
+    scale: float
+    causal: bool
+    batch: int
+    kv_heads: int
+    heads_per_list: int
+    blocks: Tensor  # int64 (units, width): rows of the block table
+    slots: Tensor  # bool (units, width): which of them are listed
+    early: Tensor  # bool (units, width): some row of the unit comes before some key of the block
+    starts: Tensor  # int64 (units, width): position of each listed block's first key
+    row_positions: Tensor  # int64 (groups, rows): position of each query row of a unit
+    keys: Tensor  # int64 (block_size,): 0, 1, ...
+    unseen: Tensor | None  # bool (block table, block_size): keys that nobody may see; None where there are none
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a unit."""
+        return self.heads_per_list * self.layout.query_group
+
+    def hidden(self, unit: Tensor, slot: Tensor) -> Tensor:
+        """Bool, broadcastable to `(n, rows, block_size)`: which pairs of listed blocks may not be seen."""
+        hidden = ~self.slots[unit, slot, None, None]
+        if self.unseen is not None:
+            hidden = hidden | self.unseen[self.blocks[unit, slot]].unsqueeze(1)
+        if self.causal:
+            rows = self.row_positions[unit % self.layout.num_groups] - self.starts[unit, slot, None]
+            hidden = hidden | (self.keys > rows.unsqueeze(-1))
+        return hidden
+
+
+def one_list_per_kv_head(layout: BlockLayout, num_heads: int, num_kv_heads: int) -> BlockLayout:
+    """At least; the layout itself when it has one per query head."""
+    return layout if layout.indices.shape[1] in (num_kv_heads, num_heads) else layout.expand_heads(num_kv_heads)
+
+
+def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: bool, key_valid: Tensor | None) -> Plan:
+    """The plan of a call; the layout has a list per head or per key/value head."""
+    batch, num_heads, _, _ = q.shape
+    kv_heads, lists, groups = k.shape[1], layout.indices.shape[1], layout.num_groups
+    width, size = layout.indices.shape[-1], layout.block_size
+    listed = layout.indices.long().masked_fill(~layout.slots, 0)
+    kv_head_of_list = torch.arange(lists, device=q.device) * kv_heads // lists
+    row = torch.arange(batch, device=q.device)[:, None] * kv_heads + kv_head_of_list
+    first = (layout.first_group + torch.arange(groups, device=q.device)) * layout.query_group
+    rows = first[:, None] + torch.arange(layout.query_group, device=q.device)
+    starts = (listed * size).reshape(-1, width)
+    early = torch.zeros_like(starts, dtype=torch.bool)
+    if causal:
+        early = starts + size - 1 > first.repeat(batch * lists)[:, None]
+    unseen = None
+    if key_valid is not None or layout.key_length % size:
+        valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if key_valid is None else key_valid
+        valid = torch.nn.functional.pad(valid, (0, layout.num_blocks * size - layout.key_length)).expand(batch, -1)
+        unseen = ~valid.view(batch, 1, layout.num_blocks, size).expand(-1, kv_heads, -1, -1).reshape(-1, size)
+    return Plan(
+        layout=layout,
+        scale=scale,
+        causal=causal,
+        batch=batch,
+        kv_heads=kv_heads,
+        heads_per_list=num_heads // lists,
+        blocks=(listed + row[:, :, None, None] * layout.num_blocks).reshape(-1, width),
+        slots=layout.slots.reshape(-1, width),
+        early=early,
+        starts=starts,
+        row_positions=rows.repeat(1, num_heads // lists),
+        keys=torch.arange(size, device=q.device),
+        unseen=unseen,
+    )
+
+
+def to_units(x: Tensor, plan: Plan) -> Tensor:
+    """`(batch, heads, query_length, d)` -> `(units, rows, d)`, zeros where a group sticks out of the queries."""
+    layout, lists = plan.layout, plan.layout.indices.shape[1]
+    lead = layout.query_offset % layout.query_group
+    tail = layout.num_groups * layout.query_group - lead - layout.query_length
+    if lead or tail:
+        x = torch.nn.functional.pad(x, (0, 0, lead, tail))
+    x = x.reshape(plan.batch, lists, plan.heads_per_list, layout.num_groups, layout.query_group, x.shape[-1])
+    return x.transpose(2, 3).reshape(-1, plan.rows, x.shape[-1])
+
+
+def from_units(x: Tensor, plan: Plan) -> Tensor:
+    """The inverse of :func:`to_units`."""
+    layout, lists = plan.layout, plan.layout.indices.shape[1]
+    lead = layout.query_offset % layout.query_group
+    x = x.view(plan.batch, lists, layout.num_groups, plan.heads_per_list, layout.query_group, x.shape[-1])
+    x = x.transpose(2, 3).flatten(1, 2).flatten(2, 3)
+    return x[:, :, lead : lead + layout.query_length]
+
+
+def to_blocks(x: Tensor, key_valid: Tensor | None, plan: Plan) -> Tensor:
+    """`(batch, kv_heads, key_length, d)` -> `(block table, block_size * d)`, unseen keys zeroed."""
+    layout = plan.layout
+    if key_valid is not None:
+        # Padding may hold NaN; a zero weight would keep it.
+        x = x.masked_fill(~key_valid[:, None, :, None], 0.0)
+    missing = layout.num_blocks * layout.block_size - layout.key_length
+    if missing:
+        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
+    return x.reshape(-1, layout.block_size * x.shape[-1])
+
+
+def from_blocks(x: Tensor, like: Tensor, key_valid: Tensor | None) -> Tensor:
+    """The inverse of :func:`to_blocks`, in the dtype of `like`; padding gets no gradient."""
+    batch, heads, length, dim = like.shape
+    size = x.shape[1] // dim
+    x = x.view(batch, heads, ceil_div(length, size) * size, dim)[:, :, :length].to(like.dtype)
+    return x if key_valid is None else x.masked_fill(~key_valid[:, None, :, None], 0.0)
