@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from types import FrameType
 
-from astbench.errors import AstbenchError, Terminated
+from astbench.errors import AstbenchError, Stopped, Terminated
 
 LIGHTNING = {
     "fit": "train, evaluate, and leave a record",
@@ -45,10 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return _dispatch(words)
-    except AstbenchError as error:
+    except (AstbenchError, Stopped) as error:
         if debug:
             traceback.print_exc()
-        print(f"astbench: error: {_one_line(error)}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of a run's processes would only repeat it
+            print(f"astbench: error: {_one_line(error)}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output has gone (`astbench list | head`): not an error, and nobody to tell.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,12 +34,12 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "attention_lr"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"--optim.{name} must be above 0, got {value}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--optim.{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"--optim.weight_decay must be 0 or more, got {self.weight_decay}")
         if self.warmup_steps < 0:
             raise ValueError(f"--optim.warmup_steps must be 0 or more, got {self.warmup_steps}")

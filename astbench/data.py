@@ -52,8 +52,10 @@ class StepBatchSampler(Sampler[list[Draw]]):
         self.first_epoch, self.lengths = first_epoch, lengths
 
     def __len__(self) -> int:
-        per_step = self.batch_size * self.trainer.world_size
-        return max(1, self.size // per_step)
+        """Batches of an epoch: whole optimizer steps."""
+        accumulate = self.trainer.accumulate_grad_batches
+        per_step = self.batch_size * self.trainer.world_size * accumulate
+        return max(1, self.size // per_step) * accumulate
 
     def __iter__(self) -> Iterator[list[Draw]]:
         batches = len(self)
@@ -62,7 +64,7 @@ class StepBatchSampler(Sampler[list[Draw]]):
         world, rank = self.trainer.world_size, self.trainer.global_rank
         for batch in range(first, batches):
             start = (batch * world + rank) * self.batch_size
-            # A set smaller than one batch is repeated to fill it.
+            # A set smaller than one step is repeated to fill it.
             picks = [order[i % self.size] for i in range(start, start + self.batch_size)]
             yield [Draw(epoch, example) for example in picks]
 

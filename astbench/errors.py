@@ -43,13 +43,19 @@ class MissingPackageError(AstbenchError):
     exit_code = 7
 
 
-class Terminated(AstbenchError):
+class Stopped(BaseException):
+    """A signal arrived. Like KeyboardInterrupt no Exception: nothing that reports failures may take it for one."""
+
+    exit_code = 1
+
+
+class Terminated(Stopped):
     """SIGTERM arrived."""
 
     exit_code = 143
 
 
-class Interrupted(AstbenchError):
+class Interrupted(Stopped):
     """Ctrl-C (SIGINT) arrived."""
 
     exit_code = 130

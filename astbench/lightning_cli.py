@@ -57,6 +57,17 @@ _TRAINER = {
 }
 
 
+_CUT_SHORT = {
+    "limit_train_batches": "--data.max_train=N",
+    "limit_val_batches": "--data.max_eval=N",
+    "limit_test_batches": "--data.max_eval=N",
+    "limit_predict_batches": "a shorter --data.document",
+    "overfit_batches": "--data.max_train=N",
+    "fast_dev_run": "--trainer.max_steps=3 --data.max_eval=8",
+}
+"""Trainer options that skip samples behind the data module's back, and what says the same openly."""
+
+
 class Parser(LightningArgumentParser):
     """Errors in one line with the nearest option; `--help` leaves the Trainer's hundred options out."""
 
@@ -184,6 +195,12 @@ class CLI(LightningCLI):
             checkpoint_file(options.init_from)
         if self.command == "fit" and options.get("ckpt_path"):
             raise ConfigError("fit goes on with --resume=RUN, or starts from trained weights with --init_from=RUN")
+        for option, instead in _CUT_SHORT.items():
+            value = options.trainer.get(option)
+            # A fraction of 1.0 is everything; the whole number 1 is one batch.
+            everything = value == 0 if option == "overfit_batches" else isinstance(value, float) and value == 1
+            if not (value is None or value is False or everything):
+                raise ConfigError(f"--trainer.{option} would count what it leaves out as done; use {instead}")
         if options.trainer.get("accumulate_grad_batches", 1) < 1:
             raise ConfigError("--trainer.accumulate_grad_batches must be at least 1")
         untrained = not (options.get("ckpt_path") or options.init_from)
@@ -365,8 +382,9 @@ def _fit_configs(found: Selection, task: Task, folder: Path) -> list[str]:
 
 
 def _said(found: Selection, key: str) -> str | None:
-    """The value of an option in argv or the configs, the last one."""
+    """The value of an option GROUP.OPTION in argv or the configs, the last one."""
     value = None
+    group, _, option = key.partition(".")
     for word in found.argv:
         if word.startswith("--config="):
             config: Any = safe_load(Path(word.removeprefix("--config=")).read_text(encoding="utf-8"))
@@ -375,10 +393,20 @@ def _said(found: Selection, key: str) -> str | None:
             value = str(config) if config else value
         elif word.startswith(f"--{key}="):
             value = word.partition("=")[2]
+        elif word.startswith(f"--{group}="):
+            value = _in_group(word.partition("=")[2], option) or value
     for flag, following in zip(found.argv, found.argv[1:], strict=False):
         if flag == f"--{key}":
             value = following
+        elif flag == f"--{group}":
+            value = _in_group(following, option) or value
     return value
+
+
+def _in_group(text: str, option: str) -> str | None:
+    """The value of an option in `{option: value, ...}`."""
+    given = safe_load(text)
+    return str(given[option]) if isinstance(given, dict) and given.get(option) else None
 
 
 def _as_dict(group: Any) -> dict[str, Any]:

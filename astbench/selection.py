@@ -239,6 +239,9 @@ def attention_options(found: Selection, command: str) -> dict[str, Any]:
     Raises:
         ConfigError: another flag, or a value that is not YAML.
     """
+    for kind in KINDS:
+        if getattr(found, kind) is not None:
+            raise ConfigError(f"astbench {command} takes no --{kind}={getattr(found, kind)}")
     options = {}
     for word in (w for w in found.argv if w.startswith("-")):
         option, equals, value = word.partition("=")

@@ -73,9 +73,11 @@ class TaskModule(pl.LightningModule):
     def _load_trained_backbone(self, folder: str) -> None:
         """Weights of another run; the attention's own parameters only when that run had the same attention."""
         assert self.model is not None and self.handle is not None
+        checkpoint = read_checkpoint(folder)
+        same_attention = checkpoint["hyper_parameters"]["attention"]["name"] == self.attention["name"]
         weights = {
             name.removeprefix("model."): value
-            for name, value in read_checkpoint(folder)["state_dict"].items()
+            for name, value in checkpoint["state_dict"].items()
             if name.startswith("model.")
         }
         own = set(self.handle.state_dict())
@@ -84,7 +86,10 @@ class TaskModule(pl.LightningModule):
         wrong = sorted(n for n in wanted if n not in weights or weights[n].shape != mine[n].shape)
         if wrong:
             raise CheckpointError(f"--init_from={folder} was trained on another backbone: {wrong[0]} differs")
-        usable = {n: w for n, w in weights.items() if n in wanted or (n in own and w.shape == mine[n].shape)}
+        fitting = {n for n in own & weights.keys() if same_attention and weights[n].shape == mine[n].shape}
+        if own - fitting:
+            self.handle.notes.append(f"{len(own - fitting)} of the attention's {len(own)} own tensors start anew")
+        usable = {n: w for n, w in weights.items() if n in wanted | fitting}
         self.model.load_state_dict(usable, strict=False)
 
     def _freeze_backbone(self) -> None:

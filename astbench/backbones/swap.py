@@ -24,10 +24,10 @@ WHERE: dict[Pattern, Where] = {
 }
 
 FAMILIES = (
-    "albert bart bert distilbert electra esm gpt2 gpt_neox llama marian mbart mistral "
-    "modernbert opt pegasus qwen3 roberta"
+    "bart bert distilbert electra esm gpt2 gpt_neox llama marian mbart mistral modernbert opt pegasus qwen3 roberta"
 ).split()
-"""Model types known to call the attention interface; others may too, and are probed."""
+"""Model types known to call the attention interface (where windows are an option, configured without); others may
+too, and are probed."""
 
 
 class SwapHandle:
@@ -136,6 +136,10 @@ def swap_attention(
     where = (where,) if isinstance(where, str) else tuple(where)
     if unknown := [w for w in where if w not in WHERE.values()]:
         raise ValueError(f"where={unknown[0]!r} is not one of {', '.join(dict.fromkeys(WHERE.values()))}")
+    if not isinstance(model, PreTrainedModel):
+        raise CapabilityError(f"{type(model).__name__} is no transformers model: there is nothing to attach to")
+    if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(n, int) for n in layers)):
+        raise ValueError(f"layers={layers!r} must be a list of layer numbers")
     config = make_config(name, options or {})
     handle = SwapHandle(model, name, config.as_dict(), where, None if layers is None else tuple(layers))
     _enter(model, handle)
@@ -189,15 +193,25 @@ def _probe_attention(model: PreTrainedModel) -> list[Call]:
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.ones(1, decoder, dtype=torch.long, device=model.device)
-    training, cpu_state = model.training, torch.get_rng_state()
+    training, cpu_state = [m for m in model.modules() if m.training], torch.get_rng_state()
     model.eval()
     try:
         with recorded_calls() as calls:
             model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
-        return calls
+    except (AttributeError, TypeError) as error:
+        raise CapabilityError(
+            f"{type(model).__name__} cannot be probed with token ids ({type(error).__name__}: {error}); models of text "
+            f"are served: {', '.join(FAMILIES)}"
+        ) from error
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         torch.set_rng_state(cpu_state)
+    if len({call.module for call in calls}) < len(calls):
+        raise CapabilityError(
+            f"{type(model).__name__} shares one attention module among its layers; each layer needs its own"
+        )
+    return calls
 
 
 def _takes_cache(model: PreTrainedModel) -> bool:

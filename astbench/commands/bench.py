@@ -22,6 +22,13 @@ def run(words: list[str]) -> int:
     folder, record = _begin(config, words)
     try:
         return _measure(config, names, folder, record)
+    except BaseException as error:
+        from astbench.runs.files import write_json
+        from astbench.runs.folder import RECORD
+
+        ended = {"state": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+        write_json(folder / RECORD, {**record, **ended})
+        raise
     finally:
         folder.close()
 

@@ -6,7 +6,7 @@ import sys
 
 from astbench.backbones.presets import PRESETS
 from astbench.errors import ConfigError
-from astbench.selection import select
+from astbench.selection import attention_options, select
 from astbench.tasks import TASKS
 from astbench_registry import registered
 from astbench_registry.registry import Registered, clashes
@@ -25,13 +25,16 @@ def run(words: list[str]) -> int:
     if found.help:
         print("usage: astbench list [--plugins=FILE.py|MODULE]\n\nEvery attention, task and backbone preset by name.")
         return 0
+    attention_options(found, "list")
     if found.argv:
         raise ConfigError(f"astbench list takes no {found.argv[0]}")
     print("attention       patterns     decode gqa  params layout  paper, or where it comes from")
     for row in registered().values():
         print(_attention(row))
     for name, sources in clashes().items():
-        print(f"  {name:<13} claimed by {' and by '.join(sources)}: only one may stay installed")
+        first, *others = sources
+        what = f"{first}'s own, not {' and '.join(others)}'s" if first == "astbench" else "neither: uninstall one"
+        print(f"  {name:<13} claimed by {' and by '.join(sources)}; --attention={name} is {what}")
     print("\n  patterns: bi bidirectional self, ca causal self (ca*: not strictly causal), xb/xc cross-attention of")
     print("  a bidirectional/causal model; params: has parameters of its own; layout: reports its key blocks")
     print("\ntask")

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from astbench import console
-from astbench.errors import AstbenchError, Interrupted, MissingPackageError, NumericError, Terminated
+from astbench.errors import Interrupted, MissingPackageError, NumericError, Stopped, Terminated
 from astbench.runs.files import write_json
 from astbench.runs.folder import DONE, LAST, METRICS, RECORD, RunFolder
 from astbench.runs.metrics_log import MetricsLogger
@@ -55,6 +55,7 @@ class RunCallback(Callback):
         self._started = time.monotonic()
         self._first_batch: Any = None
         self._train_before = 0.0
+        self._before: dict[str, Any] | None = None
         self._is_writer = True
 
     # -- before and after -------------------------------------------------------------------------------
@@ -64,17 +65,17 @@ class RunCallback(Callback):
         self.record = new_record(self.command, config, config["seed_everything"], words)
         self.record["checkpoint"] = checkpoint
         self._is_writer = writer  # of several processes, one
-        self._remember_earlier()
-        self._write_record()
-
-    def _remember_earlier(self) -> None:
-        """A resumed run's record names the processes before, and counts their time."""
-        before = read_record(self.folder / RECORD)
-        if before is None:
+        self._before = read_record(self.folder / RECORD)
+        if self._before is None:
+            self._write_record()
             return
+        # A resumed run's record names the processes before, and counts their time.
         kept = ("argv", "started", "state", "git", "versions", "hardware", "wall_seconds", "train")
-        self.record["earlier"] = [*before.get("earlier", []), {k: before[k] for k in kept if k in before}]
-        self._train_before = before.get("train", {}).get("wall_seconds", 0.0)
+        earlier = {k: self._before[k] for k in kept if k in self._before}
+        self.record["earlier"] = [*self._before.get("earlier", []), earlier]
+        if "train" in self._before:
+            self.record["train"] = self._before["train"]
+            self._train_before = self._before["train"]["wall_seconds"]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -86,6 +87,9 @@ class RunCallback(Callback):
             self.record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             if "parameters" in self.record:
                 self._write_record()
+            elif self._is_writer and self._before is not None:
+                ended = {key: self.record[key] for key in ("state", "error")}
+                write_json(self.folder / RECORD, {**self._before, **ended})
             elif self._is_writer:
                 self.folder.discard()  # refused before anything ran: leave nothing behind
             raise
@@ -174,18 +178,23 @@ class RunCallback(Callback):
         would leave a checkpoint without them.
         """
         step = trainer.global_step
+        stop = self._anybody_stops(trainer)
         # When and as which step metrics are logged; Lightning restores it one too high.
         trainer.fit_loop.epoch_loop._batches_that_stepped = step
         if step != self._step_before:  # else in the middle of an accumulated step
-            due = self.stop_signal is not None or step % self.checkpoint_every == 0
-            if due and step != self.saved_step:
+            if (stop or step % self.checkpoint_every == 0) and step != self.saved_step:
                 self._save(trainer)
-            if self.stop_signal is not None:
+            if stop:
                 raise self._stopped(step)
-        self._step_before = step
-        self._step_started = time.perf_counter()
+            self._step_before = step
+            self._step_started = time.perf_counter()
 
-    def _stopped(self, step: int) -> AstbenchError:
+    def _anybody_stops(self, trainer: pl.Trainer) -> bool:
+        """Whether a signal reached one of the run's processes: all must save, and stop, at the same step."""
+        stop = self.stop_signal is not None
+        return trainer.strategy.reduce_boolean_decision(stop, all=False) if trainer.world_size > 1 else stop
+
+    def _stopped(self, step: int) -> Stopped:
         plugins = "".join(f" --plugins={plugin}" for plugin in self.record["config"].get("plugins") or [])
         go_on = f"at step {step}; continue with --resume={self.folder.path}{plugins}"
         if self.stop_signal == signal.SIGINT:
@@ -195,8 +204,9 @@ class RunCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the clock."""
-        self.step_seconds.append(time.perf_counter() - self._step_started)
+        """Stop the clock when an optimizer step is done."""
+        if trainer.global_step != self._step_before:
+            self.step_seconds.append(time.perf_counter() - self._step_started)
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.folder / LAST)
@@ -213,7 +223,7 @@ class RunCallback(Callback):
         """The last checkpoint holds the final weights."""
         if trainer.global_step != self.saved_step:
             self._save(trainer)
-        if self.stop_signal is not None:
+        if self._anybody_stops(trainer):
             raise self._stopped(trainer.global_step)
         signal.signal(signal.SIGTERM, _terminate)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -40,7 +40,8 @@ def read_triviaqa(path: str | Path, split: str) -> list[QAExample]:
                 return list(_official_triviaqa(official, folder / "evidence" / "wikipedia"))
     table = _table(folder, split)
     if table is None:
-        looked = f"qa/wikipedia-{split}.json, {_SPLIT_NAMES[split][0]}{{{','.join(_ENDINGS)}}}"
+        names = "|".join(_SPLIT_NAMES[split])
+        looked = f"[qa/]wikipedia-{names}.json, {names}{'|'.join(_ENDINGS)}"
         raise DataError(f"--data.path={folder} has no {split} split; looked for {looked}")
     return [triviaqa_row(row, where) for where, row in _rows(table)]
 

@@ -40,7 +40,7 @@ SHORTEST_TILE = 16
 
 
 def _is_key_major(layout: BlockLayout, rows: int, tables: int) -> bool:
-    met = int(layout.counts.sum()) * rows / (tables * layout.num_blocks)
+    met = int(layout.counts.sum()) * rows / max(1, tables * layout.num_blocks)
     return rows < KEY_MAJOR_BELOW * layout.block_size and met >= SHORTEST_TILE
 
 

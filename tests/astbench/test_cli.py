@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,9 +15,11 @@ import torch
 import yaml
 
 from astbench.backbones.presets import PRESETS
+from astbench.lightning_cli import _said
 from astbench.runs.checkpoints import read_checkpoint
 from astbench.runs.folder import CONFIG, DONE, LAST, MANIFEST, METRICS, PREVIOUS, RECORD
 from astbench.runs.record import SCHEMA
+from astbench.selection import select
 from astbench.tasks import TASKS
 from tests.astbench.conftest import DEMO, NAMES, PLUGIN
 
@@ -149,6 +152,38 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     assert records[0]["data"] == records[1]["data"]
 
 
+def test_sigterm_stops_all_processes_at_one_step(tmp_path):
+    words = ["fit", *NAMES, *DEMO, "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.max_steps=5000"]
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "astbench", *words, f"--run_dir={folder}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        started = time.monotonic()
+        while not ((folder / METRICS).exists() and len((folder / METRICS).read_text().splitlines()) > 3):
+            assert process.poll() is None and time.monotonic() - started < 120
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    errors = [line for line in err.splitlines() if "error" in line]
+    assert len(errors) == 1 and "terminated by SIGTERM at step" in errors[0], err
+    record = record_of(folder)
+    assert record["state"] == "terminated"
+    assert record["train"]["steps"] == read_checkpoint(folder)["global_step"] > 0
+
+
+@pytest.mark.parametrize("words", [["--data.source=local"], ["--data", "{source: local}"], ["--data={source: local}"]])
+def test_the_demos_settings_stay_with_the_demo(words):
+    assert _said(select([*NAMES, *words]), "data.source") == "local"
+
+
 def test_processes_from_outside_need_a_folder(astbench, here, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     assert_refused(astbench(*FIT), 2, "name it with --run_dir=FOLDER")
@@ -232,6 +267,11 @@ REFUSALS = {
     "wrong type": ([*FIT, "--attention.block_size=abc"], 2, "--attention.block_size must be of type int, got abc"),
     "bad value": ([*FIT, "--attention.block_size=0"], 2, "--attention.block_size must be at least 1"),
     "bad learning rate": ([*FIT, "--optim.lr=-1"], 2, "--optim.lr must be above 0"),
+    "learning rate that is no number": ([*FIT, "--optim.lr=.nan"], 2, "--optim.lr must be above 0, got nan"),
+    "evaluation cut short": ([*FIT, "--trainer.limit_val_batches=1"], 2, "limit_val_batches", "--data.max_eval=N"),
+    "training cut short": ([*FIT, "--trainer.limit_train_batches=0"], 2, "use --data.max_train=N"),
+    "trial run": ([*FIT, "--trainer.fast_dev_run=true"], 2, "fast_dev_run", "--trainer.max_steps=3"),
+    "list of one": (["list", "--attention=ast"], 2, "astbench list takes no --attention=ast"),
     "bad batch size": ([*FIT, "--data.batch_size=0"], 2, "--data.batch_size must be at least 1, got 0"),
     "bad limit": ([*FIT, "--data.max_train=-1"], 2, "--data.max_train must be at least 1, got -1"),
     "bad share": ([*FIT, "--data.negative_share=1.5"], 2, "--data.negative_share must be between 0 and 1"),
@@ -593,6 +633,9 @@ def test_init_from_puts_the_weights_into_another_attention(astbench, here, run):
     # At full density ast is dense: the same function of the same weights.
     assert record_of(here / "dense")["metrics"] == record_of(here / "full")["metrics"]
     assert record_of(here / "dense")["parameters"]["attention"] == 0
+    other = astbench(*words, "--attention=ast", "--attention.rank=3", "--run_dir=other")
+    assert other.code == 0, other.err
+    assert "6 of the attention's 9 own tensors start anew" in record_of(here / "other")["notes"]
 
 
 def test_init_from_another_backbone_is_refused(astbench, here, run):

@@ -40,6 +40,14 @@ def test_accumulation_counts_batches_not_steps():
     assert run(20 - 5, accumulate=2, start=5) == whole[10:]
 
 
+def test_an_epoch_is_made_of_whole_steps():
+    assert len(list(sampler(accumulate=4))) == 8  # of 10 batches: two are left for the next epochs
+    assert len(list(sampler(accumulate=20))) == 20  # a set smaller than a step is repeated
+    starts = [batch[0] for step in (1, 2) for batch in sampler(accumulate=4, step=step)][:1]
+    assert starts == [list(sampler(accumulate=4))[4][0]]
+    assert run(6, accumulate=4)[8:16] == run(2, accumulate=4, start=2)
+
+
 def test_an_epoch_shows_each_example_at_most_once_and_all_but_a_rest():
     batches = list(sampler())
     assert len(batches) == SIZE // BATCH

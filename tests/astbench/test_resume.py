@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from astbench.runs.checkpoints import read_checkpoint
-from astbench.runs.folder import DONE, LAST, METRICS, RECORD
+from astbench.runs.folder import CONFIG, DONE, LAST, METRICS, RECORD
 from tests.astbench.conftest import DEMO, NAMES
 
 STEPS, EVERY = 12, 3
@@ -163,6 +163,33 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(run, tmp_path):
     assert out.splitlines()[-1] == f"astbench: error: interrupted at step 2; continue with --resume={folder}"
     assert read_checkpoint(folder / LAST)["global_step"] == 2
     assert json.loads((folder / RECORD).read_text())["state"] == "interrupted"
+
+
+def test_a_resume_that_fails_says_so_and_loses_no_time(run, tmp_path):
+    folder = tmp_path / "run"
+    run([*FIT, f"--run_dir={folder}"], ("on_train_batch_start", 7, signal.SIGTERM))
+    stopped = json.loads((folder / RECORD).read_text())
+    config = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(config.replace("source: demo", "source: local").replace("path: ''", "path: /gone"))
+    code, out = run(["fit", f"--resume={folder}"])
+    assert code == 3, out
+    failed = json.loads((folder / RECORD).read_text())
+    assert failed["state"] == "failed" and "/gone" in failed["error"]
+    assert failed["train"] == stopped["train"] and failed["train"]["wall_seconds"] > 0
+    (folder / CONFIG).write_text(config)
+    # Killed before its first checkpoint, it loses nothing of the time before either.
+    run(["fit", f"--resume={folder}"], ("on_train_batch_start", 1, signal.SIGKILL))
+    assert run(["fit", f"--resume={folder}"])[0] == 0
+    record = json.loads((folder / RECORD).read_text())
+    assert len(record["earlier"]) == 2
+    assert record["train"]["wall_seconds"] > stopped["train"]["wall_seconds"]
+
+
+def test_steps_are_timed_whole(run, tmp_path):
+    words = [*FIT, "--trainer.accumulate_grad_batches=3", "--trainer.max_steps=4", f"--run_dir={tmp_path / 'run'}"]
+    assert run(words)[0] == 0
+    train = json.loads((tmp_path / "run" / RECORD).read_text())["train"]
+    assert train["steps"] == train["steps_timed"] == 4
 
 
 @pytest.mark.slow

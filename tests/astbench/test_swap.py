@@ -5,7 +5,14 @@ from typing import ClassVar
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 
 from astbench.backbones.swap import FAMILIES, swap_attention
 from astbench_registry import (
@@ -271,6 +278,31 @@ def test_a_family_without_the_interface_is_refused_with_those_that_have_it(famil
     assert ", ".join(FAMILIES) in reason
 
 
+def test_layers_that_share_their_attention_are_refused():
+    albert = tiny_model("albert", AutoModelForMaskedLM, **_WIDE, embedding_size=12)
+    assert "shares one attention module among its layers" in refused(albert)
+
+
+def test_what_is_no_text_model_is_refused():
+    with pytest.raises(CapabilityError, match="Linear is no transformers model"):
+        swap_attention(torch.nn.Linear(2, 2), "dense")
+    vit = AutoModel.from_config(AutoConfig.for_model("vit", **_WIDE, image_size=8, patch_size=4))
+    with pytest.raises(CapabilityError, match="ViTModel cannot be probed with token ids"):
+        swap_attention(vit, "dense")
+
+
+def test_parts_stay_in_the_mode_they_were_in():
+    model = tiny_model("bert").train()
+    model.bert.embeddings.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    swap_attention(model, "dense")
+    after = {name: module.training for name, module in model.named_modules() if name in before}
+    assert after == before
+
+
+_WIDE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
 def test_t5_position_bias_is_refused():
     settings = {"d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4}
     model = tiny_model("t5", AutoModelForSeq2SeqLM, **settings, decoder_start_token_id=0)
@@ -322,6 +354,8 @@ def test_nothing_to_attach_to_is_refused(choice):
         ({"where": "decoder"}, "where='decoder' is not one of encoder_self, decoder_self, cross"),
         ({"layers": [0, 7]}, "there is no layer 7, only 0 to 2"),
         ({"layers": [-1]}, "there is no layer -1"),
+        ({"layers": 1}, "layers=1 must be a list of layer numbers"),
+        ({"layers": ["0"]}, "must be a list of layer numbers"),
     ],
 )
 def test_places_and_layers_that_do_not_exist_are_refused(choice, part):
