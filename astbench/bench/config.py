@@ -18,6 +18,8 @@ class BenchConfig:
     Args:
         attention: Names, separated by commas; `all` for every registered one. `dense` is always measured too.
         lengths: Tokens per sequence.
+        densities: Measure attentions that take a density at each of these, under names like `ast 0.125`; empty for
+            their own default. The kernel alone is timed beside the layer.
         pattern: bidirectional_self or causal_self.
         batch: Sequences.
         heads: Query heads.
@@ -37,6 +39,7 @@ class BenchConfig:
 
     attention: str = "all"
     lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096, 8192, 16384])
+    densities: list[float] = field(default_factory=list)
     pattern: Pattern = "bidirectional_self"
     batch: int = 1
     heads: int = 8
@@ -63,5 +66,7 @@ class BenchConfig:
                 raise ConfigError(f"--{name} must be above 0, got {getattr(self, name)}")
         if not self.lengths or min(self.lengths) < 1:
             raise ConfigError(f"--lengths must be positive whole numbers, got {self.lengths}")
+        if any(not 0 < density <= 1 for density in self.densities):
+            raise ConfigError(f"--densities must be above 0 and at most 1, got {self.densities}")
         if self.kv_heads < 0 or self.heads % (self.kv_heads or self.heads):
             raise ConfigError(f"--kv_heads must divide --heads={self.heads}, got {self.kv_heads}")

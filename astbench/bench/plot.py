@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from astbench.bench.layers import MODES, medians, peaks
+from astbench.bench.layers import MODES, crossover, medians, peaks
 
 
 def draw_curves(file: Path, cells: list[dict[str, Any]], title: str) -> None:
-    """Seconds and bytes over length, forward and training, both axes logarithmic; `dense` in black."""
+    """Seconds and bytes over length, forward and training, both axes logarithmic.
+
+    `dense` is black; a dashed line stands where a curve crosses it for good.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -23,6 +26,9 @@ def draw_curves(file: Path, cells: list[dict[str, Any]], title: str) -> None:
                 points = of(cells, name, mode)
                 style = {"color": "black", "linewidth": 2.5} if name == "dense" else {"linestyle": "-:"[number % 2]}
                 axes.plot(list(points), list(points.values()), marker="o", markersize=3, label=name, **style)
+                crossing = crossover(cells, name, mode) if of is medians else None
+                if crossing:
+                    axes.axvline(crossing, color=axes.lines[-1].get_color(), linewidth=0.7, linestyle="--")
             axes.set_xscale("log", base=2)
             if any(of(cells, name, mode) for name in names):
                 axes.set_yscale("log")

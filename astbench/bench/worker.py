@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from astbench_kernels import BlockLayout, block_sparse_attention
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention, load_plugin
+from astbench_registry.interface import AttentionStats
 
 LONG_CALL = 5.0
 """Seconds; a first call that takes longer is itself counted, since a warm-up would change little."""
@@ -29,9 +31,10 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     Args:
         cell: attention, options, pattern, batch, heads, kv_heads, head_dim, length, dtype, repeats, seed.
 
-    Returns: `forward` and `training`, each with `seconds` (a list) and `peak_bytes` above what was there before;
-        `flops` as declared, `parameters`, `backend`. Training runs in training mode, the attention's own losses
-        included. A mode that fails holds `error` instead.
+    Returns: `forward` and `training`, each with `seconds` (a list) and `peak_bytes` above what was there before; for
+        attentions that choose key blocks also `kernel` and `kernel_training`, the same without the choice; `flops`
+        as declared, `parameters`, `backend`, and `density`, the share of the visible pairs that was computed.
+        Training runs in training mode, the attention's own losses included. A mode that fails holds `error` instead.
     """
     torch.manual_seed(cell["seed"])
     dtype = getattr(torch, cell["dtype"])
@@ -71,8 +74,18 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in module.parameters()),
         "flops": module.flops(batch, length, length, mask),
         "state_size": module.state_size(length),
-        "backend": backend(module, inputs(min(length, 64)), mask),
     }
+    layout = None
+    try:
+        found |= what_runs(module, inputs(min(length, 64)), mask)
+        if module.config.can.yields_layout:
+            tensors, hidden = inputs(length)
+            stats = statistics(module, tensors, hidden, mask)
+            assert stats is not None
+            found["density"] = float(stats.density.mean())
+            layout = stats.layout
+    except (RuntimeError, MemoryError) as error:
+        return {**found, "forward": {"error": refusal(error)}}
     for mode, training in (("forward", False), ("training", True)):
         module.train(training)
         run(min(length, 64), training)()  # what is loaded and compiled at the first call
@@ -80,16 +93,40 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
             found[mode] = clock(run(length, training), cell["repeats"])
         except (RuntimeError, MemoryError, ValueError) as error:
             found[mode] = {"error": refusal(error)}
-            break  # training needs more of everything
+            return found  # training needs more of everything
+    if layout is not None:
+        for mode, training in (("kernel", False), ("kernel_training", True)):
+            found[mode] = clock(kernel(inputs(length)[0], layout, mask, found["backend"], training), cell["repeats"])
     return found
 
 
-def backend(module: nn.Module, sample: tuple[list[Tensor], Tensor], mask: AttentionMask) -> str:
-    """What runs, by the statistics of a small call."""
-    tensors, hidden = sample
-    with torch.no_grad():
-        stats = module.eval()(*tensors, mask, context=AttentionContext(listen=True, hidden_states=hidden)).stats
-    return stats.backend if stats is not None else ""
+def kernel(
+    tensors: list[Tensor], layout: BlockLayout, mask: AttentionMask, backend: str, training: bool
+) -> Callable[[], Tensor]:
+    """A call of the block-sparse kernel on given lists."""
+    q, k, v = (x.requires_grad_(training) for x in tensors)
+    grad = torch.randn_like(q)
+
+    def call() -> Tensor:
+        with torch.set_grad_enabled(training):
+            out, _ = block_sparse_attention(q, k, v, layout, causal=mask.causal, backend=backend)
+        return torch.autograd.grad(out, (q, k, v), grad)[0] if training else out
+
+    return call
+
+
+def what_runs(module: nn.Module, sample: tuple[list[Tensor], Tensor], mask: AttentionMask) -> dict[str, str]:
+    """The backend, by the statistics of a small call."""
+    stats = statistics(module, *sample, mask)
+    return {"backend": stats.backend if stats is not None else ""}
+
+
+@torch.no_grad()
+def statistics(module: nn.Module, tensors: list[Tensor], hidden: Tensor, mask: AttentionMask) -> AttentionStats | None:
+    """What the attention says of a call."""
+    context = AttentionContext(listen=True, hidden_states=hidden)
+    stats: AttentionStats | None = module.eval()(*tensors, mask, context=context).stats
+    return stats
 
 
 def clock(call: Callable[[], Tensor], repeats: int) -> dict[str, Any]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from astbench.bench.config import BenchConfig
 from astbench.console import say
 from astbench.errors import ConfigError
 from astbench.explain import explain
+
+if TYPE_CHECKING:
+    from astbench.bench.layers import Entry
 
 
 def run(words: list[str]) -> int:
@@ -18,10 +21,10 @@ def run(words: list[str]) -> int:
     config = _parse(words)
     from astbench.bench import layers
 
-    names = layers.chosen(config, say)
+    entries = layers.chosen(config, say)
     folder, record = _begin(config, words)
     try:
-        return _measure(config, names, folder, record)
+        return _measure(config, entries, folder, record)
     except BaseException as error:
         from astbench.runs.files import write_json
         from astbench.runs.folder import RECORD
@@ -33,9 +36,10 @@ def run(words: list[str]) -> int:
         folder.close()
 
 
-def _measure(config: BenchConfig, names: list[str], folder: Any, record: dict[str, Any]) -> int:
+def _measure(config: BenchConfig, entries: list[Entry], folder: Any, record: dict[str, Any]) -> int:
     from astbench.bench import layers
 
+    names = list(dict.fromkeys(entry.name for entry in entries))
     say(f"{len(names)} attentions, {config.pattern}, {config.heads} heads of {config.head_dim}, {config.dtype}")
     say("conformance first: what fails is not timed")
     gates = {name: layers.red(name, config) for name in names}
@@ -44,9 +48,9 @@ def _measure(config: BenchConfig, names: list[str], folder: Any, record: dict[st
         say(f"  {name}: {why}")
     if "dense" in red:
         raise ConfigError("dense, which all others are compared with, fails its conformance suite")
-    green = [name for name in names if name not in red]
+    green = [entry for entry in entries if entry.name not in red]
     cells = layers.measure(config, green, say)
-    text = report(cells, green)
+    text = report(cells, [entry.label for entry in green])
     say(text)
     _end(folder, record, config, cells, red, text)
     return 1 if red else 0
@@ -122,7 +126,10 @@ def report(cells: list[dict[str, Any]], names: list[str]) -> str:
             fits = (layers.exponent(times), layers.exponent(peaks))
             growth, memory = ("-" if fit is None else f"{fit:.2f}" for fit in fits)
             verdict = "" if name == "dense" else layers.against_dense(cells, name, mode)
+            if crossing := layers.crossover(cells, name, mode):
+                verdict += f" (curves cross at about {crossing:,.0f})"
             lines.append(f"{name:<14}{values}{growth:>8}{memory:>15}  {verdict}")
+    lines += _efficiency(cells, names, lengths)
     missing = [
         f"  {cell['attention']} at {cell['length']:,}, {mode}: {found['why']}"
         for cell in cells
@@ -130,3 +137,25 @@ def report(cells: list[dict[str, Any]], names: list[str]) -> str:
         if "why" in (found := layers.summary(cell, mode))
     ]
     return "\n".join([*lines, *(["", "not measured:", *missing] if missing else [])])
+
+
+def _efficiency(cells: list[dict[str, Any]], names: list[str], lengths: list[int]) -> list[str]:
+    """R of kernel and layer, and what choosing costs, for attentions that compute part of the pairs."""
+    from astbench.bench import layers
+
+    head = "".join(f"{n:>10,}" for n in lengths)
+    lines = ["", "R = time / (density x time of dense), 1 is ideal; choosing: share of the layer outside the kernel"]
+    lines.append(f"{'':<14}{'':<18}{head}")
+    for name in names:
+        density = {c["length"]: c["density"] for c in cells if c["attention"] == name and "density" in c}
+        rows = {"density": density}
+        rows |= {f"R {_WORDS[mode]}": layers.ratio(cells, name, mode) for mode in _WORDS}
+        rows |= {f"choosing {_WORDS[mode]}": layers.choosing(cells, name, mode) for mode in layers.MODES}
+        for what, values in rows.items():
+            if values:
+                shown = "".join(f"{values[n]:>10.2f}" if n in values else f"{'-':>10}" for n in lengths)
+                lines.append(f"{name if what == 'density' else '':<14}{what:<18}{shown}")
+    return lines if len(lines) > 3 else []
+
+
+_WORDS = {"kernel": "kernel", "kernel_training": "kernel+back", "forward": "forward", "training": "training"}

@@ -12,6 +12,8 @@ from astbench.errors import ConfigError
 
 SMALL = ["--lengths=[64]", "--heads=2", "--head_dim=8", "--rounds=1", "--repeats=2"]
 
+DENSE = layers.Entry("dense", "dense", {})
+
 LEAKY = '''
 from dataclasses import dataclass
 from typing import ClassVar
@@ -66,14 +68,41 @@ def test_the_verdict_against_dense(own, words):
     assert layers.against_dense(found, "other", "forward") == words
 
 
+def test_r_the_share_of_choosing_and_the_crossover():
+    found = cells({"dense": {512: 1.0, 1024: 4.0, 4096: 64.0}, "ast 0.25": {512: 2.0, 1024: 2.0, 4096: 32.0}})
+    for cell in found[3:]:
+        cell |= {"density": 0.25, "kernel": {"seconds": [cell["forward"]["seconds"][0] * 0.75], "peak_bytes": 0}}
+    assert layers.ratio(found, "ast 0.25", "forward") == {512: 8.0, 1024: 2.0, 4096: 2.0}
+    assert layers.ratio(found, "ast 0.25", "kernel") == {512: 6.0, 1024: 1.5, 4096: 1.5}
+    assert layers.ratio(found, "dense", "forward") == {}
+    assert layers.choosing(found, "ast 0.25", "forward") == {512: 0.25, 1024: 0.25, 4096: 0.25}
+    # At 512 twice as slow, at 1,024 twice as fast: equal half way in log-log.
+    assert layers.crossover(found, "ast 0.25", "forward") == pytest.approx(512 * 2**0.5)
+    assert layers.crossover(found, "dense", "forward") is None
+
+
+def test_attentions_that_take_a_density_are_measured_at_each(astbench, tmp_path):
+    folder = tmp_path / "bench"
+    words = ["--lengths=[64,128]", "--densities=[0.5,0.25]", "--options={ast: {min_blocks: 1, block_size: 8, query_group: 8}}"]
+    done = astbench("bench", "--attention=ast,local", *SMALL, *words, f"--run_dir={folder}")
+    assert done.code == 0, done.err
+    record = json.loads((folder / "record.json").read_text())
+    assert {c["attention"] for c in record["cells"]} == {"dense", "ast 0.5", "ast 0.25", "local"}
+    for cell in record["cells"]:
+        assert ("kernel_training" in cell) == ("density" in cell) == cell["attention"].startswith("ast")
+    densities = {c["attention"]: c["density"] for c in record["cells"] if "density" in c and c["length"] == 128}
+    assert densities["ast 0.25"] < densities["ast 0.5"] < 1
+    assert "R kernel+back" in done.out and "choosing forward" in done.out
+
+
 def test_long_cells_are_left_out_by_the_length_before(monkeypatch):
-    def slow(config, name, length):
+    def slow(config, entry, length):
         found = {"seconds": [length**2 / 1e6], "peak_bytes": 0}
         return {"forward": found, "training": found}
 
     monkeypatch.setattr(layers, "_run", slow)
     config = BenchConfig(lengths=[1000, 2000, 4000], max_seconds=5, rounds=1)
-    found = layers.measure(config, ["dense"], lambda line: None)
+    found = layers.measure(config, [DENSE], lambda line: None)
     assert [layers.summary(c, "forward").get("median") for c in found] == [1.0, 4.0, None]
     assert layers.summary(found[2], "forward")["why"] == "a call would take about 16 s (--max_seconds)"
 
@@ -81,12 +110,12 @@ def test_long_cells_are_left_out_by_the_length_before(monkeypatch):
 def test_what_fails_once_is_not_tried_at_longer_lengths(monkeypatch):
     tried = []
 
-    def dying(config, name, length):
+    def dying(config, entry, length):
         tried.append(length)
         return {"died": "out of memory"}
 
     monkeypatch.setattr(layers, "_run", dying)
-    layers.measure(BenchConfig(lengths=[10, 20], rounds=2), ["dense"], lambda line: None)
+    layers.measure(BenchConfig(lengths=[10, 20], rounds=2), [DENSE], lambda line: None)
     assert tried == [10]
 
 
@@ -143,6 +172,7 @@ def test_what_fails_conformance_is_not_timed(astbench, plugin_file, tmp_path):
         (["--lengths=[0]"], "--lengths must be positive whole numbers"),
         (["--kv_heads=3"], "--kv_heads must divide --heads=8, got 3"),
         (["--dtype=int8"], "--dtype must be one of"),
+        (["--densities=[0]"], "--densities must be above 0 and at most 1"),
         (["--attention=local", "--options={ast: {}}"], "--options speaks of ast"),
         (["--attention=local", "--options={local: {window: 0}}"], "--attention.window must be at least 1 key"),
     ],
