@@ -81,17 +81,19 @@ def test_r_the_share_of_choosing_and_the_crossover():
     assert layers.crossover(found, "dense", "forward") is None
 
 
-def test_attentions_that_take_a_density_are_measured_at_each(astbench, tmp_path):
+def test_attentions_that_take_a_density_are_measured_at_each(astbench, tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "red", lambda *_: "")
     folder = tmp_path / "bench"
-    words = ["--lengths=[64,128]", "--densities=[0.5,0.25]", "--options={ast: {min_blocks: 1, block_size: 8, query_group: 8}}"]
-    done = astbench("bench", "--attention=ast,local", *SMALL, *words, f"--run_dir={folder}")
+    options = "--options={random_topk: {min_blocks: 1, block_size: 8, query_group: 8}}"
+    words = ["--lengths=[128]", "--densities=[0.5,0.25]", options]
+    done = astbench("bench", "--attention=random_topk", *SMALL, *words, f"--run_dir={folder}")
     assert done.code == 0, done.err
     record = json.loads((folder / "record.json").read_text())
-    assert {c["attention"] for c in record["cells"]} == {"dense", "ast 0.5", "ast 0.25", "local"}
+    assert {c["attention"] for c in record["cells"]} == {"dense", "random_topk 0.5", "random_topk 0.25"}
     for cell in record["cells"]:
-        assert ("kernel_training" in cell) == ("density" in cell) == cell["attention"].startswith("ast")
-    densities = {c["attention"]: c["density"] for c in record["cells"] if "density" in c and c["length"] == 128}
-    assert densities["ast 0.25"] < densities["ast 0.5"] < 1
+        assert ("kernel_training" in cell) == ("density" in cell) == cell["attention"].startswith("random")
+    densities = {c["attention"]: c["density"] for c in record["cells"] if "density" in c}
+    assert densities["random_topk 0.25"] < densities["random_topk 0.5"] < 1
     assert "R kernel+back" in done.out and "choosing forward" in done.out
 
 
