@@ -9,6 +9,7 @@ of the keys for every group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,16 +126,18 @@ class _GatherAttention(torch.autograd.Function):
         bias = None if block_bias is None else block_bias.detach().flatten(0, 2).to(compute) * LOG2_E
         out = queries.new_zeros(len(queries), plan.rows, v.shape[-1])
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=compute, device=q.device)
+        scratch = _Scratch(queries)
         for units, width in _chunks_of(plan, k):
             index = plan.blocks[units, :width].reshape(-1)
-            weights = _logits(queries[units], _gather(keys, index, k, plan, units), plan, units, width, bias)
+            key = scratch.gather("key", keys, index, units, k.shape[-1])
+            weights = _logits(queries[units], key, plan, units, width, bias, scratch)
             # Rows that see nothing: weights 0, log-sum-exp log 0 = -inf; no NaN on the way.
             highest = weights.amax(-1, keepdim=True)
             highest.masked_fill_(highest == -torch.inf, 0.0)
             weights.sub_(highest).exp2_()
             total = weights.sum(-1, keepdim=True)
             lse[units] = (highest + total.log2()).squeeze(-1)
-            torch.bmm(weights, _gather(values, index, v, plan, units), out=out[units])
+            torch.bmm(weights, scratch.gather("key", values, index, units, v.shape[-1]), out=out[units])
             out[units].div_(total.clamp_(min=torch.finfo(compute).tiny))
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.plan = plan
@@ -157,19 +160,21 @@ class _GatherAttention(torch.autograd.Function):
         # d logits = P * (dP - delta + d lse), delta = rowsum(dO * O)
         shift = (d_out * out).sum(-1, keepdim=True) - d_lse
         known_lse = lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)  # rows that see nothing: exp(-inf - 0) = 0
+        scratch = _Scratch(queries)
         for units, width in _chunks_of(plan, k):
             index = plan.blocks[units, :width].reshape(-1)
-            key = _gather(keys, index, k, plan, units)
-            weights = _logits(queries[units], key, plan, units, width, bias)
+            key = scratch.gather("key", keys, index, units, k.shape[-1])
+            weights = _logits(queries[units], key, plan, units, width, bias, scratch)
             weights.sub_(known_lse[units]).exp2_()
-            d_value = torch.bmm(weights.transpose(1, 2), d_out[units])
+            d_value = scratch.bmm("product", weights.transpose(1, 2), d_out[units])
             d_values.index_add_(0, index, d_value.view(len(index), -1))
-            d_logits = torch.bmm(d_out[units], _gather(values, index, v, plan, units).transpose(1, 2))
+            value = scratch.gather("value", values, index, units, v.shape[-1])
+            d_logits = scratch.bmm("d_logits", d_out[units], value.transpose(1, 2))
             d_logits.sub_(shift[units]).mul_(weights)
             if d_bias is not None:
                 d_bias[units, :width] = d_logits.sum(1).view(-1, width, plan.layout.block_size).sum(-1)
             torch.bmm(d_logits, key, out=d_queries[units])
-            d_key = torch.bmm(d_logits.transpose(1, 2), queries[units])
+            d_key = scratch.bmm("product", d_logits.transpose(1, 2), queries[units])
             d_keys.index_add_(0, index, d_key.view(len(index), -1))
         return (
             from_units(d_queries.mul_(plan.scale), plan).to(q.dtype),
@@ -188,15 +193,35 @@ def _chunks_of(plan: Plan, k: Tensor) -> Iterator[tuple[slice, int]]:
     return _chunks(plan.layout.counts.flatten().tolist(), bytes_per_block)
 
 
-def _gather(blocks: Tensor, index: Tensor, like: Tensor, plan: Plan, units: slice) -> Tensor:
-    """`(units, keys, d)`: the listed rows of a block table, wide enough to compute with."""
-    rows = blocks.index_select(0, index).view(units.stop - units.start, -1, like.shape[-1])
-    return rows.to(torch.promote_types(like.dtype, torch.float32))
+class _Scratch:
+    """Memory that every chunk of a call uses again: fresh pages cost as much as the work on them."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._flat: dict[str, Tensor] = {}
+
+    def _take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if name not in self._flat or self._flat[name].numel() < size:
+            self._flat[name] = self._like.new_empty(size, dtype=dtype)
+        return self._flat[name][:size].view(shape)
+
+    def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """torch.bmm."""
+        return torch.bmm(a, b, out=self._take(name, a.dtype, a.shape[0], a.shape[1], b.shape[2]))
+
+    def gather(self, name: str, blocks: Tensor, index: Tensor, units: slice, dim: int) -> Tensor:
+        """`(units, keys, dim)`: the listed rows of a block table, wide enough to compute with."""
+        rows = self._take(name, blocks.dtype, len(index), blocks.shape[1])
+        torch.index_select(blocks, 0, index, out=rows)
+        return rows.view(units.stop - units.start, -1, dim).to(self._like.dtype)
 
 
-def _logits(queries: Tensor, key: Tensor, plan: Plan, units: slice, width: int, bias: Tensor | None) -> Tensor:
+def _logits(
+    queries: Tensor, key: Tensor, plan: Plan, units: slice, width: int, bias: Tensor | None, scratch: _Scratch
+) -> Tensor:
     """`(units, rows, keys)` in powers of two, -inf where a pair may not be seen."""
-    logits = torch.bmm(queries, key.transpose(1, 2))
+    logits = scratch.bmm("logits", queries, key.transpose(1, 2))
     if bias is not None:
         tiles = logits.view(len(queries), plan.rows, width, plan.layout.block_size)
         tiles += bias[units, None, :width, None]
