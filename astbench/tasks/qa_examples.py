@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -27,4 +27,4 @@ class QAExample:
     context: str
     title: str = ""
     answer_starts: tuple[int, ...] | None = None
-    article: int = 0
+    article: int = field(default=0, repr=False)

@@ -236,7 +236,10 @@ class Attention(nn.Module):
         return None
 
     def state_size(self, key_length: int) -> int | None:
-        """Numbers that decoding keeps per sequence after `key_length` tokens; None when not declared."""
+        """Numbers that decoding needs per sequence after `key_length` tokens by the paper; None when not declared.
+
+        Decoding here is given the full KV cache by the backbone, whatever the method needs of it.
+        """
         return None
 
     def kv_cache_size(self, key_length: int) -> int:

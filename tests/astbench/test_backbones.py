@@ -17,7 +17,7 @@ from astbench.backbones.load import (
     max_positions,
 )
 from astbench.backbones.presets import DEFAULT_FAMILY, PRESETS, BackboneConfig, resolve_preset
-from astbench.errors import CheckpointError, ConfigError, DataError
+from astbench.errors import CheckpointError, ConfigError, DataError, NameOrPluginError
 from astbench.tasks import qa_demo
 from astbench.tokenizers import load_tokenizer, train_tokenizer
 from tests.astbench.conftest import tiny_model
@@ -74,7 +74,7 @@ def test_default_families_have_the_short_names():
     ],
 )
 def test_unknown_names_are_refused(name, message):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises((ConfigError, NameOrPluginError)) as caught:
         locate(BackboneConfig(name))
     assert message in str(caught.value)
 

@@ -158,7 +158,7 @@ def test_lengths_are_refused_with_the_flag():
     ("options", "expected"),
     [
         ({"k": 0}, "--attention.k must be at least 1 row, got 0"),
-        ({"sharing": "layerwise"}, "--attention.sharing must be none, headwise or key_value, got 'layerwise'"),
+        ({"sharing": "layerwise"}, "--attention.sharing must be one of none, headwise, key_value, got 'layerwise'"),
         ({"max_length": 0}, "--attention.max_length must be at least 1 token, got 0"),
     ],
 )

@@ -61,8 +61,8 @@ def meetings(buckets, valid, size, *, causal, attend_across_buckets=True):
 
 
 def oracle(q, v, number, valid, *, scale=DIM**-0.5, allow_duplicate_attention=False):
-    """One softmax over all pairs that meet, unit keys, oneself only if nobody else is there."""
-    k = q / q.norm(dim=-1, keepdim=True)
+    """One softmax over all pairs that meet, keys as long as sqrt(d), oneself only if nobody else is there."""
+    k = q / q.norm(dim=-1, keepdim=True) * q.shape[-1] ** 0.5
     times = number.double() if allow_duplicate_attention else (number > 0).double()
     alone = torch.diag_embed((number > 0).sum(-1) == 1)
     times = torch.where(torch.eye(q.shape[2], dtype=torch.bool), 0.0, times) + alone
@@ -218,6 +218,30 @@ def test_memory_is_linear():
     assert largest.numbers <= length * 2 * 64  # a chunk of 64 and the one before, for every token
 
 
+# ----- transformers
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_within_one_chunk_it_is_transformers(causal):
+    """The authors' scale: keys as long as sqrt(d), so that a logit is q . k / |k|."""
+    from transformers import ReformerConfig
+    from transformers.models.reformer.modeling_reformer import LSHSelfAttention
+
+    config = ReformerConfig(
+        hidden_size=24, num_attention_heads=HEADS, attention_head_size=8, lsh_attn_chunk_length=64, num_buckets=2,
+        num_hashes=1, is_decoder=causal, lsh_attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    theirs, x = LSHSelfAttention(config).double().eval(), draw(40, dim=24, heads=1)[0][0][:, 0]
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(2))
+    expected = theirs(x, num_hashes=1).hidden_states
+    q, v = (layer(x).unflatten(-1, (HEADS, 8)).transpose(1, 2) for layer in (theirs.query_key, theirs.value))
+    module = build({"num_hashes": 1, "bucket_size": 64}, dim=8)
+    got = module(q, q, v, AttentionMask(PATTERNS[causal])).context.transpose(1, 2).flatten(2)
+    # It normalises with an epsilon of 1e-6.
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
 # ----- the package
 
 
@@ -252,7 +276,8 @@ def test_given_the_packages_buckets_it_is_the_package(package, kind, causal):
     (q, _, v), valid = draw(256)
     kind = {"allow_duplicate_attention": False, **kind}
     expected, buckets = run_package(package, q, v, causal=causal, **kind)
-    got, _ = bucketed_attention(q, v, buckets, valid=valid, bucket_size=8, causal=causal, scale=DIM**-0.5, **kind)
+    # Its keys have length 1, under the same factor 1 / sqrt(d).
+    got, _ = bucketed_attention(q, v, buckets, valid=valid, bucket_size=8, causal=causal, scale=1 / DIM, **kind)
     _, first = meetings(buckets, valid, 8, causal=causal)
     assert float(first.double().mean()) < 0.1
     # It divides by N_ij + 1e-9, and its sums of rounds in which a token is alone round at 5e4, to 7e-12.

@@ -33,7 +33,7 @@ def draw(length, *, dim=DIM, padding=0.0, seed=0, grad=False, batch=BATCH, heads
 
 
 def norm(x):
-    return x / (x.square().mean() + torch.finfo(x.dtype).eps).sqrt()
+    return x / (x.square().mean() + 1e-7).sqrt()
 
 
 def balanced(scores, iterations, causal):

@@ -201,7 +201,7 @@ def test_no_tensor_grows_with_the_square(pattern):
         ({"stride": 100}, r"--attention.stride must be a multiple of --attention.block_size=16, got 100"),
         ({"stride": 32}, r"--attention.num_verts must be at most 2: a window of 2 blocks"),
         ({"heads": "split"}, r"--attention.heads must be merged when --attention.pattern=fixed, got 'split'"),
-        ({"pattern": "local"}, r"--attention.pattern must be strided or fixed, got 'local'"),
+        ({"pattern": "local"}, r"--attention.pattern must be one of strided, fixed, got 'local'"),
     ],
 )
 def test_options_that_do_not_fit(options, message):

@@ -189,7 +189,7 @@ def test_what_is_missing_is_named():
     [
         (
             {"kind": "fixed"},
-            "--attention.kind must be dense, random, factorized_dense or factorized_random, got 'fixed'",
+            "--attention.kind must be one of dense, random, factorized_dense, factorized_random, got 'fixed'",
         ),
         ({"trainable": False}, "--attention.trainable must be true for kind dense, got False"),
         ({"k": 0}, "--attention.k must be at least 1, got 0"),

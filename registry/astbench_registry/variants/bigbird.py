@@ -24,12 +24,12 @@ class BigBirdAttention(Attention):
     * `num_random_blocks` of the others, different for every query block, head and layer.
 
     Global query blocks see every block. This is the paper's internal construction (ITC): global tokens are
-    some of the sequence's own. Blocks start at position 0 of the tensor.
+    some of the sequence's own. Blocks start at position 0 of the tensor: padding in front of a sequence moves them.
 
     Differs from the paper:
 
     * First and last are counted among the blocks that hold a real token, in each sequence by itself, so that
-      padding changes nothing; the authors' code takes the last block of the padded tensor.
+      padding behind it changes nothing; the authors' code takes the last block of the padded tensor.
     * Random blocks are drawn among those that hold a real token and are not seen anyway. They are a hash of
       (seed, layer, head, query block, key block), the same in training and evaluation; the authors' code
       draws them from numpy's global generator.
@@ -116,8 +116,8 @@ class BigBirdAttention(Attention):
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """The two matmuls as the gather backend runs them in float32, when no token is padding and none is named.
 
-        It fills the lists of a chunk up to the longest one, a global block's where there is one. The paper's
-        number, `4 x kept pairs x head_dim`, is smaller: on inputs of one chunk less than half.
+        Short lists may be filled up to the longest one near them, a global block's where there is one. The paper's
+        number, `4 x kept pairs x head_dim`, is smaller: on inputs of some hundred tokens about half.
         """
         layout = self.layout(batch, query_length, torch.device("cpu"), AttentionMask())
         shape = self.shape

@@ -25,6 +25,8 @@ class NystromAttention(Attention):
     key/value head.
 
     Differs from the paper and from its packages:
+    * The convolution is off by default, as a change of the values' path and not of the attention; the paper's
+      models have it (33 tokens wide in the Long Range Arena).
     * Segments are cut over each sequence's real tokens, as evenly as their number allows; the paper pads until
       the length divides. Where padding is, and how much of it, changes nothing.
     * A sequence of at most `num_landmarks` real tokens gets dense attention, which A A^+ A V = A V is when every

@@ -36,7 +36,7 @@ class ReformerAttention(Attention):
     is token i's place, m the chunk length. With the self pair left out unless it is the only one,
 
         P_i^r = {j : floor(s_i / m) - 1 <= floor(s_j / m) <= floor(s_i / m)}      (causal: and j <= i)
-        k_j = q_j / |q_j|,   z_i^r = log sum_{j in P_i^r} exp(scale q_i . k_j - log N_ij)
+        k_j = sqrt(d) q_j / |q_j|,   z_i^r = log sum_{j in P_i^r} exp(scale q_i . k_j - log N_ij)
         o_i = sum_r exp(z_i^r - z_i) sum_{j in P_i^r} exp(scale q_i . k_j - log N_ij - z_i^r) v_j
 
     with N_ij the number of rounds in which the pair meets: softmax attention over the union of the P_i^r.
@@ -45,13 +45,16 @@ class ReformerAttention(Attention):
     Which tokens meet is chosen among all tokens, so under a causal mask it depends on later ones: no output reads
     a later value, but the mask of pairs is not causal, and the capability record says so.
 
-    Differences. The paper's text keeps to j of the same bucket (`attend_across_buckets=False`); its authors' code
-    and the published packages do not, and neither does the default. Buckets hold m tokens on average, as there (the
-    paper's text: m / 2). Their number follows each sequence's own real length, and padding is sorted behind
-    everything. A round's first chunk has no chunk before it; in the published code it looks into the last chunk
-    of another round. All heads share the rotations. They are drawn anew at every training step and are those of
-    step 0 outside of training, so that an evaluation repeats itself. Hashing multiplies N queries with
-    N / (2 m) columns per round; the paper does not count that.
+    Differences. The paper's text writes k_j = q_j / |q_j| and leaves the factor 1 / sqrt(d) out "for clarity"; its
+    authors' code (Trax) and transformers give keys the length sqrt(d), so that under that factor a logit is
+    q . k / |k|, as here. reformer_pytorch has unit keys under 1 / sqrt(d): logits sqrt(d) times smaller.
+    The paper's text keeps to j of the same bucket (`attend_across_buckets=False`); its authors' code and the
+    published packages do not, and neither does the default. Buckets hold m tokens on average, as there (the paper's
+    text: m / 2). Their number follows each sequence's own real length, and padding is sorted behind everything. A
+    round's first chunk has no chunk before it; in the published code it looks into the last chunk of another round.
+    All heads share the rotations. They are drawn anew at every training step and are those of step 0 outside of
+    training, so that an evaluation repeats itself. Hashing multiplies N queries with N / (2 m) columns per round; the
+    paper does not count that.
     """
 
     config: ReformerConfig
@@ -134,7 +137,7 @@ class ReformerAttention(Attention):
             )
         self.package.causal = mask.causal  # one module for both patterns
         heads = q.shape[:2]
-        q = q * (scale * self.shape.head_dim**0.5)  # its own factor is fixed; hashing ignores a query's length
+        q = q * (scale * self.shape.head_dim)  # its keys have length 1, its factor is 1 / sqrt(d); hashes see no length
         devices = [q.device] if q.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(generator(self.config.seed, self.shape.layer_index, step).initial_seed())
@@ -206,7 +209,7 @@ def bucketed_attention(
     """Attention among tokens that meet in some round, given everyone's buckets.
 
     Args:
-        q: Queries and, at unit length, keys: `(batch, heads, length, head_dim)`, without NaN.
+        q: Queries and, at length sqrt(head_dim), keys: `(batch, heads, length, head_dim)`, without NaN.
         v: As `q`.
         buckets: int64 `(batch, heads, num_hashes, length)`.
         valid: Bool `(batch, length)`, False for padding: sorted last, seen by nobody, zero in the output.
@@ -220,7 +223,7 @@ def bucketed_attention(
     Returns: `(batch, heads, length, head_dim)`, and float64 `(batch, heads)` distinct pairs or None.
     """
     rounds = [_sort(bucket, valid, min(bucket_size, q.shape[2])) for bucket in buckets.unbind(2)]
-    keys = normalize(q, dim=-1)
+    keys = normalize(q, dim=-1) * q.shape[-1] ** 0.5
     outputs, totals, attended = [], [], None
     if count:
         attended = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)

@@ -114,7 +114,7 @@ class SinkhornAttention(Attention):
         if causal:
             seen = torch.arange(k.shape[2], device=k.device)[:, None] * k.shape[3] + 1
             row = (total.cumsum(2) - total + k[:, :, :, 0]) / seen
-        row, column = (rms_norm(x, x.shape[-1:]) for x in (row, column))
+        row, column = (rms_norm(x, x.shape[-1:], eps=1e-7) for x in (row, column))
         scores = row @ self.sort_weight.to(k.dtype) @ column.transpose(-1, -2) * self.shape.head_dim**-0.5
         if self.training:
             scores = scores + self._gumbel(scores, step)

@@ -36,6 +36,7 @@ class SparseAttention(Attention):
     Differences: the published code wants lengths that are multiples of l, and `num_verts` to divide the heads.
     Bidirectional attention, which the paper does not have, is the symmetric form: `|i - j| < l`, `(i - j) mod l = 0`
     on both sides; for "fixed" the whole own window and the summary blocks of all windows.
+    Windows, grids and summaries are cut at positions of the tensor: padding in front of a sequence moves them.
     "interleaved" is the paper's eq. 6, "merged" eq. 7, "split" eq. 8 with one part a head.
     """
 
@@ -159,9 +160,9 @@ class SparseAttention(Attention):
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Two matmuls: over the listed keys, or over the grid's neighbouring rows and columns.
 
-        Of the lists ("fixed", and decoding) this is what the gather backend computes in float32: those of a chunk
-        are filled up to the longest one. The paper's number, `4 x kept pairs x head_dim`, is smaller: causal, on
-        inputs of one chunk, about half.
+        Of the lists ("fixed", and decoding) this is what the gather backend computes in float32: short lists may be
+        filled up to the longest one near them. The paper's number, `4 x kept pairs x head_dim`, is smaller: causal,
+        on short inputs, about half.
         """
         config, heads = self.config, self.shape.num_heads
         if config.pattern == "fixed" or mask.query_offset > 0:

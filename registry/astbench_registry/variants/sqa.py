@@ -30,7 +30,7 @@ class SQAttention(Attention):
 
     Differences: the projections keep the parameters (and the operations) of all H heads, so only what the
     attention itself saves shows in `flops`; untrained queries averaged over g heads are sqrt(g) times smaller
-    than those of a projection of their own.
+    than those of a projection of their own; in half precision the means are rounded to it before the dense kernel.
     """
 
     config: SQAConfig

@@ -37,6 +37,8 @@ class SelectiveAttention(Attention):
       has exp(-exp(beta)) there, 6e-4 at its start.
     * n is the query's position in the paper's causal models; without a causal mask all queries see n = N.
       Padding does not count.
+    * In half precision tau_q Q and tau_v V are rounded to it before the dense kernel, as rotated queries are too:
+      with logits of a hundred and more that shows.
     * The backbone hands q over with its rotary encoding, if it has one, and f_q then reads the rotated vector.
       v is never rotated, so f_v is the paper's, and decoding, which knows the past by its k and v, holds.
 

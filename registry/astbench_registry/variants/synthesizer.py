@@ -93,7 +93,7 @@ class SynthesizerAttention(Attention):
             q, k, v = (x.to(wide) for x in (q, k, v))
             logits = self._synthesized(q, k, mask, context)  # (batch or 1, heads, queries, keys)
             if self.config.mix_dense:
-                alpha = self.alpha.sigmoid().to(wide)
+                alpha = self.alpha.to(wide).sigmoid()
                 products = _grouped(q, k.transpose(-1, -2)) * self.shape.head_dim**-0.5
                 logits = (1 - alpha) * products + alpha * logits
             weights = _softmax(logits * factor, mask.dense(q.shape[2], k.shape[2], q.device))
