@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,17 @@ _REFUSED = {
 
 class UnsupportedMask:
     """Stands for a mask that :class:`AttentionMask` cannot hold."""
+
+
+@dataclass(frozen=True)
+class CarriedMask(AttentionMask):
+    """A mask that transformers may carry about as it does tensors: generation with a static cache makes it early."""
+
+    ndim: ClassVar[int] = 0
+
+    def contiguous(self) -> CarriedMask:
+        """Itself."""
+        return self
 
 
 class AttentionSlot(nn.Module):
@@ -186,7 +197,7 @@ def attention_mask(
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | AttentionMask | None = None,
     **kwargs: Any,
 ) -> AttentionMask | UnsupportedMask:
     """The function that transformers calls to build a mask: O(batch x length) instead of N x M.
@@ -194,6 +205,8 @@ def attention_mask(
     Packed sequences, sliding windows and other masks that this form cannot hold come back as
     :class:`UnsupportedMask`, which the attention refuses.
     """
+    if isinstance(attention_mask, AttentionMask):
+        return attention_mask
     patterns: dict[Any, Pattern] = {
         causal_mask_function: "causal_self",
         bidirectional_mask_function: "bidirectional_self",
@@ -208,7 +221,7 @@ def attention_mask(
         valid = nn.functional.pad(valid, (0, kv_length - valid.shape[1]))
         if bool(valid.all()):
             valid = None
-    return AttentionMask(patterns[mask_function], query_offset=int(q_offset), key_valid=valid)
+    return CarriedMask(patterns[mask_function], query_offset=int(q_offset), key_valid=valid)
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)
