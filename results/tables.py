@@ -124,6 +124,33 @@ def cost() -> str:
     return markdown(["attention", *(f"{e}: {h}" for e in ends for h in head), *(f"{e}: verdict" for e in ends)], rows)
 
 
+def kernel() -> str:
+    """R of AST's kernel and layer against dense."""
+    from astbench.bench import layers
+
+    rows = []
+    for record in records("kernel").values():
+        cells, causal = record["cells"], record["config"]["pattern"] == "causal_self"
+        for name in dict.fromkeys(cell["attention"] for cell in cells):
+            if name == "dense":
+                continue
+            density = {c["length"]: c["density"] for c in cells if c["attention"] == name and "density" in c}
+            row = [f"`{name}`", "causal, a list a token" if causal else "64 tokens share a list"]
+            row += [f"{density[KERNEL_LENGTHS[-1]]:.3f}"]
+            for mode in (*layers.KERNEL_MODES, *layers.MODES):
+                found = layers.ratio(cells, name, mode)
+                row += [f"{found[n]:.2f}" if n in found else "-" for n in KERNEL_LENGTHS]
+            row += [layers.against_dense(cells, name, mode) for mode in layers.MODES]
+            rows.append(row)
+    ends = ["kernel", "kernel with backward", "layer", "layer with backward"]
+    head = [f"{end}: {n:,}" for end in ends for n in KERNEL_LENGTHS]
+    verdicts = ["layer: verdict", "layer with backward: verdict"]
+    return markdown(["attention", "lists", "density at 16,384", *head, *verdicts], rows, words=2)
+
+
+KERNEL_LENGTHS = (2048, 8192, 16384)
+
+
 def _fit(exponent: float | None) -> str:
     return "-" if exponent is None else f"{exponent:.2f}"
 
@@ -190,6 +217,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "wikitext2": wikitext,
     "attentions": attentions,
     "cost": cost,
+    "kernel": kernel,
 }
 """Folder of records -> its table; `attentions` is counted on the spot."""
 
