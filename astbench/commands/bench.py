@@ -11,6 +11,8 @@ from astbench.bench.config import BenchConfig
 from astbench.console import say
 from astbench.errors import ConfigError
 from astbench.explain import explain
+from astbench.runs.files import write_json, write_text
+from astbench.runs.folder import RECORD, RunFolder, default_run_dir
 
 if TYPE_CHECKING:
     from astbench.bench.layers import Entry
@@ -26,9 +28,6 @@ def run(words: list[str]) -> int:
     try:
         return _measure(config, entries, folder, record)
     except BaseException as error:
-        from astbench.runs.files import write_json
-        from astbench.runs.folder import RECORD
-
         ended = {"state": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
         write_json(folder / RECORD, {**record, **ended})
         raise
@@ -72,8 +71,6 @@ def _parse(words: list[str]) -> BenchConfig:
 
 
 def _begin(config: BenchConfig, words: list[str]) -> tuple[Any, dict[str, Any]]:
-    from astbench.runs.files import write_json
-    from astbench.runs.folder import RECORD, RunFolder, default_run_dir
     from astbench.runs.record import new_record
 
     folder = RunFolder(config.run_dir or default_run_dir("bench", "layers"))
@@ -94,8 +91,6 @@ def _end(
 ) -> None:
     from astbench.bench.layers import rows
     from astbench.bench.plot import draw_curves
-    from astbench.runs.files import write_json, write_text
-    from astbench.runs.folder import RECORD
 
     table = io.StringIO()
     flat = list(rows(cells))

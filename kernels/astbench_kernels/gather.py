@@ -231,9 +231,7 @@ def _logits(
 
 def _hide(logits: Tensor, plan: Plan, units: slice, width: int) -> None:
     """Set unseen pairs of `(units, rows, width * block_size)` to -inf; few blocks hold any, only they are touched."""
-    masked = ~plan.slots[units, :width] | plan.early[units, :width]
-    if plan.unseen is not None:
-        masked = masked | plan.unseen.any(-1)[plan.blocks[units, :width]]
+    masked = plan.masked[units, :width]
     if not bool(masked.any()):
         return
     unit, slot = masked.nonzero(as_tuple=True)

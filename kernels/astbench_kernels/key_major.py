@@ -142,9 +142,7 @@ def _references(queries: Tensor, keys: Tensor, bias: Tensor | None, plan: Plan) 
 def _tiles(plan: Plan) -> Iterator[_Tile]:
     entries = plan.slots.flatten().nonzero().squeeze(-1)
     blocks = plan.blocks.flatten()[entries]
-    masked = plan.early.flatten()[entries]
-    if plan.unseen is not None:
-        masked = masked | plan.unseen.any(-1)[blocks]
+    masked = plan.masked.flatten()[entries]
     counts = torch.bincount(blocks, minlength=1)
     masked_counts = torch.bincount(blocks[masked], minlength=len(counts)).tolist()
     # A counting sort by block; within one, the masked entries first.

@@ -30,7 +30,7 @@ class Plan:
     heads_per_list: int
     blocks: Tensor  # int64 (units, width): rows of the block table
     slots: Tensor  # bool (units, width): which of them are listed
-    early: Tensor  # bool (units, width): some row of the unit comes before some key of the block
+    masked: Tensor  # bool (units, width): empty slots, and blocks that hold pairs that may not be seen
     starts: Tensor  # int64 (units, width): position of each listed block's first key
     row_positions: Tensor  # int64 (groups, rows): position of each query row of a unit
     keys: Tensor  # int64 (block_size,): 0, 1, ...
@@ -68,14 +68,17 @@ def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: b
     first = (layout.first_group + torch.arange(groups, device=q.device)) * layout.query_group
     rows = first[:, None] + torch.arange(layout.query_group, device=q.device)
     starts = (listed * size).reshape(-1, width)
-    early = torch.zeros_like(starts, dtype=torch.bool)
+    blocks = (listed + row[:, :, None, None] * layout.num_blocks).reshape(-1, width)
+    slots = layout.slots.reshape(-1, width)
+    masked = ~slots
     if causal:
-        early = starts + size - 1 > first.repeat(batch * lists)[:, None]
+        masked = masked | (starts + size - 1 > first.repeat(batch * lists)[:, None])
     unseen = None
     if key_valid is not None or layout.key_length % size:
         valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if key_valid is None else key_valid
         valid = torch.nn.functional.pad(valid, (0, layout.num_blocks * size - layout.key_length)).expand(batch, -1)
         unseen = ~valid.view(batch, 1, layout.num_blocks, size).expand(-1, kv_heads, -1, -1).reshape(-1, size)
+        masked = masked | unseen.any(-1)[blocks]
     return Plan(
         layout=layout,
         scale=scale,
@@ -83,9 +86,9 @@ def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: b
         batch=batch,
         kv_heads=kv_heads,
         heads_per_list=num_heads // lists,
-        blocks=(listed + row[:, :, None, None] * layout.num_blocks).reshape(-1, width),
-        slots=layout.slots.reshape(-1, width),
-        early=early,
+        blocks=blocks,
+        slots=slots,
+        masked=masked,
         starts=starts,
         row_positions=rows.repeat(1, num_heads // lists),
         keys=torch.arange(size, device=q.device),

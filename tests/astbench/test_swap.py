@@ -376,7 +376,7 @@ def test_places_and_layers_that_do_not_exist_are_refused(choice, part):
     swap_attention(model, "dense")  # nothing of the refused swap is left
 
 
-def test_weights_that_are_not_there_are_said(caplog, monkeypatch):
+def test_weights_that_are_not_there_are_said(monkeypatch):
     model = tiny_model("bert")
     swap_attention(model, "dense")
     said = []
