@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -25,17 +24,15 @@ from astbench import console
 from astbench.backbones.presets import BackboneConfig, Head, resolve_preset
 from astbench.config import OptimConfig
 from astbench.errors import CheckpointError, ConfigError, Interrupted, MissingPackageError
-from astbench.explain import explain
-from astbench.runs.callbacks import RunCallback, build_loggers, progress_bar
+from astbench.parser import ALLOWED, Parser
+from astbench.runs.callbacks import RunCallback
 from astbench.runs.checkpoints import SafeCheckpointIO, read_checkpoint
 from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, default_run_dir
-from astbench.selection import Selection, nearest
+from astbench.runs.progress import build_loggers, progress_bar
+from astbench.selection import Selection
 from astbench.tasks import Task, find_task
 from astbench_registry import Pattern
 from astbench_registry.registry import config_class, make_config
-
-_ALLOWED = ["astbench", "astbench_registry", "torch.optim", "lightning.pytorch", "pytorch_lightning"]
-"""What a config may name by `class_path`; naming a class imports and builds it."""
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
@@ -66,45 +63,6 @@ _CUT_SHORT = {
     "fast_dev_run": "--trainer.max_steps=3 --data.max_eval=8",
 }
 """Trainer options that skip samples behind the data module's back, and what says the same openly."""
-
-
-class Parser(LightningArgumentParser):
-    """Errors in one line with the nearest option; `--help` leaves the Trainer's hundred options out."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise :class:`ConfigError` instead of printing the usage."""
-        raise ConfigError(self._explain(" ".join(message.split()))) from ex
-
-    def _explain(self, message: str) -> str:
-        if denied := re.search(r"Importing '([^']+)' is not allowed", message):
-            return (
-                f"a config may not name {denied[1]}: naming a class imports and builds it; allowed are "
-                f"{', '.join(_ALLOWED)}; --trust_config lifts this for configs you trust"
-            )
-        marker = "nrecognized arguments:"
-        if marker not in message:
-            return explain(message)
-        words = message.partition(marker)[2].split()
-        known = self._options()
-        tips = [w + nearest(w.split("=")[0], known) for w in words if w.startswith("-")]
-        return f"unknown option {', '.join(tips or words)}"
-
-    def _options(self) -> list[str]:
-        parsers = [self, *self._subcommand_parsers()]
-        return [o for p in parsers for a in p._actions for o in a.option_strings]
-
-    def _subcommand_parsers(self) -> list[Any]:
-        action = getattr(self, "_subcommands_action", None)
-        return list(action._name_parser_map.values()) if action else []
-
-    def format_help(self, *arguments: Any) -> str:
-        """Help without the Trainer's group of a hundred options."""
-        kept = [g for g in self._action_groups if not (g.title or "").startswith("Customize every aspect")]
-        groups, self._action_groups = self._action_groups, kept
-        try:
-            return super().format_help(*arguments) + "\n--trainer.*: everything of lightning.pytorch.Trainer\n"
-        finally:
-            self._action_groups = groups
 
 
 class CLI(LightningCLI):
@@ -328,7 +286,7 @@ def run(command: str, found: Selection) -> int:
     """Parse, build and run; returns the exit code."""
     _quiet()
     if not found.trust_config:
-        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=_ALLOWED)
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
     assert found.task is not None
     task = find_task(found.task)
     if command not in task.commands:
