@@ -23,9 +23,6 @@ from astbench_kernels.units import LOG2_E, Plan, from_blocks, from_units, make_p
 TILE_ROWS = 2048
 """Query rows of a tile: its parts stay within a few MB."""
 
-SAFE_EXPONENT = 60.0
-"""How far, in powers of two, a logit may lie above its row's reference before the reference is raised."""
-
 
 @dataclass
 class _Tile:
@@ -60,16 +57,11 @@ class KeyMajorAttention(torch.autograd.Function):
         queries = to_units(q, plan).to(compute) * (scale * LOG2_E)
         # A row's last column is minus its reference, and every key's is 1: the product is the logit less the reference.
         queries = torch.cat([queries, -_references(queries, keys, bias, plan)], -1)
-        # The last column sums the weights.
-        sums = queries.new_zeros(queries.shape[0], plan.rows, v.shape[-1] + 1)
-        for tile in _tiles(plan):
-            weights = _logits(queries, keys, bias, tile)
-            if not float(weights.amax()) <= SAFE_EXPONENT:
-                weights = _raise_references(queries, keys, bias, sums, tile, plan)
-            _hide(weights, tile, plan)
-            part = sums.index_select(0, tile.units)
-            part.flatten(0, 1).addmm_(weights.exp2_(), values[tile.block])
-            sums.index_copy_(0, tile.units, part)
+        sums = _weighted_sums(queries, keys, values, bias, plan, follow=False)
+        if not bool(sums.isfinite().all()):
+            # A logit lies 2^7 powers of two above its row's reference (or the inputs are not finite): once more, with
+            # care. Looking at every tile beforehand cost more than a tenth of the work.
+            sums = _weighted_sums(queries, keys, values, bias, plan, follow=True)
         total = sums[..., -1:]
         out = sums[..., :-1] / total.clamp(min=torch.finfo(compute).tiny)
         # Rows that see nothing: output 0, log-sum-exp log 0 = -inf.
@@ -119,6 +111,26 @@ class KeyMajorAttention(torch.autograd.Function):
         )
 
 
+def _weighted_sums(
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, *, follow: bool
+) -> Tensor:
+    """`(units, rows, value_dim + 1)`: values times exp2(logit - reference), and in the last column those weights' sum.
+
+    With `follow` a row's reference (in `queries`) is raised where a tile holds a higher logit.
+    """
+    sums = queries.new_zeros(len(queries), plan.rows, values.shape[-1])
+    for tile in _tiles(plan):
+        if follow:
+            weights = _raise_references(queries, keys, bias, sums, tile, plan)
+        else:
+            weights = _logits(queries, keys, bias, tile)
+        _hide(weights, tile, plan)
+        part = sums.index_select(0, tile.units)
+        part.flatten(0, 1).addmm_(weights.exp2_(), values[tile.block])
+        sums.index_copy_(0, tile.units, part)
+    return sums
+
+
 def _table(x: Tensor, key_valid: Tensor | None, plan: Plan) -> Tensor:
     """`(block table, block_size, d + 1)`, wide enough to compute with: the rows of every block, and a 1 each."""
     blocks = to_blocks(x, key_valid, plan).unflatten(1, (plan.layout.block_size, x.shape[-1]))
@@ -126,17 +138,26 @@ def _table(x: Tensor, key_valid: Tensor | None, plan: Plan) -> Tensor:
 
 
 def _references(queries: Tensor, keys: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-    """`(units, rows, 1)`: each row's logit with the first key of its list, -inf where that may not be seen.
+    """`(units, rows, 1)`: each row's logit with the first key of its list; 0 where it sees nothing of that block.
 
     A logit of the row itself: however large or small all of them are, its weights neither vanish nor overflow.
     """
     unit = torch.arange(len(queries), device=queries.device)
     slot = torch.zeros_like(unit)
     first = keys[plan.blocks[:, 0], 0, :-1]
-    reference = queries @ first.unsqueeze(-1)
+    reference = (queries * first.unsqueeze(1)).sum(-1, keepdim=True)
     if bias is not None:
         reference += bias.view(len(queries), -1)[:, :1, None]
-    return reference.masked_fill_(plan.hidden(unit, slot)[..., :1], -torch.inf)
+    hidden = plan.hidden(unit, slot)
+    blind = hidden[..., 0].expand(reference.shape[:-1])
+    if bool(blind.any()):  # padding in front, or a list of blocks to come: the highest logit of that block
+        unit, row = blind.nonzero(as_tuple=True)
+        logits = (keys[plan.blocks[unit, 0], :, :-1] @ queries[unit, row].unsqueeze(-1)).squeeze(-1)
+        logits = logits.masked_fill(hidden.expand(-1, plan.rows, -1)[unit, row], -torch.inf).amax(-1)
+        if bias is not None:
+            logits += bias.view(len(queries), -1)[unit, 0]
+        reference[unit, row, 0] = logits.masked_fill(logits == -torch.inf, 0.0)
+    return reference
 
 
 def _tiles(plan: Plan) -> Iterator[_Tile]:

@@ -89,11 +89,12 @@ class BlockLayout:
         """
         counts = keep.sum(-1, dtype=torch.int32)
         width = max(1, int(counts.max())) if counts.numel() else 1
-        # A stable sort on "not kept" brings the kept blocks to the front in ascending order.
-        order = torch.sort((~keep).to(torch.uint8), dim=-1, stable=True).indices[..., :width]
-        return BlockLayout(
-            order.to(torch.int32), counts, block_size, query_group, query_length, key_length, query_offset
-        )
+        indices = torch.zeros(*counts.shape, width, dtype=torch.int32, device=keep.device)
+        # Both masks are read row by row: the kept blocks fall into their row's first slots, in ascending order.
+        blocks = keep.reshape(-1).nonzero().squeeze(-1) % max(1, keep.shape[-1])
+        slots = torch.arange(width, device=keep.device) < counts.unsqueeze(-1)
+        indices.masked_scatter_(slots, blocks.to(torch.int32))
+        return BlockLayout(indices, counts, block_size, query_group, query_length, key_length, query_offset)
 
     def to_mask(self) -> Tensor:
         """Bool `(batch, list_heads, groups, key_blocks)`, the inverse of :meth:`from_mask`."""

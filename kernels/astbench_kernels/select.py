@@ -18,16 +18,42 @@ def select_blocks(scores: Tensor, *, forced: Tensor, candidates: Tensor, budget:
     Returns:
         Bool of the shape of `scores`. Ties go to the lower block number.
 
-    Cost: O(groups x key_blocks log key_blocks).
+    Cost: O(groups x key_blocks log budget).
     """
     forced = forced.expand_as(scores)
-    candidates = candidates.expand_as(scores) & ~forced
-    free = (budget - forced.sum(-1)).clamp(min=0)
-    ranked = scores.float().masked_fill(~candidates, -torch.inf)
-    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices
-    place = torch.arange(scores.shape[-1], device=scores.device)
-    chosen = torch.zeros_like(candidates).scatter_(-1, order, place < free.unsqueeze(-1))
-    return forced | (chosen & candidates)
+    allowed = forced | candidates
+    budget = budget.expand(scores.shape[:-1])
+    # Forced blocks rank above all others, so that the budget counts them too.
+    ranked = scores.float().masked_fill(~allowed, -torch.inf).masked_fill_(forced, torch.inf)
+    lowest = _lowest_kept(ranked, budget, allowed).unsqueeze(-1)
+    kept = (ranked >= lowest).logical_and_(allowed)
+    tied = kept.sum(-1) > budget.maximum(forced.sum(-1))
+    if bool(tied.any()):
+        kept[tied] = _without_surplus(ranked[tied], lowest[tied], budget[tied]) & kept[tied]
+    return kept.logical_and_((budget > 0).unsqueeze(-1)).logical_or_(forced)
+
+
+ROWS_AT_A_TIME = 512
+"""Groups whose thresholds are looked for together. Under a causal mask the first ones see few blocks: short rows."""
+
+
+def _lowest_kept(ranked: Tensor, budget: Tensor, allowed: Tensor) -> Tensor:
+    """`(batch, heads, groups)`: the score of each row's budget-th best block, -inf where it has fewer."""
+    parts = []
+    for rows in torch.arange(ranked.shape[2], device=ranked.device).split(ROWS_AT_A_TIME):
+        here = slice(int(rows[0]), int(rows[-1]) + 1)
+        blocks = allowed[:, :, here].flatten(0, 2).any(0).nonzero()
+        reach = int(blocks[-1]) + 1 if len(blocks) else 1
+        wanted = budget[:, :, here].clamp(1, reach)
+        best = ranked[:, :, here, :reach].topk(int(wanted.max()), -1).values
+        parts.append(best.gather(-1, wanted.unsqueeze(-1) - 1).squeeze(-1))
+    return torch.cat(parts, 2) if parts else ranked.new_empty(ranked.shape[:3])
+
+
+def _without_surplus(ranked: Tensor, lowest: Tensor, budget: Tensor) -> Tensor:
+    """Bool, as `ranked`, `(rows, key_blocks)`: of the blocks with the lowest kept score only the first that fit."""
+    better, equal = ranked > lowest, ranked == lowest
+    return better | (equal & (equal.cumsum(-1) <= (budget - better.sum(-1)).unsqueeze(-1)))
 
 
 def soft_top_k(scores: Tensor, k: Tensor, candidates: Tensor, temperature: float) -> Tensor:

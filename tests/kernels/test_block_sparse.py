@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from astbench_kernels import BlockLayout, block_sparse_attention, gather, key_major, select_blocks, soft_top_k
+from astbench_kernels import BlockLayout, block_sparse_attention, gather, key_major, select, select_blocks, soft_top_k
 
 # Distinct primes, so that a swapped axis cannot pass.
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
@@ -100,10 +100,12 @@ def test_gather_matches_reference_with_gradients(schedule, monkeypatch, n, m, bl
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("size", [1.0, 300.0])
-def test_logits_may_lie_far_apart(schedule, size):
+@pytest.mark.parametrize("size", [1.0, 3000.0])
+def test_logits_may_lie_far_apart(schedule, size, monkeypatch):
     """A row's references are raised where its logits leave the range of exp2, and nothing over- or underflows."""
-    results = {}
+    results, raised = {}, []
+    raise_references = key_major._raise_references
+    monkeypatch.setattr(key_major, "_raise_references", lambda *a: raised.append(1) or raise_references(*a))
     for backend in ("reference", "gather"):
         (q, k, v, bias), layout, valid = random_case(127, 127, 8, 1, 0)
         q, bias = (q * size).detach().requires_grad_(), (bias * size).detach().requires_grad_()
@@ -114,6 +116,7 @@ def test_logits_may_lie_far_apart(schedule, size):
         results[backend] = (out, lse, *grads)
     for got, expected in zip(results["gather"], results["reference"], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * size)
+    assert bool(raised) == (schedule == "key-major" and size > 1)
 
 
 def test_equal_runs_are_bitwise_equal(schedule):
@@ -210,6 +213,24 @@ def test_select_blocks_fills_the_budget():
     assert keep.flatten().tolist() == [True, False, True, False, True]
     everything = select_blocks(scores, forced=forced, candidates=candidates, budget=torch.tensor([[[9]]]))
     assert everything.flatten().tolist() == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 4, 512])
+def test_select_blocks_gives_ties_to_the_lower_block(rows_at_a_time, monkeypatch):
+    monkeypatch.setattr(select, "ROWS_AT_A_TIME", rows_at_a_time)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(-2, 3, (2, 3, 11, 7), generator=generator).float()
+    allowed = torch.rand(2, 1, 11, 7, generator=generator)
+    forced, candidates = allowed < 0.3, allowed > 0.2
+    candidates[:, :, :5, 4:] = False
+    budget = torch.randint(0, 8, (2, 1, 11), generator=generator)
+    keep = select_blocks(scores, forced=forced, candidates=candidates, budget=budget)
+    for b, h, g in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(11)).tolist():
+        must = forced[b, 0, g].nonzero().flatten().tolist()
+        may = (candidates & ~forced)[b, 0, g].nonzero().flatten().tolist()
+        may.sort(key=lambda block, row=scores[b, h, g]: (-float(row[block]), block))
+        expected = {*must, *may[: max(0, int(budget[b, 0, g]) - len(must))]}
+        assert set(keep[b, h, g].nonzero().flatten().tolist()) == expected
 
 
 def test_soft_top_k_sums_to_k_and_its_gradient_is_right():
