@@ -23,6 +23,9 @@ from astbench_registry.interface import AttentionContext, AttentionMask, Attenti
 
 GOLDEN_RATIO = (1 + 5**0.5) / 2
 
+LOGITS_AT_A_TIME = 2**19
+"""Logits of dense attention held at a time while distilling: 2 MiB, near a core's cache."""
+
 
 class AdaptiveSparseAttention(BlockSelectingAttention):
     """Score = pooled score + learned low-rank term; top-k blocks; trained by task loss and distillation.
@@ -291,18 +294,24 @@ def _pooled_attention(
     selection: Selection,
     scale: float,
 ) -> Tensor:
-    """Dense attention of rows times value norms, block maximum: `(batch, heads, rows, blocks)`."""
+    """Dense attention of rows times value norms, block maximum: `(batch, heads, rows, blocks)`.
+
+    A few rows at a time: all of them together would be a share of the N x M matrix.
+    """
     compute = torch.promote_types(q.dtype, torch.float32)
-    logits = block_scores(q, k).to(compute).mul_(scale)
-    if mask.key_valid is not None:
-        logits.masked_fill_(~mask.key_valid[:, None, None, :], -torch.inf)
-    if mask.causal:
-        future = torch.arange(k.shape[2], device=q.device) > (index + mask.query_offset)[:, None]
-        logits.masked_fill_(future, -torch.inf)
     norm = v.norm(dim=-1, dtype=compute).repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None, :]
-    # Rows that see nothing teach nothing.
-    weights = logits.softmax(-1).nan_to_num_(0.0).mul_(norm)
+    position = torch.arange(k.shape[2], device=q.device)
     missing = selection.num_blocks * selection.block_size - k.shape[2]
-    if missing:
-        weights = pad(weights, (0, missing))
-    return weights.unflatten(-1, (selection.num_blocks, -1)).amax(-1)
+    pooled = []
+    for rows in torch.arange(len(index), device=q.device).split(max(1, LOGITS_AT_A_TIME // max(1, norm.numel()))):
+        weights = block_scores(q[:, :, rows], k).to(compute).mul_(scale)
+        if mask.key_valid is not None:
+            weights.masked_fill_(~mask.key_valid[:, None, None, :], -torch.inf)
+        if mask.causal:
+            weights.masked_fill_(position > (index[rows] + mask.query_offset)[:, None], -torch.inf)
+        # Rows that see nothing teach nothing.
+        weights = weights.softmax(-1).nan_to_num_(0.0).mul_(norm)
+        if missing:
+            weights = pad(weights, (0, missing))
+        pooled.append(weights.unflatten(-1, (selection.num_blocks, -1)).amax(-1))
+    return torch.cat(pooled, 2)
