@@ -39,6 +39,8 @@ ROWS_AT_A_TIME = 512
 
 def _lowest_kept(ranked: Tensor, budget: Tensor, allowed: Tensor) -> Tensor:
     """`(batch, heads, groups)`: the score of each row's budget-th best block, -inf where it has fewer."""
+    if ranked.numel() == 0:
+        return ranked.new_empty(ranked.shape[:-1])
     parts = []
     for rows in torch.arange(ranked.shape[2], device=ranked.device).split(ROWS_AT_A_TIME):
         here = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -47,7 +49,7 @@ def _lowest_kept(ranked: Tensor, budget: Tensor, allowed: Tensor) -> Tensor:
         wanted = budget[:, :, here].clamp(1, reach)
         best = ranked[:, :, here, :reach].topk(int(wanted.max()), -1).values
         parts.append(best.gather(-1, wanted.unsqueeze(-1) - 1).squeeze(-1))
-    return torch.cat(parts, 2) if parts else ranked.new_empty(ranked.shape[:3])
+    return torch.cat(parts, 2)
 
 
 def _without_surplus(ranked: Tensor, lowest: Tensor, budget: Tensor) -> Tensor:
