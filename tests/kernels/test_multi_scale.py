@@ -324,6 +324,17 @@ def test_merge_dtypes(dtype, tolerance):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_keeps_no_copy_of_an_output_for_its_backward_pass(dtype):
+    parts = random_parts(3, torch.Generator().manual_seed(0), dtype=dtype)
+    leaves = [x.requires_grad_() for part in parts for x in part]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        merge_attention(parts)
+    large = {x.data_ptr() for x in saved if x.numel() == parts[0][0].numel()}
+    assert large == {x.data_ptr() for x in leaves[::2]}
+
+
 def test_merge_refuses_what_does_not_fit():
     out, lse = torch.zeros(2, 3, 5, 7), torch.zeros(2, 3, 5)
     with pytest.raises(ValueError, match="one or more"):
