@@ -4,6 +4,7 @@ Imports torch and nothing else of this project. Public names:
 
 * :class:`BlockLayout`: which key blocks each group of queries attends to.
 * :func:`block_sparse_attention`: attention over just those blocks, differentiable.
+* :func:`merge_attention`: one softmax over several sets of keys, each attended to by itself.
 * :func:`select_blocks`, :func:`soft_top_k`: from scores to a layout, and the gradient that goes with it.
 * :func:`backends`: what can run here, and why the rest cannot.
 * :func:`dense_attention`, :func:`dense_backends`: the same for dense attention.
@@ -12,6 +13,7 @@ Imports torch and nothing else of this project. Public names:
 from astbench_kernels.attention import Backend, backends, block_sparse_attention, choose_backend
 from astbench_kernels.dense import DenseBackend, check_dense_backend, dense_attention, dense_backends
 from astbench_kernels.layout import BlockLayout
+from astbench_kernels.merge import merge_attention
 from astbench_kernels.select import select_blocks, soft_top_k
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "choose_backend",
     "dense_attention",
     "dense_backends",
+    "merge_attention",
     "select_blocks",
     "soft_top_k",
 ]

@@ -171,7 +171,7 @@ def _tiles(plan: Plan) -> Iterator[_Tile]:
     entries, masked = entries[order], masked[order]
     units = entries // plan.slots.shape[1]
     # The last key of its block that each row of a masked entry may see.
-    last = plan.row_positions[units[masked] % plan.layout.num_groups] - plan.starts.flatten()[entries[masked], None]
+    last = plan.last_keys[units[masked] % plan.layout.num_groups] - plan.starts.flatten()[entries[masked], None]
     step, start, place = max(1, TILE_ROWS // plan.rows), 0, 0
     for block, count in enumerate(counts.tolist()):
         left = masked_counts[block]

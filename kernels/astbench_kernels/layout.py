@@ -13,13 +13,20 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def last_key(position: Tensor, key_stride: int) -> Tensor:
+    """The last key that a query at each position sees under a causal mask, -1 where it sees none."""
+    return (position + 1) // key_stride - 1
+
+
 @dataclass(frozen=True)
 class BlockLayout:
     """Lists of chosen key blocks, one list per (batch, list head, query group).
 
-    Positions are absolute: query row `i` stands at position `query_offset + i`, key row `j` at `j`. Query
-    groups are aligned to absolute positions too (group of a row = position // query_group), so a decoding step
-    that starts in the middle of a group still finds its own list.
+    Positions are absolute: query row `i` stands at position `query_offset + i`, key row `j` at
+    `(j + 1) * key_stride - 1`. With a stride of 1 that is `j`; a coarse key sums up `key_stride` consecutive tokens
+    and stands at the last of them, so that a causal mask shows it once they are all there. Query groups are aligned
+    to absolute positions too (group of a row = position // query_group), so a decoding step that starts in the middle
+    of a group still finds its own list.
 
     Attributes:
         indices: int32 `(batch, list_heads, groups, width)`; the first `counts` entries of a row are distinct
@@ -30,6 +37,7 @@ class BlockLayout:
         query_length: Number of query rows.
         key_length: Number of key rows.
         query_offset: Absolute position of query row 0.
+        key_stride: Consecutive tokens that a key stands for; 1 unless keys are coarse.
     """
 
     indices: Tensor
@@ -39,8 +47,11 @@ class BlockLayout:
     query_length: int
     key_length: int
     query_offset: int = 0
+    key_stride: int = 1
 
     def __post_init__(self) -> None:
+        if self.key_stride < 1:
+            raise ValueError(f"key_stride must be at least 1 token, got {self.key_stride}")
         if self.indices.dim() != 4 or self.counts.shape != self.indices.shape[:3]:
             raise ValueError(
                 "indices must be (batch, list_heads, groups, width) and counts (batch, list_heads, groups), "
@@ -82,6 +93,7 @@ class BlockLayout:
         query_length: int,
         key_length: int,
         query_offset: int = 0,
+        key_stride: int = 1,
     ) -> BlockLayout:
         """Build lists from a bool `(batch, list_heads, groups, key_blocks)`; blocks in ascending order.
 
@@ -94,7 +106,9 @@ class BlockLayout:
         blocks = keep.reshape(-1).nonzero().squeeze(-1) % max(1, keep.shape[-1])
         slots = torch.arange(width, device=keep.device) < counts.unsqueeze(-1)
         indices.masked_scatter_(slots, blocks.to(torch.int32))
-        return BlockLayout(indices, counts, block_size, query_group, query_length, key_length, query_offset)
+        return BlockLayout(
+            indices, counts, block_size, query_group, query_length, key_length, query_offset, key_stride
+        )
 
     def to_mask(self) -> Tensor:
         """Bool `(batch, list_heads, groups, key_blocks)`, the inverse of :meth:`from_mask`."""
@@ -116,8 +130,8 @@ class BlockLayout:
         block_of_key = torch.arange(self.key_length, device=device) // self.block_size
         keep = self.to_mask()[:, :, self.row_groups()][..., block_of_key]
         if causal:
-            row = torch.arange(self.query_length, device=device)[:, None] + self.query_offset
-            keep = keep & (torch.arange(self.key_length, device=device) <= row)
+            position = torch.arange(self.query_length, device=device)[:, None] + self.query_offset
+            keep = keep & (torch.arange(self.key_length, device=device) <= last_key(position, self.key_stride))
         if key_valid is not None:
             keep = keep & key_valid[:, None, None, :]
         return keep
@@ -140,12 +154,12 @@ class BlockLayout:
         stop = (start + self.block_size).clamp(max=self.key_length)
         total = torch.zeros(self.counts.shape[:2], dtype=torch.float64, device=device)
         groups = self.row_groups()
-        position = torch.arange(self.query_length, device=device) + self.query_offset
+        last = last_key(torch.arange(self.query_length, device=device) + self.query_offset, self.key_stride)
         rows_per_step = max(1, 2**22 // max(1, start[:, :, 0].numel()))
         for rows in torch.arange(self.query_length, device=device).split(rows_per_step):
             begin, end = start[:, :, groups[rows]], stop[:, :, groups[rows]]
             if causal:
-                end = torch.minimum(end, position[rows, None] + 1).maximum(begin)
+                end = torch.minimum(end, last[rows, None] + 1).maximum(begin)
             begin = begin.clamp(max=self.key_length)
             end = end.clamp(max=self.key_length)
             per_slot = _look_up(seen, end) - _look_up(seen, begin)
@@ -159,6 +173,7 @@ class BlockLayout:
             self.key_length,
             causal=causal,
             query_offset=self.query_offset,
+            key_stride=self.key_stride,
             key_valid=key_valid,
             batch=self.indices.shape[0],
             device=self.indices.device,
@@ -185,14 +200,17 @@ def visible_pairs(
     key_valid: Tensor | None,
     batch: int,
     device: torch.device,
+    key_stride: int = 1,
 ) -> Tensor:
     """float64 `(batch,)`: the (query, key) pairs that a dense attention would compute."""
     position = torch.arange(query_length, device=device) + query_offset
-    last = (position + 1).clamp(max=key_length) if causal else torch.full_like(position, key_length)
+    stop = torch.full_like(position, key_length)
+    if causal:
+        stop = torch.minimum(stop, last_key(position, key_stride) + 1)
     if key_valid is None:
-        return last.sum(dtype=torch.float64).expand(batch)
+        return stop.sum(dtype=torch.float64).expand(batch)
     seen = torch.nn.functional.pad(key_valid.long().cumsum(1), (1, 0))
-    return seen[:, last].sum(1, dtype=torch.float64)
+    return seen[:, stop].sum(1, dtype=torch.float64)
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from astbench_kernels.layout import BlockLayout, ceil_div
+from astbench_kernels.layout import BlockLayout, ceil_div, last_key
 
 LOG2_E = math.log2(math.e)
 """Logits are kept in powers of two: torch's exp2 is two to three times as fast as its exp."""
@@ -31,8 +31,8 @@ class Plan:
     blocks: Tensor  # int64 (units, width): rows of the block table
     slots: Tensor  # bool (units, width): which of them are listed
     masked: Tensor  # bool (units, width): empty slots, and blocks that hold pairs that may not be seen
-    starts: Tensor  # int64 (units, width): position of each listed block's first key
-    row_positions: Tensor  # int64 (groups, rows): position of each query row of a unit
+    starts: Tensor  # int64 (units, width): each listed block's first key
+    last_keys: Tensor  # int64 (groups, rows): the last key that a causal mask shows to each query row of a unit
     keys: Tensor  # int64 (block_size,): 0, 1, ...
     unseen: Tensor | None  # bool (block table, block_size): keys that nobody may see; None where there are none
 
@@ -47,8 +47,8 @@ class Plan:
         if self.unseen is not None:
             hidden = hidden | self.unseen[self.blocks[unit, slot]].unsqueeze(1)
         if self.causal:
-            rows = self.row_positions[unit % self.layout.num_groups] - self.starts[unit, slot, None]
-            hidden = hidden | (self.keys > rows.unsqueeze(-1))
+            last = self.last_keys[unit % self.layout.num_groups] - self.starts[unit, slot, None]
+            hidden = hidden | (self.keys > last.unsqueeze(-1))
         return hidden
 
 
@@ -66,13 +66,13 @@ def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: b
     kv_head_of_list = torch.arange(lists, device=q.device) * kv_heads // lists
     row = torch.arange(batch, device=q.device)[:, None] * kv_heads + kv_head_of_list
     first = (layout.first_group + torch.arange(groups, device=q.device)) * layout.query_group
-    rows = first[:, None] + torch.arange(layout.query_group, device=q.device)
+    last = last_key(first[:, None] + torch.arange(layout.query_group, device=q.device), layout.key_stride)
     starts = (listed * size).reshape(-1, width)
     blocks = (listed + row[:, :, None, None] * layout.num_blocks).reshape(-1, width)
     slots = layout.slots.reshape(-1, width)
     masked = ~slots
     if causal:
-        masked = masked | (starts + size - 1 > first.repeat(batch * lists)[:, None])
+        masked = masked | (starts + size - 1 > last[:, 0].repeat(batch * lists)[:, None])
     unseen = None
     if key_valid is not None or layout.key_length % size:
         valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if key_valid is None else key_valid
@@ -90,7 +90,7 @@ def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: b
         slots=slots,
         masked=masked,
         starts=starts,
-        row_positions=rows.repeat(1, num_heads // lists),
+        last_keys=last.repeat(1, num_heads // lists),
         keys=torch.arange(size, device=q.device),
         unseen=unseen,
     )

@@ -75,6 +75,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     schedule: str | None = None
     keep: float = 0.5
+    stride: int = 1
 
 
 def make(case, seed=0):
@@ -86,7 +87,7 @@ def make(case, seed=0):
     keep[-1, -1, -1] = True
     layout = BlockLayout.from_mask(
         keep, block_size=case.block, query_group=case.group, query_length=case.queries, key_length=case.keys,
-        query_offset=case.offset,
+        query_offset=case.offset, key_stride=case.stride,
     )  # fmt: skip
     # Blocks in any order: nothing may rest on ascending ones.
     shuffled = torch.rand(layout.indices.shape, generator=g).masked_fill(~layout.slots, 2.0).argsort(-1)
@@ -170,6 +171,12 @@ CASES = {
     "float16-per-token": Case(31, 31, 16, 1, dtype=torch.float16, padding="tail"),
     "bfloat16": Case(63, 63, 16, 16, dtype=torch.bfloat16, schedule="query_major"),
     "bfloat16-per-token": Case(31, 31, 16, 1, dtype=torch.bfloat16, schedule="key_major"),
+    "stride-4-per-token": Case(63, 15, 8, 1, stride=4, lists=2),
+    "stride-4-groups-of-16": Case(67, 17, 4, 16, stride=4, padding="holes"),
+    "stride-2-groups-of-64": Case(75, 37, 16, 64, stride=2, lists=1, batch=2, padding="tail"),
+    "stride-7-chunk-from-mid-group": Case(11, 15, 4, 4, offset=92, stride=7, lists=2, keep=0.8),
+    "stride-4-decode": Case(1, 23, 8, 1, offset=90, stride=4, keep=0.8, batch=2, lists=2),
+    "stride-4-bidirectional": Case(29, 8, 4, 16, stride=4, causal=False),
     "groups-of-64-key-major": Case(67, 67, 16, 64, schedule="key_major"),
     "per-token-query-major": Case(13, 13, 8, 1, schedule="query_major", lists=2),
 }
@@ -244,11 +251,12 @@ def test_gradient_through_one_output(through):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_full_blocks_first_and_hidden_ones_dropped():
+@pytest.mark.parametrize(("keys", "stride"), [(40, 1), (13, 3)])
+def test_full_blocks_first_and_hidden_ones_dropped(keys, stride):
     from astbench_kernels.triton.lists import block_states, order_lists, transpose_lists
     from astbench_kernels.triton.plan import make_plan
 
-    case = Case(40, 40, 8, 16, padding="tail", lists=2, batch=2, schedule="query_major")
+    case = Case(40, keys, 8 // stride, 16, padding="tail", lists=2, batch=2, schedule="query_major", stride=stride)
     inputs, layout, valid = make(case)
     plan = make_plan(*inputs[:3], layout, causal=True, schedule="query_major")
     states = block_states(plan, valid, valid.device)
@@ -263,7 +271,7 @@ def test_full_blocks_first_and_hidden_ones_dropped():
                 full, partial = set(), set()
                 for slot in range(int(layout.counts[b, listing, group])):
                     block = int(layout.indices[b, listing, group, slot])
-                    seen = pairs[b, listing, rows][:, block * 8 : block * 8 + 8]
+                    seen = pairs[b, listing, rows][:, block * case.block :][:, : case.block]
                     if seen.any():
                         (full if seen.all() else partial).add((block, slot))
                         code = group * plan.width + slot

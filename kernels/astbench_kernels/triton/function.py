@@ -146,6 +146,7 @@ def _constants(plan: Plan, arguments: _Arguments, tile: Tile) -> _Arguments:
         "LISTS": plan.lists,
         "BUNDLES": plan.bundles,
         "CAUSAL": plan.causal,
+        "KEY_STRIDE": plan.key_stride,
         "HAS_BIAS": arguments["bias"] is not arguments["q"],
         "HAS_VALID": arguments["key_valid"] is not arguments["k"],
         "DIM": plan.head_dim,

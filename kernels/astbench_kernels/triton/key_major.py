@@ -35,7 +35,7 @@ def _keys_of_program(
 @triton.jit
 def _partial_steps(
     start, stop,
-    keys, values, key, live, q, bias, entries, partial, partial_lse, bundle_row, part,
+    keys, values, key_position, live, q, bias, entries, partial, partial_lse, bundle_row, part,
     stride_qh, stride_qn, scale, chunk_start, chunk_rows, width, first_group, query_offset, query_length,
     EACH: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
@@ -52,7 +52,7 @@ def _partial_steps(
         if MASKED:
             allowed = live[None, :]
             if CAUSAL:
-                allowed = allowed & (key[None, :] <= position[:, None])
+                allowed = allowed & (key_position[None, :] <= position[:, None])
             logits = tl.where(allowed, logits, -float("inf"))
         highest = tl.max(logits, 1)
         pivot = tl.where(highest == -float("inf"), 0.0, highest)
@@ -72,7 +72,7 @@ def forward(
     scale, chunk, chunk_start, chunk_rows,
     num_tiles, num_blocks, num_chunks, groups, width, first_group, query_offset, query_length, key_length,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, BUNDLES: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
+    CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -93,6 +93,7 @@ def forward(
         bias += unit * groups * width
         key_valid += batch * key_length
         _block, part, key, live = _keys_of_program(tile, key_valid, key_length, HAS_VALID, BLOCK_SIZE, KEYS)
+        key_position = key * KEY_STRIDE + (KEY_STRIDE - 1)
         source = key.to(tl.int64)
         k += batch * stride_kb + kv_head * stride_kh
         v += batch * stride_vb + kv_head * stride_vh
@@ -103,13 +104,13 @@ def forward(
         size: tl.constexpr = GROUP * each
         _partial_steps(
             full_start * size, full_stop * size,
-            keys, values, key, live, q, bias, entries, partial, partial_lse, bundle_row, part,
+            keys, values, key_position, live, q, bias, entries, partial, partial_lse, bundle_row, part,
             stride_qh, stride_qn, scale, chunk_start, chunk_rows, width, first_group, query_offset, query_length,
             each, parts, CAUSAL, HAS_BIAS, False, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, GROUP, ROWS, PRECISE,
         )  # fmt: skip
         _partial_steps(
             partial_start * size, partial_stop * size,
-            keys, values, key, live, q, bias, entries, partial, partial_lse, bundle_row, part,
+            keys, values, key_position, live, q, bias, entries, partial, partial_lse, bundle_row, part,
             stride_qh, stride_qn, scale, chunk_start, chunk_rows, width, first_group, query_offset, query_length,
             each, parts, CAUSAL, HAS_BIAS, True, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, GROUP, ROWS, PRECISE,
         )  # fmt: skip
@@ -155,7 +156,7 @@ def merge(
 @triton.jit
 def _backward_steps(
     d_k, d_v, start, stop,
-    keys, values, key, live, q, d_out, lse, delta, bias, d_q, d_bias, entries,
+    keys, values, key_position, live, q, d_out, lse, delta, bias, d_q, d_bias, entries,
     stride_qh, stride_qn, stride_oh, stride_on, scale, softmax_scale,
     width, first_group, query_offset, query_length,
     EACH: tl.constexpr, CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, ALL: tl.constexpr, MASKED: tl.constexpr,
@@ -179,7 +180,7 @@ def _backward_steps(
         if MASKED:
             allowed = live[:, None]
             if CAUSAL:
-                allowed = allowed & (key[:, None] <= position[None, :])
+                allowed = allowed & (key_position[:, None] <= position[None, :])
             weights = tl.where(allowed, weights, 0.0)
         d_v += matmul(weights.to(d_rows.dtype), d_rows, PRECISE)
         d_logits = weights * (matmul(values, tl.trans(d_rows), PRECISE) - shift[None, :])
@@ -206,7 +207,7 @@ def backward(
     scale, softmax_scale,
     num_tiles, num_blocks, num_chunks, groups, width, first_group, query_offset, query_length, key_length,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, BUNDLES: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr, ALL: tl.constexpr,
+    CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr, ALL: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -221,6 +222,7 @@ def backward(
     batch, kv_head = (kv_head // KV_HEADS).to(tl.int64), (kv_head % KV_HEADS).to(tl.int64)
     key_valid += batch * key_length
     block, _part, key, live = _keys_of_program(tile, key_valid, key_length, HAS_VALID, BLOCK_SIZE, KEYS)
+    key_position = key * KEY_STRIDE + (KEY_STRIDE - 1)
     source = key.to(tl.int64)
     k += batch * stride_kb + kv_head * stride_kh
     v += batch * stride_vb + kv_head * stride_vh
@@ -240,7 +242,7 @@ def backward(
         scalars = first_head * query_length
         grad_k, grad_v = _backward_steps(
             grad_k, grad_v, begin * size, middle * size,
-            keys, values, key, live, q_rows, o_rows, lse + scalars, delta + scalars, bias + table,
+            keys, values, key_position, live, q_rows, o_rows, lse + scalars, delta + scalars, bias + table,
             d_q + scalars * DIM, d_bias + table, entries + table,
             stride_qh, stride_qn, stride_oh, stride_on, scale, softmax_scale,
             width, first_group, query_offset, query_length,
@@ -249,7 +251,7 @@ def backward(
         )  # fmt: skip
         grad_k, grad_v = _backward_steps(
             grad_k, grad_v, middle * size, end * size,
-            keys, values, key, live, q_rows, o_rows, lse + scalars, delta + scalars, bias + table,
+            keys, values, key_position, live, q_rows, o_rows, lse + scalars, delta + scalars, bias + table,
             d_q + scalars * DIM, d_bias + table, entries + table,
             stride_qh, stride_qn, stride_oh, stride_on, scale, softmax_scale,
             width, first_group, query_offset, query_length,

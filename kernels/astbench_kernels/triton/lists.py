@@ -16,6 +16,7 @@ from torch import Tensor
 from astbench_kernels.layout import BlockLayout, ceil_div
 from astbench_kernels.triton.launch import launch
 from astbench_kernels.triton.plan import Plan, Tile, next_power_of_two
+from astbench_kernels.triton.tiles import last_key
 
 _HIDDEN, _PARTIAL, _FULL = 0, 1, 2
 _SCAN = Tile(rows=1, keys=1, num_warps=1, num_stages=1)
@@ -125,7 +126,13 @@ def _list_arguments(plan: Plan, layout: BlockLayout, states: Tensor) -> dict[str
 
 
 def _list_constants(plan: Plan, even: bool) -> dict[str, object]:
-    return {"CAUSAL": plan.causal, "EVEN": even, "BLOCK_SIZE": plan.block_size, "GROUP": plan.query_group}
+    return {
+        "CAUSAL": plan.causal,
+        "KEY_STRIDE": plan.key_stride,
+        "EVEN": even,
+        "BLOCK_SIZE": plan.block_size,
+        "GROUP": plan.query_group,
+    }
 
 
 _SIZES = ["lists", "groups", "width", "num_blocks", "first_group", "query_offset", "query_length"]
@@ -141,6 +148,7 @@ def _classify(
     query_offset,
     query_length,
     CAUSAL: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -152,8 +160,8 @@ def _classify(
     if CAUSAL:
         first = tl.maximum((first_group + group) * GROUP, query_offset)
         last = tl.minimum((first_group + group + 1) * GROUP, query_offset + query_length) - 1
-        seen = seen & (block * BLOCK_SIZE <= last)
-        full = full & (block * BLOCK_SIZE + (BLOCK_SIZE - 1) <= first)
+        seen = seen & (block * BLOCK_SIZE <= last_key(last, KEY_STRIDE))
+        full = full & (block * BLOCK_SIZE + (BLOCK_SIZE - 1) <= last_key(first, KEY_STRIDE))
     if not EVEN:
         full = full & (state > 2)
     return seen, full
@@ -176,6 +184,7 @@ def _order(
     query_offset,
     query_length,
     CAUSAL: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -193,8 +202,9 @@ def _order(
         live = place < count
         block = tl.load(indices + base + place, mask=live, other=0)
         seen, full = _classify(
-            block, live, group, states, first_group, query_offset, query_length, CAUSAL, EVEN, BLOCK_SIZE, GROUP
-        )
+            block, live, group, states, first_group, query_offset, query_length,
+            CAUSAL, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP,
+        )  # fmt: skip
         fulls += tl.sum(full.to(tl.int32), 0)
     done_full, done_partial = 0, fulls
     for start in range(0, count, BLOCK):
@@ -202,8 +212,9 @@ def _order(
         live = place < count
         block = tl.load(indices + base + place, mask=live, other=0)
         seen, full = _classify(
-            block, live, group, states, first_group, query_offset, query_length, CAUSAL, EVEN, BLOCK_SIZE, GROUP
-        )
+            block, live, group, states, first_group, query_offset, query_length,
+            CAUSAL, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP,
+        )  # fmt: skip
         is_full, is_partial = full.to(tl.int32), (seen & (full == 0)).to(tl.int32)
         target = tl.where(full, done_full + tl.cumsum(is_full, 0) - 1, done_partial + tl.cumsum(is_partial, 0) - 1)
         tl.store(blocks + base + target, block, mask=seen)
@@ -229,6 +240,7 @@ def _cells_of_entries(
     query_offset,
     query_length,
     CAUSAL: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -245,7 +257,7 @@ def _cells_of_entries(
     block = tl.load(indices + unit.to(tl.int64) * groups * width + entry, mask=live, other=0)
     states += (unit // lists) * num_blocks
     seen, full = _classify(
-        block, live, group, states, first_group, query_offset, query_length, CAUSAL, EVEN, BLOCK_SIZE, GROUP
+        block, live, group, states, first_group, query_offset, query_length, CAUSAL, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP
     )
     cell = (block * 2 + tl.where(full, 0, 1)) * num_chunks + group // groups_per_chunk
     return unit.to(tl.int64), entry, cell, seen, exists
@@ -268,6 +280,7 @@ def _count(
     query_offset,
     query_length,
     CAUSAL: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -275,7 +288,7 @@ def _count(
 ):
     unit, _entry, cell, seen, _exists = _cells_of_entries(
         indices, counts, states, lists, groups, width, num_blocks, num_chunks, groups_per_chunk,
-        first_group, query_offset, query_length, CAUSAL, EVEN, BLOCK_SIZE, GROUP, BLOCK,
+        first_group, query_offset, query_length, CAUSAL, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP, BLOCK,
     )  # fmt: skip
     tl.atomic_add(counts_of_cells + unit * num_cells + cell, 1, mask=seen)
 
@@ -298,6 +311,7 @@ def _scatter(
     query_offset,
     query_length,
     CAUSAL: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -307,7 +321,7 @@ def _scatter(
     """Each entry goes where its cell's cursor stands; CELLS_ONLY writes the cells themselves, for a stable sort."""
     unit, entry, cell, seen, exists = _cells_of_entries(
         indices, counts, states, lists, groups, width, num_blocks, num_chunks, groups_per_chunk,
-        first_group, query_offset, query_length, CAUSAL, EVEN, BLOCK_SIZE, GROUP, BLOCK,
+        first_group, query_offset, query_length, CAUSAL, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP, BLOCK,
     )  # fmt: skip
     entries += unit * groups * width
     if CELLS_ONLY:

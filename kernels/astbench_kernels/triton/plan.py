@@ -51,6 +51,7 @@ class Plan:
     query_length: int
     key_length: int
     query_offset: int
+    key_stride: int
     head_dim: int
     value_dim: int
     causal: bool
@@ -177,6 +178,7 @@ def make_plan(
         query_length=layout.query_length,
         key_length=layout.key_length,
         query_offset=layout.query_offset,
+        key_stride=layout.key_stride,
         head_dim=q.shape[-1],
         value_dim=v.shape[-1],
         causal=causal,

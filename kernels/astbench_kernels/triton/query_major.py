@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from astbench_kernels.triton.tiles import LN2, LOG2E, load_tile, log_of_sum, matmul, rows_of_group, store_tile
+from astbench_kernels.triton.tiles import LN2, LOG2E, last_key, load_tile, log_of_sum, matmul, rows_of_group, store_tile
 
 _SIZES = ["num_tiles", "groups", "width", "first_group", "query_offset", "query_length", "key_length"]
 
@@ -81,7 +81,7 @@ def _steps(fulls, seen, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, KEYS: tl
 @triton.jit
 def _forward_steps(
     acc, highest, total, start, stop,
-    q, k, v, bias, key_valid, blocks, slots, seen, position, stride_kn, stride_vn, scale, key_length,
+    q, k, v, bias, key_valid, blocks, slots, seen, last, stride_kn, stride_vn, scale, key_length,
     CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr, MASKED: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
@@ -102,7 +102,7 @@ def _forward_steps(
         if MASKED:
             allowed = live[None, :]
             if CAUSAL:
-                allowed = allowed & ((first + key)[None, :] <= position[:, None])
+                allowed = allowed & ((first + key)[None, :] <= last[:, None])
             logits = tl.where(allowed, logits, -float("inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
         # Rows that have seen nothing yet: -inf - 0 and not -inf - -inf.
@@ -122,7 +122,7 @@ def forward(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, num_tiles, groups, width, first_group, query_offset, query_length, key_length,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, BUNDLES: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
+    CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, TILES_PER_GROUP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
@@ -138,6 +138,7 @@ def forward(
     head, position, row, exists = rows_of_group(
         part * ROWS + tl.arange(0, ROWS), group, first_group, query_offset, query_length, GROUP, each
     )
+    last = last_key(position, KEY_STRIDE)
     head = bundle * each + head
     queries = load_tile(q + batch * stride_qb, head * stride_qh + row * stride_qn, exists, DIM, BLOCK_DIM, True)
     k += batch * stride_kb + kv_head * stride_kh
@@ -151,12 +152,12 @@ def forward(
     total = tl.zeros([ROWS], tl.float32)
     acc, highest, total = _forward_steps(
         acc, highest, total, 0, unmasked,
-        queries, k, v, bias, key_valid, blocks, slots, seen, position, stride_kn, stride_vn, scale, key_length,
+        queries, k, v, bias, key_valid, blocks, slots, seen, last, stride_kn, stride_vn, scale, key_length,
         CAUSAL, HAS_BIAS, HAS_VALID, False, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, BLOCK_SIZE, PADDED, KEYS, PRECISE,
     )  # fmt: skip
     acc, highest, total = _forward_steps(
         acc, highest, total, unmasked, steps,
-        queries, k, v, bias, key_valid, blocks, slots, seen, position, stride_kn, stride_vn, scale, key_length,
+        queries, k, v, bias, key_valid, blocks, slots, seen, last, stride_kn, stride_vn, scale, key_length,
         CAUSAL, HAS_BIAS, HAS_VALID, True, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, BLOCK_SIZE, PADDED, KEYS, PRECISE,
     )  # fmt: skip
     # Rows that see nothing have total 0: their output is 0 / 1, their log-sum-exp -inf.
@@ -169,7 +170,7 @@ def forward(
 @triton.jit
 def _backward_steps(
     d_q, start, stop,
-    q, d_out, lse, delta, k, v, bias, d_bias, key_valid, blocks, slots, seen, position, stride_kn, stride_vn, scale,
+    q, d_out, lse, delta, k, v, bias, d_bias, key_valid, blocks, slots, seen, last, stride_kn, stride_vn, scale,
     key_length,
     CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr, MASKED: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
@@ -193,7 +194,7 @@ def _backward_steps(
         if MASKED:
             allowed = live[None, :]
             if CAUSAL:
-                allowed = allowed & ((first + key)[None, :] <= position[:, None])
+                allowed = allowed & ((first + key)[None, :] <= last[:, None])
             weights = tl.where(allowed, weights, 0.0)
         d_logits = weights * (matmul(d_out, tl.trans(values), PRECISE) - delta[:, None])
         if HAS_BIAS:
@@ -219,7 +220,7 @@ def backward(
     stride_ob, stride_oh, stride_on,
     scale, softmax_scale, num_tiles, groups, width, first_group, query_offset, query_length, key_length,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, BUNDLES: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
+    CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, TILES_PER_GROUP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
@@ -238,6 +239,7 @@ def backward(
     head, position, row, exists = rows_of_group(
         part * ROWS + tl.arange(0, ROWS), group, first_group, query_offset, query_length, GROUP, each
     )
+    last = last_key(position, KEY_STRIDE)
     head = bundle * each + head
     queries = load_tile(q + batch * stride_qb, head * stride_qh + row * stride_qn, exists, DIM, BLOCK_DIM, True)
     d_rows = load_tile(
@@ -258,13 +260,13 @@ def backward(
     grad = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     grad = _backward_steps(
         grad, 0, unmasked,
-        queries, d_rows, known, shift, k, v, bias, d_bias, key_valid, blocks, slots, seen, position,
+        queries, d_rows, known, shift, k, v, bias, d_bias, key_valid, blocks, slots, seen, last,
         stride_kn, stride_vn, scale, key_length,
         CAUSAL, HAS_BIAS, HAS_VALID, False, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, BLOCK_SIZE, PADDED, KEYS, PRECISE,
     )  # fmt: skip
     grad = _backward_steps(
         grad, unmasked, steps,
-        queries, d_rows, known, shift, k, v, bias, d_bias, key_valid, blocks, slots, seen, position,
+        queries, d_rows, known, shift, k, v, bias, d_bias, key_valid, blocks, slots, seen, last,
         stride_kn, stride_vn, scale, key_length,
         CAUSAL, HAS_BIAS, HAS_VALID, True, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, BLOCK_SIZE, PADDED, KEYS, PRECISE,
     )  # fmt: skip

@@ -46,6 +46,7 @@ class Call:
     kv_heads: int = 8
     lists: int = 8
     causal: bool = True
+    key_stride: int = 1
     bias: bool = True
     padding: bool = False
     dtype: str = "bfloat16"
@@ -96,6 +97,7 @@ def matrix() -> Iterator[Call]:
         call = Call(query_group=query_group)
         yield replace(call, causal=False, bias=False)
         yield replace(call, padding=True)
+        yield replace(call, key_stride=4)
         yield replace(call, kv_heads=2)
         yield replace(call, kv_heads=2, lists=2)
         yield replace(call, dtype="float16")
@@ -114,7 +116,9 @@ def launches(call: Call, arch: int) -> list[Launch]:
     k = torch.zeros(batch, call.kv_heads, length, call.head_dim, dtype=dtype, requires_grad=True)
     v = torch.zeros_like(k, requires_grad=True)
     table = torch.zeros(batch, call.lists, groups, width, dtype=torch.int32)
-    layout = BlockLayout(table, table[..., 0], call.block_size, call.query_group, length, length)
+    layout = BlockLayout(
+        table, table[..., 0], call.block_size, call.query_group, length, length, key_stride=call.key_stride
+    )
     bias = torch.zeros(table.shape, requires_grad=True) if call.bias else None
     valid = torch.ones(batch, length, dtype=torch.bool) if call.padding else None
     with writing_down() as written:

@@ -46,6 +46,14 @@ def log_of_sum(highest, total):
 
 
 @triton.jit
+def last_key(position, KEY_STRIDE: tl.constexpr):
+    """The last key that queries at these positions see under a causal mask, -1 where they see none."""
+    if KEY_STRIDE == 1:
+        return position
+    return (position + 1) // KEY_STRIDE - 1
+
+
+@triton.jit
 def rows_of_group(index, group, first_group, query_offset, query_length, GROUP: tl.constexpr, HEADS: tl.constexpr):
     """Row `index` of a bundle's group: (head in the bundle, position, query row, whether that row exists).
 
