@@ -106,9 +106,7 @@ class BlockLayout:
         blocks = keep.reshape(-1).nonzero().squeeze(-1) % max(1, keep.shape[-1])
         slots = torch.arange(width, device=keep.device) < counts.unsqueeze(-1)
         indices.masked_scatter_(slots, blocks.to(torch.int32))
-        return BlockLayout(
-            indices, counts, block_size, query_group, query_length, key_length, query_offset, key_stride
-        )
+        return BlockLayout(indices, counts, block_size, query_group, query_length, key_length, query_offset, key_stride)
 
     def to_mask(self) -> Tensor:
         """Bool `(batch, list_heads, groups, key_blocks)`, the inverse of :meth:`from_mask`."""
