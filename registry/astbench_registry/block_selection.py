@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, select_blocks
+from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, merge_attention, select_blocks
 from astbench_kernels.layout import ceil_div
+from astbench_registry.coarse_keys import CoarseAttention
 from astbench_registry.configs.block_selection import BlockSelectionConfig
 from astbench_registry.interface import (
     Attention,
@@ -115,7 +116,7 @@ class BlockSelectingAttention(Attention):
             )
             bias, losses = self.teach(scores, keep, layout, q, k, v, mask, selection, scale, context)
         backend = choose_backend(self.config.backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
-        out, _ = block_sparse_attention(
+        out, lse = block_sparse_attention(
             q,
             k,
             v,
@@ -126,7 +127,10 @@ class BlockSelectingAttention(Attention):
             key_valid=mask.key_valid,
             backend=backend,
         )
-        stats = self._stats(q, k, mask, layout, backend) if context.listen else None
+        coarse = self.coarse(q, k, v, mask, scale, backend)
+        if coarse is not None:
+            out, _ = merge_attention([(out, lse), (coarse.out, coarse.lse)])
+        stats = self._stats(q, k, mask, layout, coarse, backend) if context.listen else None
         return AttentionOutput(out, losses, stats)
 
     def selection(self, q: Tensor, k: Tensor, mask: AttentionMask) -> Selection:
@@ -205,6 +209,12 @@ class BlockSelectingAttention(Attention):
         """A block bias for the kernel and auxiliary losses, for variants that learn to choose."""
         return None, MappingProxyType({})
 
+    def coarse(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str
+    ) -> CoarseAttention | None:
+        """Attention to coarse tokens that joins the softmax, for variants that have them; None for nothing."""
+        return None
+
     def speaker(self, q: Tensor, mask: AttentionMask, selection: Selection) -> Tensor:
         """`(batch, num_heads, groups, head_dim)`, float32 or more: the query that speaks for each group."""
         group = selection.query_group
@@ -222,9 +232,21 @@ class BlockSelectingAttention(Attention):
         groups = selection.num_groups
         return block_mean(in_blocks(wide, groups, group), valid_in_blocks(valid, groups, group))
 
-    def _stats(self, q: Tensor, k: Tensor, mask: AttentionMask, layout: BlockLayout, backend: str) -> AttentionStats:
+    def _stats(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: AttentionMask,
+        layout: BlockLayout,
+        coarse: CoarseAttention | None,
+        backend: str,
+    ) -> AttentionStats:
         attended = layout.attended_pairs(causal=mask.causal, key_valid=mask.key_valid)
-        return AttentionStats(attended, mask.visible_pairs(q, k), backend, layout)
+        pooled = None
+        if coarse is not None:
+            pooled = coarse.layout.attended_pairs(causal=mask.causal, key_valid=coarse.key_valid)
+            pooled = pooled.expand_as(attended)
+        return AttentionStats(attended, mask.visible_pairs(q, k), backend, layout, pooled)
 
     def kept_keys(self, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Keys gathered over all rows of one head under the fixed budget."""

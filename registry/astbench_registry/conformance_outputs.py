@@ -250,10 +250,14 @@ def statistics(subject: Subject) -> None:
     visible = case.allowed().expand(batch, 1, case.q.shape[2], size).sum((1, 2, 3))
     demand(torch.equal(stats.visible.long(), visible), f"visible pairs: {stats.visible}, not {visible}")
     demand(bool((stats.attended <= stats.visible[:, None]).all()), "more pairs attended than visible")
-    within = bool(((stats.density > 0) & (stats.density <= 1)).all())
-    demand(within, f"density {stats.density} is not within (0, 1]")
+    # Pooled keys stand beside those that they are made of: all of both is more than dense.
+    most = 1 if stats.coarse is None else 2
+    within = bool(((stats.density > 0) & (stats.density <= most)).all())
+    demand(within, f"density {stats.density} is not within (0, {most}]")
     if subject.can.yields_layout:
         support, pattern = got.context > 0, _attended(got, case)
+        if stats.coarse is not None:
+            support &= pattern  # the pooled keys' part lies outside the layout too
         demand(torch.equal(support, pattern.expand_as(support)), "the layout is not what was attended to")
         counted = support.sum((-1, -2))
         demand(torch.equal(stats.attended.long(), counted), "attended pairs are miscounted")

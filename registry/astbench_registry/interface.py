@@ -149,17 +149,20 @@ class AttentionStats:
         visible: float64 `(batch,)`: pairs a dense attention would compute.
         backend: The kernel that ran.
         layout: The chosen blocks, for variants that choose blocks.
+        coarse: float64 `(batch, heads)`: pairs computed with pooled keys beside those; None where there are none.
     """
 
     attended: Tensor
     visible: Tensor
     backend: str
     layout: BlockLayout | None = None
+    coarse: Tensor | None = None
 
     @property
     def density(self) -> Tensor:
-        """float64 `(heads,)`: attended over visible pairs, over the batch."""
-        return self.attended.sum(0) / self.visible.sum().clamp(min=1)
+        """float64 `(heads,)`: computed pairs, those with pooled keys included, over visible pairs, over the batch."""
+        computed = self.attended if self.coarse is None else self.attended + self.coarse
+        return computed.sum(0) / self.visible.sum().clamp(min=1)
 
 
 class AttentionOutput(NamedTuple):

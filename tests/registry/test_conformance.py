@@ -21,6 +21,7 @@ AST_OPTIONS = {
     "mixed-density-schedule": {
         "density_start": 0.9, "density_hold": 1, "density_steps": 4, "density_schedule": "mixed"
     },
+    "coarse-tokens": {"coarse_stride": 3},
     "density-schedule": {"density_start": 0.9, "density_steps": 2},
     "reference-backend": {"backend": "reference"},
 }  # fmt: skip

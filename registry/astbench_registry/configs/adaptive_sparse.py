@@ -32,6 +32,10 @@ class ASTConfig(BlockSelectionConfig):
         density_schedule: What happens in between. "linear": the density moves evenly from one to the other;
             "mixed": each step has one or the other, `density` more and more often, so that what was learned at
             `density_start` is kept up while the choice is learned.
+        coarse_stride: Tokens that a coarse token stands for, in the first layer that sees such tokens beside the
+            chosen blocks; 0 = none does.
+        coarse_from: First layer (from 0) that does.
+        coarse_every: Layers after which the stride doubles; 0 = it stays.
         lambda_density: Weight of (predicted density - density)^2; moves it under the adaptive budget.
         lambda_entropy: Weight of the entropy of the choice; sharpens it.
     """
@@ -49,6 +53,9 @@ class ASTConfig(BlockSelectionConfig):
     density_hold: int = 0
     density_steps: int = 0
     density_schedule: Literal["linear", "mixed"] = "linear"
+    coarse_stride: int = 0
+    coarse_from: int = 0
+    coarse_every: int = 0
     lambda_density: float = 0.0
     lambda_entropy: float = 0.0
 
@@ -59,6 +66,7 @@ class ASTConfig(BlockSelectionConfig):
         **BlockSelectionConfig.full_density_options,
         "budget": "fixed",
         "density_start": None,
+        "coarse_stride": 0,
     }
 
     def __post_init__(self) -> None:
@@ -85,5 +93,15 @@ class ASTConfig(BlockSelectionConfig):
             "density_steps",
             f"above density_hold ({self.density_hold}) when density_start is set",
         )
+        self.require(self.coarse_stride != 1 and self.coarse_stride >= 0, "coarse_stride", "0, or 2 tokens and more")
+        self.require(self.coarse_from >= 0, "coarse_from", "0 or more")
+        self.require(self.coarse_every >= 0, "coarse_every", "0 or more layers")
         self.require(self.lambda_density >= 0, "lambda_density", "0 or more")
         self.require(self.lambda_entropy >= 0, "lambda_entropy", "0 or more")
+
+    def coarse_stride_at(self, layer: int) -> int:
+        """Tokens of a coarse token in a layer; 0 where it sees none."""
+        if layer < self.coarse_from:
+            return 0
+        doublings = (layer - self.coarse_from) // self.coarse_every if self.coarse_every else 0
+        return self.coarse_stride * 2**doublings

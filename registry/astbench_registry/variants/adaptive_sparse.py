@@ -18,6 +18,7 @@ from astbench_registry.block_selection import (
     in_blocks,
     valid_in_blocks,
 )
+from astbench_registry.coarse_keys import CoarseAttention, CoarseKeys
 from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.interface import AttentionContext, AttentionMask, AttentionShape
 
@@ -47,6 +48,9 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     the scores of blocks that help; with `sample`, p is also how often a block is kept while training, so that
     those are found that the scores would leave out. While training, a distillation loss moves the scores towards
     the layer's own dense attention, pooled over blocks, on a sample of query rows.
+
+    With `coarse_stride`, layers from `coarse_from` on also see every window of s tokens as one coarse token, in the
+    same softmax (:class:`astbench_registry.coarse_keys.CoarseKeys`); s doubles every `coarse_every` layers.
     """
 
     config: ASTConfig
@@ -58,6 +62,8 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         self.query_weight = nn.Parameter(torch.empty(shape.num_heads, 2 * dim + 1, rank))
         self.key_weight = nn.Parameter(torch.zeros(shape.num_kv_heads, 4 * dim, rank))
         nn.init.normal_(self.query_weight)
+        stride = config.coarse_stride_at(shape.layer_index)
+        self.coarse_keys = CoarseKeys(stride, shape.num_kv_heads) if stride else None
 
     def scores(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
@@ -84,6 +90,14 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         u = torch.matmul(pad(_unit(query_side), (0, 1), value=1.0), self.query_weight.to(compute))
         u = u * self.config.rank**-0.5
         return pooled + block_scores(u, w)
+
+    def coarse(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str
+    ) -> CoarseAttention | None:
+        """Every window of this layer's stride as one token; None where there are none, or no whole window."""
+        if self.coarse_keys is None or k.shape[2] < self.coarse_keys.stride:
+            return None
+        return self.coarse_keys(q, k, v, mask, scale, backend)
 
     def density_at(self, step: int) -> float:
         """The scheduled density while training, the final one otherwise."""
@@ -217,14 +231,17 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         return (divergence * live).sum() / live.sum().clamp(min=1)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
-        """Kept blocks (fixed budget), scores and features, without the training-only distillation."""
+        """Kept blocks (fixed budget), coarse tokens, scores, features; without the training-only distillation."""
         shape, rank = self.shape, self.config.rank
         group = self.config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)
         groups, blocks = -(-query_length // group), -(-key_length // self.config.block_size)
         per_head = 2 * groups * blocks * (shape.head_dim + rank) + 2 * groups * (2 * shape.head_dim + 1) * rank
         features = 2 * blocks * 4 * shape.head_dim * rank
         predictor = batch * (shape.num_heads * per_head + shape.num_kv_heads * features)
-        return super().flops(batch, query_length, key_length, mask) + predictor
+        coarse = 0
+        if self.coarse_keys is not None:
+            coarse = self.coarse_keys.flops(batch, shape.num_heads, query_length, key_length, shape.head_dim, mask)
+        return super().flops(batch, query_length, key_length, mask) + predictor + coarse
 
 
 def _unit(x: Tensor) -> Tensor:
