@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def select_blocks(scores: Tensor, *, forced: Tensor, candidates: Tensor, budget: Tensor) -> Tensor:
@@ -32,6 +35,9 @@ def select_blocks(scores: Tensor, *, forced: Tensor, candidates: Tensor, budget:
         kept[tied] = _without_surplus(ranked[tied], lowest[tied], budget[tied]) & kept[tied]
     return kept.logical_and_((budget > 0).unsqueeze(-1)).logical_or_(forced)
 
+
+SCORES_AT_A_TIME = 2**17
+"""Scores whose soft threshold is looked for together: 512 KiB of them."""
 
 ROWS_AT_A_TIME = 512
 """Groups whose thresholds are looked for together. Under a causal mask the first ones see few blocks: short rows."""
@@ -72,7 +78,7 @@ def soft_top_k(scores: Tensor, k: Tensor, candidates: Tensor, temperature: float
         temperature: T > 0, in the units of the scores.
 
     Returns:
-        `log p`, float32 (float64 for float64 scores), zero outside the candidates.
+        `log p`, float32 (float64 for float64 scores), zero outside the candidates; differentiable once.
 
     Source: Amos, Koltun and Kolter 2019 (The Limited Multi-Label Projection Layer, arXiv 1906.08707), eq. 3:
         the same projection, reached by bisection.
@@ -81,27 +87,54 @@ def soft_top_k(scores: Tensor, k: Tensor, candidates: Tensor, temperature: float
     live = (k > 0) & (k < candidates.sum(-1))
     mask = candidates & live.unsqueeze(-1)
     with torch.no_grad():
-        # In units of the temperature, and -inf where there is no choice: sigmoid(-inf) = 0 stays out of every sum.
-        values = (scores.detach() / temperature).masked_fill(~mask, -torch.inf)
-        high = values.amax(-1, keepdim=True) + 30
-        low = values.masked_fill(~mask, torch.inf).amin(-1, keepdim=True) - 30
-        low, high = low.masked_fill(~live.unsqueeze(-1), -1.0), high.masked_fill(~live.unsqueeze(-1), 1.0)
-        target = k.unsqueeze(-1)
-        # Bisection until Newton is safe; Newton's error squares with every pass.
-        for _ in range(12):
-            middle = (low + high) / 2
-            too_many = (values - middle).sigmoid_().sum(-1, keepdim=True) > target
-            low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
-        tau = (low + high) / 2
-        for _ in range(4 if scores.dtype == torch.float32 else 7):
-            p = (values - tau).sigmoid_()
-            slope = (p * (1 - p)).sum(-1, keepdim=True).clamp_(min=torch.finfo(p.dtype).tiny)
-            # Never out of the bracket, wherever a flat slope points.
-            tau = (tau + (p.sum(-1, keepdim=True) - target) / slope).clamp(low, high)
+        # Seventeen passes over the scores: a few rows at a time stay in a CPU's cache.
+        rows = SCORES_AT_A_TIME // max(1, scores.shape[-1]) if scores.device.type == "cpu" else live.numel()
+        values, masks = (x.reshape(-1, x.shape[-1]).split(max(1, rows)) for x in (scores, mask))
+        kept = k.expand(live.shape).reshape(-1, 1).split(max(1, rows))
+        tau = torch.cat([_threshold(*part, temperature) for part in zip(values, masks, kept, strict=True)])
+        tau = tau.view(*live.shape, 1)
+    return _LogProbabilities.apply(scores, tau, mask, temperature)
+
+
+def _threshold(scores: Tensor, mask: Tensor, k: Tensor, temperature: float) -> Tensor:
+    """`(rows, 1)`: tau of rows `(rows, key_blocks)`, anything finite where there is no choice."""
+    # In units of the temperature, and -inf where there is no choice: sigmoid(-inf) = 0 stays out of every sum.
+    values = (scores / temperature).masked_fill_(~mask, -torch.inf)
+    live = mask.any(-1, keepdim=True)
+    high = values.amax(-1, keepdim=True) + 30
+    low = values.masked_fill(~mask, torch.inf).amin(-1, keepdim=True) - 30
+    low, high = low.masked_fill_(~live, -1.0), high.masked_fill_(~live, 1.0)
+    # Bisection until Newton is safe; Newton's error squares with every pass.
+    for _ in range(12):
+        middle = (low + high) / 2
+        too_many = (values - middle).sigmoid_().sum(-1, keepdim=True) > k
+        low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+    tau = (low + high) / 2
+    for _ in range(4 if scores.dtype == torch.float32 else 7):
         p = (values - tau).sigmoid_()
-        weight = p * (1 - p)
-        weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    safe = torch.where(mask, scores, 0.0)
-    # The weights sum to one: in value this adds nothing, in gradient it is the implicit function theorem's.
-    tau = tau * temperature + (weight * (safe - safe.detach())).sum(-1, keepdim=True)
-    return torch.nn.functional.logsigmoid((safe - tau) / temperature).masked_fill(~mask, 0.0)
+        total = p.sum(-1, keepdim=True)
+        slope = (total - p.square_().sum(-1, keepdim=True)).clamp_(min=torch.finfo(p.dtype).tiny)
+        # Never out of the bracket, wherever a flat slope points.
+        tau = (tau + (total - k) / slope).clamp(low, high)
+    return tau * temperature
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """`log sigmoid((s - tau) / T)` where `mask` is, else 0; keeps no tensor of its own for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, tau: Tensor, mask: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(scores, tau, mask)
+        ctx.temperature = temperature
+        log_p = torch.nn.functional.logsigmoid((scores - tau).div_(temperature))
+        return log_p.masked_fill_(~mask, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scores, tau, mask = ctx.saved_tensors
+        p = (scores - tau).div_(ctx.temperature).sigmoid_().masked_fill_(~mask, 0.0)
+        direct = (1 - p).mul_(grad).div_(ctx.temperature).masked_fill_(~mask, 0.0)
+        weight = p.sub_(p.square())
+        weight = weight.div_(weight.sum(-1, keepdim=True).clamp_(min=torch.finfo(p.dtype).tiny))
+        return direct.sub_(weight.mul_(direct.sum(-1, keepdim=True))), None, None, None

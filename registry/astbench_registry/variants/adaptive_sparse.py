@@ -151,8 +151,9 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         if wants_bias or (learning and config.lambda_entropy):
             log_p = soft_top_k(scores, self._gate_budget(keep, selection), free, config.temperature)
             if wants_bias:
-                carried = log_p if config.estimator == "soft" else log_p - log_p.detach()
-                bias = carried.gather(-1, layout.indices.long()).masked_fill(~layout.slots, 0.0)
+                bias = log_p.gather(-1, layout.indices.long()).masked_fill(~layout.slots, 0.0)
+                if config.estimator == "straight_through":
+                    bias = bias - bias.detach()
             if learning and config.lambda_entropy:
                 losses["entropy"] = config.lambda_entropy * _binary_entropy(log_p, free)
         if learning and config.lambda_density:
