@@ -89,7 +89,7 @@ def test_help_of_a_choice_shows_its_options(astbench):
 def test_doctor_says_what_works_here(astbench):
     done = astbench("doctor")
     assert done.code == 0 and done.err == ""
-    for part in ("torch", "gather", "reference", "sdpa_math", "optional packages"):
+    for part in ("torch", "gather", "reference", "flex", "sdpa_math", "optional packages"):
         assert part in done.out
 
 
