@@ -5,11 +5,11 @@ Imports torch and nothing else of this project. Public names:
 * :class:`BlockLayout`: which key blocks each group of queries attends to.
 * :func:`block_sparse_attention`: attention over just those blocks, differentiable.
 * :func:`select_blocks`, :func:`soft_top_k`: from scores to a layout, and the gradient that goes with it.
-* :func:`backends`: what can run here, and why the rest cannot.
+* :func:`backends`: what can run here, and why the rest cannot; :func:`what_runs`: what a call runs.
 * :func:`dense_attention`, :func:`dense_backends`: the same for dense attention.
 """
 
-from astbench_kernels.attention import Backend, backends, block_sparse_attention, choose_backend
+from astbench_kernels.attention import Backend, backends, block_sparse_attention, choose_backend, what_runs
 from astbench_kernels.dense import DenseBackend, check_dense_backend, dense_attention, dense_backends
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.select import select_blocks, soft_top_k
@@ -26,4 +26,5 @@ __all__ = [
     "dense_backends",
     "select_blocks",
     "soft_top_k",
+    "what_runs",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from astbench_kernels.layout import BlockLayout
+from astbench_kernels.reference import reference_attention
 
 SMALLEST_TILE = 16
 """Rows and keys of the smallest tile of a matrix instruction, in the forward pass; and the smallest head size."""
@@ -80,6 +81,10 @@ def flex_attention(
     Cost: on CUDA O(query rows x listed keys) time, and memory for a table of all blocks (groups x key blocks) per
     list head, twice with a bias; on the CPU O(N x M) time and memory.
     """
+    if q.numel() == 0 or k.numel() == 0:  # its index arithmetic does not take them, and there is nothing to compute
+        return reference_attention(
+            q, k, v, layout, block_bias=block_bias, scale=scale, causal=causal, key_valid=key_valid
+        )
     if key_valid is not None:
         # Padding may hold NaN; a zero weight would keep it.
         k, v = (x.masked_fill(~key_valid[:, None, :, None], 0.0) for x in (k, v))
@@ -206,8 +211,9 @@ def _run_dense(
     operator = torch.ops.higher_order.flex_attention
     captured = () if table is None else (table,)
     score_mod = _unchanged if table is None else add_bias
-    out, lse, *_ = operator(q, k, v, score_mod, mask.as_tuple(), scale, {}, captured)
-    return out, lse * math.log(2)  # it counts in powers of two
+    wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]  # it rounds weights to their dtype
+    out, lse, *_ = operator(*wide, score_mod, mask.as_tuple(), scale, {}, captured)
+    return out.to(q.dtype), lse * math.log(2)  # it counts in powers of two
 
 
 def _unchanged(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, select_blocks
+from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, select_blocks, what_runs
 from astbench_kernels.layout import ceil_div
 from astbench_registry.configs.block_selection import BlockSelectionConfig
 from astbench_registry.interface import (
@@ -126,7 +126,10 @@ class BlockSelectingAttention(Attention):
             key_valid=mask.key_valid,
             backend=backend,
         )
-        stats = self._stats(q, k, mask, layout, backend) if context.listen else None
+        stats = None
+        if context.listen:
+            ran = what_runs(backend, q, k, v, layout, causal=mask.causal)
+            stats = self._stats(q, k, mask, layout, ran)
         return AttentionOutput(out, losses, stats)
 
     def selection(self, q: Tensor, k: Tensor, mask: AttentionMask) -> Selection:
