@@ -7,6 +7,7 @@ here reads a tensor.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,70 +38,6 @@ TRITON_MAX_HEAD_DIM = 256
 
 TRITON_DTYPES = ("float16", "bfloat16", "float32")
 """triton: what its kernels compute in."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the dispatch table: what `backend=auto` runs, and when.
-
-    Attributes:
-        backend: A name from :func:`astbench_kernels.backends`.
-        schedule: "query_major" or "key_major".
-        when: The condition.
-        why: What speaks for it.
-        measured: Where the threshold was measured; "not measured" where it was not.
-    """
-
-    backend: str
-    schedule: str
-    when: str
-    why: str
-    measured: str
-
-    @property
-    def runs(self) -> str:
-        """Backend and schedule in words, as statistics and records hold them."""
-        return named(self.backend, self.schedule)
-
-
-def named(backend: str, schedule: str) -> str:
-    """Backend and schedule in words."""
-    return f"{backend} ({schedule.replace('_', '-')})"
-
-
-TABLE = (
-    Row(
-        "triton",
-        "query_major",
-        f"CUDA; {', '.join(TRITON_DTYPES)}; heads of at most {TRITON_MAX_HEAD_DIM}; at least {MIN_ROWS_PER_LIST} query "
-        "rows share a list and its keys",
-        "a tile of rows that share a list reads each of its key blocks once",
-        "not measured",
-    ),
-    Row(
-        "triton",
-        "key_major",
-        f"the same with fewer than {MIN_ROWS_PER_LIST} query rows a list",
-        "each key block gathers the rows that chose it, so that few rows a list still fill matrix instructions",
-        "not measured",
-    ),
-    Row(
-        "gather",
-        "key_major",
-        f"elsewhere; fewer query rows a list than {KEY_MAJOR_BELOW} x block_size, and a block meets at least "
-        f"{SHORTEST_TILE} rows on average",
-        "copying each list's own keys would cost more than the work on them",
-        'docs/cpu-notes.md, "Where the two meet"',
-    ),
-    Row(
-        "gather",
-        "query_major",
-        "elsewhere; every other call",
-        "enough rows share the keys that are copied, or too few rows meet a block to turn the work round",
-        'docs/cpu-notes.md, "Where the two meet"',
-    ),
-)
-"""The first row whose condition holds decides."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +172,117 @@ class Shapes:
 
 
 @dataclass(frozen=True)
+class Row:
+    """One line of the dispatch table: what `backend=auto` runs, and when.
+
+    Attributes:
+        backend: A name from :func:`astbench_kernels.backends`.
+        schedule: "query_major" or "key_major".
+        when: The condition in words.
+        holds: The condition.
+        why: What speaks for it.
+        measured: Where its threshold was measured; "not measured" where it was not.
+    """
+
+    backend: str
+    schedule: str
+    when: str
+    holds: Callable[[Shapes], bool]
+    why: str
+    measured: str
+
+    @property
+    def runs(self) -> str:
+        """Backend and schedule in words, as statistics and records hold them."""
+        return named(self.backend, self.schedule)
+
+
+def named(backend: str, schedule: str) -> str:
+    """Backend and schedule in words."""
+    return f"{backend} ({schedule.replace('_', '-')})"
+
+
+def rows_per_list(heads: int, kv_heads: int, list_heads: int, query_group: int) -> int:
+    """Query rows that share a list and its keys."""
+    return heads // max(list_heads, kv_heads) * query_group
+
+
+def gather_schedule(rows: int, block_size: int, rows_met: float) -> GatherSchedule:
+    """How the gather backend goes about lists that `rows` query rows share, blocks meeting `rows_met` of them."""
+    return "key_major" if rows < KEY_MAJOR_BELOW * block_size and rows_met >= SHORTEST_TILE else "query_major"
+
+
+def triton_schedule(rows: int) -> GatherSchedule:
+    """The same for the Triton kernels."""
+    return "query_major" if rows >= MIN_ROWS_PER_LIST else "key_major"
+
+
+def triton_refusals(shapes: Shapes) -> list[str]:
+    """Every reason why "auto" does not take triton."""
+    reasons = []
+    if shapes.device != "cuda":
+        reasons.append(f"triton needs a CUDA device, this is {shapes.device}")
+    if shapes.dtype not in TRITON_DTYPES:
+        reasons.append(f"triton computes in {', '.join(TRITON_DTYPES)}, not {shapes.dtype}")
+    if shapes.head_dim > TRITON_MAX_HEAD_DIM:
+        reasons.append(f"triton takes heads of at most {TRITON_MAX_HEAD_DIM}, not {shapes.head_dim}")
+    return reasons
+
+
+def _gather(shapes: Shapes) -> GatherSchedule:
+    return gather_schedule(shapes.rows, shapes.block_size, shapes.rows_met)
+
+
+_ON_TRITON = f"CUDA, {', '.join(TRITON_DTYPES)}, heads of at most {TRITON_MAX_HEAD_DIM}"
+
+TABLE = (
+    Row(
+        "triton",
+        "query_major",
+        f"{_ON_TRITON}; at least {MIN_ROWS_PER_LIST} query rows share a list and its keys",
+        lambda shapes: not triton_refusals(shapes) and triton_schedule(shapes.rows) == "query_major",
+        "a tile of rows that share a list reads each of its key blocks once",
+        "not measured",
+    ),
+    Row(
+        "triton",
+        "key_major",
+        f"{_ON_TRITON}; fewer query rows share a list",
+        lambda shapes: not triton_refusals(shapes),
+        "each key block gathers the rows that chose it, so that few rows a list still fill matrix instructions",
+        "not measured",
+    ),
+    Row(
+        "gather",
+        "key_major",
+        f"elsewhere; fewer than {KEY_MAJOR_BELOW} x block_size query rows share a list, and a block meets at least "
+        f"{SHORTEST_TILE} on average",
+        lambda shapes: _gather(shapes) == "key_major",
+        "copying each list's own keys would cost more than the work on them",
+        'docs/cpu-notes.md, "Where the two meet"',
+    ),
+    Row(
+        "gather",
+        "query_major",
+        f"elsewhere; fewer than {KEY_MAJOR_BELOW} x block_size query rows share a list, and a block meets fewer than "
+        f"{SHORTEST_TILE} on average",
+        lambda shapes: shapes.rows < KEY_MAJOR_BELOW * shapes.block_size,
+        "the few rows that a block meets would make no tile, as in a decoding step",
+        "not measured",
+    ),
+    Row(
+        "gather",
+        "query_major",
+        f"elsewhere; at least {KEY_MAJOR_BELOW} x block_size query rows share a list",
+        lambda shapes: True,
+        "enough rows share the keys that are copied for them",
+        'docs/cpu-notes.md, "Where the two meet"',
+    ),
+)
+"""The first row whose condition holds decides."""
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What `backend=auto` makes of a call.
 
@@ -253,37 +301,14 @@ class Explanation:
     missing: str
 
 
-def rows_per_list(heads: int, kv_heads: int, list_heads: int, query_group: int) -> int:
-    """Query rows that share a list and its keys."""
-    return heads // max(list_heads, kv_heads) * query_group
-
-
-def gather_schedule(rows: int, block_size: int, rows_met: float) -> GatherSchedule:
-    """How the gather backend goes about lists that `rows` query rows share, blocks meeting `rows_met` of them."""
-    return "key_major" if rows < KEY_MAJOR_BELOW * block_size and rows_met >= SHORTEST_TILE else "query_major"
-
-
-def triton_schedule(rows: int) -> GatherSchedule:
-    """The same for the Triton kernels."""
-    return "query_major" if rows >= MIN_ROWS_PER_LIST else "key_major"
-
-
 def explain(shapes: Shapes) -> Explanation:
     """What `backend=auto` runs for such a call, why, and what it is known to cost against dense."""
-    refused = []
-    if shapes.device != "cuda":
-        refused.append(f"triton needs a CUDA device, this is {shapes.device}")
-    if shapes.dtype not in TRITON_DTYPES:
-        refused.append(f"triton computes in {', '.join(TRITON_DTYPES)}, not {shapes.dtype}")
-    if shapes.head_dim > TRITON_MAX_HEAD_DIM:
-        refused.append(f"triton takes heads of at most {TRITON_MAX_HEAD_DIM}, not {shapes.head_dim}")
-    facts = [*refused, f"{shapes.rows:,} query rows share a list of blocks of {shapes.block_size} keys"]
-    if refused:
-        backend, schedule = "gather", gather_schedule(shapes.rows, shapes.block_size, shapes.rows_met)
-        facts.append(f"a block meets about {shapes.rows_met:,.0f} query rows")
-    else:
-        backend, schedule = "triton", triton_schedule(shapes.rows)
-    row = next(row for row in TABLE if (row.backend, row.schedule) == (backend, schedule))
+    row = next(row for row in TABLE if row.holds(shapes))
+    facts = triton_refusals(shapes)
+    plural = "s share" if shapes.rows > 1 else " has"
+    facts.append(f"{shapes.rows:,} query row{plural} a list of blocks of {shapes.block_size} keys")
+    if row.backend == "gather":
+        facts.append(f"a block meets {shapes.rows_met:,.2f} query rows on average")
     measured, missing = _nearest(shapes)
     return Explanation(row, facts, shapes.density, measured, missing)
 
