@@ -83,6 +83,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
             stats = statistics(module, tensors, hidden, mask)
             assert stats is not None
             found["density"] = float(stats.density.mean())
+            found["backend"] = stats.backend  # schedules differ between lengths
             layout = stats.layout
     except (RuntimeError, MemoryError) as error:
         return {**found, "forward": {"error": refusal(error)}}
@@ -95,8 +96,9 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
             found[mode] = {"error": refusal(error)}
             return found  # training needs more of everything
     if layout is not None:
+        backend = cell["options"].get("backend", "auto")
         for mode, training in (("kernel", False), ("kernel_training", True)):
-            found[mode] = clock(kernel(inputs(length)[0], layout, mask, found["backend"], training), cell["repeats"])
+            found[mode] = clock(kernel(inputs(length)[0], layout, mask, backend, training), cell["repeats"])
     return found
 
 

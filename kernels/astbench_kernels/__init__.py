@@ -6,11 +6,11 @@ Imports torch and nothing else of this project. Public names:
 * :func:`block_sparse_attention`: attention over just those blocks, differentiable.
 * :func:`merge_attention`: one softmax over several sets of keys, each attended to by itself.
 * :func:`select_blocks`, :func:`soft_top_k`: from scores to a layout, and the gradient that goes with it.
-* :func:`backends`: what can run here, and why the rest cannot.
+* :func:`backends`: what can run here, and why the rest cannot; :func:`what_runs`: what a call runs.
 * :func:`dense_attention`, :func:`dense_backends`: the same for dense attention.
 """
 
-from astbench_kernels.attention import Backend, backends, block_sparse_attention, choose_backend
+from astbench_kernels.attention import Backend, backends, block_sparse_attention, choose_backend, what_runs
 from astbench_kernels.dense import DenseBackend, check_dense_backend, dense_attention, dense_backends
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.merge import merge_attention
@@ -29,4 +29,5 @@ __all__ = [
     "merge_attention",
     "select_blocks",
     "soft_top_k",
+    "what_runs",
 ]

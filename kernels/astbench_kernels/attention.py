@@ -8,10 +8,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from astbench_kernels.gather import gather_attention
+from astbench_kernels import flex, triton
+from astbench_kernels.dispatch import named
+from astbench_kernels.gather import gather_attention, schedule_of
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.reference import reference_attention
-from astbench_kernels.triton import call_refusals, device_refusals, triton_attention
+from astbench_kernels.self_check import self_check
+from astbench_kernels.triton.plan import make_plan
+
+
+@dataclass(frozen=True)
+class Call:
+    """What decides whether a backend serves a call; None leaves open what depends on it.
+
+    Attributes:
+        device: Type of device.
+        dtype: Of the inputs.
+        head_dim: The larger of the head sizes of queries and values.
+        query_group: Of the layout.
+        block_size: Of the layout.
+        gradients: Whether a backward pass may follow.
+    """
+
+    device: str
+    dtype: torch.dtype = torch.float32
+    head_dim: int = 1
+    query_group: int | None = None
+    block_size: int | None = None
+    gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -23,14 +47,16 @@ class Backend:
         summary: One line for `astbench doctor`.
         run: The implementation.
         refusals: Given a device type, every reason why it cannot run there; empty when it can.
-        call_refusals: Given a dtype and the larger head size, every reason why it cannot serve such a call.
+        call_refusals: Given a call, every reason why it cannot serve it on a device where it runs.
+        foreign: Not this project's code: compared with the reference before its first call in each dtype.
     """
 
     name: str
     summary: str
     run: Callable[..., tuple[Tensor, Tensor]]
     refusals: Callable[[str], list[str]] = lambda device: []
-    call_refusals: Callable[[torch.dtype, int], list[str]] = lambda dtype, head_dim: []
+    call_refusals: Callable[[Call], list[str]] = lambda call: []
+    foreign: bool = False
 
 
 _BACKENDS = {
@@ -38,7 +64,27 @@ _BACKENDS = {
     for backend in (
         Backend("reference", "dense float64-able oracle, O(N x M) memory", reference_attention),
         Backend("gather", "gathers the chosen keys; torch ops, written for CPU", gather_attention),
-        Backend("triton", "kernels for CUDA", triton_attention, device_refusals, call_refusals),
+        Backend(
+            "triton",
+            "kernels for CUDA",
+            triton.triton_attention,
+            triton.device_refusals,
+            lambda call: triton.call_refusals(call.dtype, call.head_dim),
+        ),
+        Backend(
+            "flex",
+            "torch's FlexAttention, compiled on CUDA; on the CPU dense arithmetic, O(N x M) time and memory",
+            flex.flex_attention,
+            flex.device_refusals,
+            lambda call: flex.call_refusals(
+                call.device,
+                call.dtype,
+                query_group=call.query_group,
+                block_size=call.block_size,
+                gradients=call.gradients,
+            ),
+            foreign=True,
+        ),
     )
 }
 
@@ -49,36 +95,69 @@ def backends() -> dict[str, Backend]:
 
 
 def choose_backend(
-    name: str, device: torch.device, *, dtype: torch.dtype | None = None, head_dim: int | None = None
+    name: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+    layout: BlockLayout | None = None,
+    gradients: bool = False,
 ) -> str:
     """The backend that `name` ("auto" or a backend's name) stands for.
 
-    "auto" is triton on CUDA where it can run and serve the call, else gather. A backend that is asked for by name
-    runs or refuses; nothing else is tried.
+    "auto" is triton on CUDA where it can run and serve the call, else gather (:mod:`astbench_kernels.dispatch`). A
+    backend that is asked for by name runs or refuses; nothing else is tried.
 
     Args:
         name: "auto" or a name from :func:`backends`.
         device: Where the call will run.
         dtype: Of the inputs; None leaves open what depends on it.
         head_dim: The larger of the head sizes of queries and values; None likewise.
+        layout: The lists; None likewise.
+        gradients: Whether a backward pass may follow.
 
     Raises:
         ValueError: unknown name, or a backend that refuses, with all its reasons.
     """
+    call = Call(
+        device.type,
+        torch.float32 if dtype is None else dtype,
+        head_dim or 1,
+        None if layout is None else layout.query_group,
+        None if layout is None else layout.block_size,
+        gradients,
+    )
     if name == "auto":
-        return "triton" if device.type == "cuda" and not _refusals("triton", device, dtype, head_dim) else "gather"
+        return "triton" if device.type == "cuda" and not _refusals("triton", call) else "gather"
     if name not in _BACKENDS:
         raise ValueError(f"unknown backend {name!r}; set backend to one of auto, {', '.join(_BACKENDS)}")
-    reasons = _refusals(name, device, dtype, head_dim)
+    reasons = _refusals(name, call)
     if reasons:
         raise ValueError(f"backend {name!r} cannot run on {device.type}: {'; '.join(reasons)}")
     return name
 
 
-def _refusals(name: str, device: torch.device, dtype: torch.dtype | None, head_dim: int | None) -> list[str]:
+def _refusals(name: str, call: Call) -> list[str]:
     backend = _BACKENDS[name]
-    call = backend.call_refusals(torch.float32 if dtype is None else dtype, head_dim or 1)
-    return [*backend.refusals(device.type), *call]
+    return [*backend.refusals(call.device), *backend.call_refusals(call)]
+
+
+def what_runs(backend: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool) -> str:
+    """The backend with the schedule that it takes for a call, "gather (key-major)": what records hold.
+
+    Args:
+        backend: What :func:`choose_backend` returned.
+        q: Queries of the call.
+        k: Keys.
+        v: Values.
+        layout: The lists.
+        causal: Whether under a causal mask.
+    """
+    if backend == "gather":
+        return named(backend, schedule_of(layout, q.shape[1], k.shape[1]))
+    if backend == "triton":
+        return named(backend, make_plan(q, k, v, layout, causal=causal).schedule)
+    return backend
 
 
 def block_sparse_attention(
@@ -118,8 +197,12 @@ def block_sparse_attention(
     Cost: time O(query_length x listed keys x head_dim); memory as the backend says.
     """
     _check(q, k, v, layout, block_bias, key_valid)
-    chosen = choose_backend(backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, block_bias))
+    head_dim = max(q.shape[-1], v.shape[-1])
+    chosen = choose_backend(backend, q.device, dtype=q.dtype, head_dim=head_dim, layout=layout, gradients=gradients)
     run = _BACKENDS[chosen].run
+    if _BACKENDS[chosen].foreign:
+        self_check(chosen, run, q.device, q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         return run(
             q,

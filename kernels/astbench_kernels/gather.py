@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astbench_kernels import dispatch
 from astbench_kernels.key_major import KeyMajorAttention
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.units import (
@@ -29,20 +30,14 @@ from astbench_kernels.units import (
     to_units,
 )
 
-CHUNK_BYTES = 2**20
-"""Gathered keys held at a time; 0.5-2 MB is the flat bottom of the curve on the CPUs measured."""
 
-KEY_MAJOR_BELOW = 0.5
-"""Query rows a list, over the keys of a block, below which the work is done key block by key block. Measured: with
-blocks of 16 both ways cost the same at 8 rows, with blocks of 64 at 32; at one row the difference is tenfold."""
-
-SHORTEST_TILE = 16
-"""Query rows that a block must meet on average for that: a decoding step's one or few rows gather their own keys."""
-
-
-def _is_key_major(layout: BlockLayout, rows: int, tables: int) -> bool:
+def schedule_of(layout: BlockLayout, num_heads: int, num_kv_heads: int) -> dispatch.GatherSchedule:
+    """Which way round a call is computed; see :func:`astbench_kernels.dispatch.gather_schedule`."""
+    layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
+    rows = dispatch.rows_per_list(num_heads, num_kv_heads, layout.indices.shape[1], layout.query_group)
+    tables = layout.indices.shape[0] * num_kv_heads
     met = int(layout.counts.sum()) * rows / max(1, tables * layout.num_blocks)
-    return rows < KEY_MAJOR_BELOW * layout.block_size and met >= SHORTEST_TILE
+    return dispatch.gather_schedule(rows, layout.block_size, met)
 
 
 def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, int]]:
@@ -52,7 +47,7 @@ def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, in
         width, stop = counts[start], start + 1
         while stop < len(counts):
             wider = max(width, counts[stop])
-            if (stop + 1 - start) * wider * bytes_per_block > CHUNK_BYTES:
+            if (stop + 1 - start) * wider * bytes_per_block > dispatch.CHUNK_BYTES:
                 break
             width, stop = wider, stop + 1
         if width > 0:
@@ -73,7 +68,7 @@ def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes
     """
     layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
     rows = num_heads // layout.indices.shape[1] * layout.query_group
-    if _is_key_major(layout, rows, layout.indices.shape[0] * num_kv_heads):
+    if schedule_of(layout, num_heads, num_kv_heads) == "key_major":
         return int(layout.counts.sum()) * layout.block_size * rows
     chunks = _chunks(layout.counts.flatten().tolist(), layout.block_size * bytes_per_key)
     blocks = sum((units.stop - units.start) * width for units, width in chunks)
@@ -99,8 +94,7 @@ def gather_attention(
     layout = one_list_per_kv_head(layout, q.shape[1], k.shape[1])
     if block_bias is not None and block_bias.shape[1] != layout.indices.shape[1]:
         block_bias = block_bias.repeat_interleave(layout.indices.shape[1] // block_bias.shape[1], 1)
-    rows = q.shape[1] // layout.indices.shape[1] * layout.query_group
-    key_major = _is_key_major(layout, rows, k.shape[0] * k.shape[1])
+    key_major = schedule_of(layout, q.shape[1], k.shape[1]) == "key_major"
     schedule = KeyMajorAttention if key_major else _GatherAttention
     out, lse = schedule.apply(q, k, v, block_bias, layout, scale, causal, key_valid)
     return out, lse

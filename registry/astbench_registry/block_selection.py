@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, merge_attention, select_blocks
+from astbench_kernels import (
+    BlockLayout,
+    block_sparse_attention,
+    choose_backend,
+    merge_attention,
+    select_blocks,
+    what_runs,
+)
 from astbench_kernels.layout import ceil_div
 from astbench_registry.coarse_keys import CoarseAttention
 from astbench_registry.configs.block_selection import BlockSelectionConfig
@@ -130,7 +137,10 @@ class BlockSelectingAttention(Attention):
         coarse = self.coarse(q, k, v, mask, scale, backend)
         if coarse is not None:
             out, _ = merge_attention([(out, lse), (coarse.out, coarse.lse)])
-        stats = self._stats(q, k, mask, layout, coarse, backend) if context.listen else None
+        stats = None
+        if context.listen:
+            ran = what_runs(backend, q, k, v, layout, causal=mask.causal)
+            stats = self._stats(q, k, mask, layout, coarse, ran)
         return AttentionOutput(out, losses, stats)
 
     def selection(self, q: Tensor, k: Tensor, mask: AttentionMask) -> Selection:

@@ -80,6 +80,52 @@ def test_describe_shows_the_abilities_under_the_options_given(astbench):
     assert_refused(astbench("describe", "ast", "local"), 2, "takes one name, got ast local")
 
 
+def test_describe_explains_a_call(astbench):
+    measured = ["--attention.block_size=64", "--attention.min_blocks=1"]
+
+    def facts(*words):
+        done = astbench("describe", "ast", *words)
+        assert done.code == 0 and done.err == ""
+        return done.out
+
+    shared = facts("--explain", "N=8192", "density=0.125", *measured)
+    for part in ("gather (query-major)", "needs a CUDA device", "0.125 of dense's", "forward: faster, R 1.42", "0.70"):
+        assert part in shared, shared
+    a_token = facts("--explain", "N=8,192", "density=0.5", "pattern=causal_self", *measured)
+    assert "gather (key-major)" in a_token and "not measured (measured: 1,024 to 16,384 tokens at" in a_token
+    assert "not measured (measured: float32" in facts("--explain", "N=8192", "density=0.125")
+    decoding = facts("--explain", "N=8192", "mode=decode", *measured)
+    assert "gather (query-major)" in decoding and "pattern=causal_self" in decoding
+    gpu = facts("--explain", "N=8192", "device=cuda", "dtype=bfloat16", *measured)
+    assert "triton (query-major)" in gpu and "not measured (no kernel was measured on cuda)" in gpu
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["ast", "--explain", "N=9", "denisty=1"], ["takes no denisty (did you mean density?); keys: N, M, density"]),
+        (["ast", "--explain", "N=9", "many"], ["takes KEY=VALUE, got many"]),
+        (["ast", "--explain", "M=9"], ["needs the number of tokens: N=32768"]),
+        (["ast", "--explain", "N=nine"], ["N must be a whole number of at least 1, got nine"]),
+        (["ast", "--explain", "N=9", "density=1.5"], ["density must be above 0 and at most 1, got 1.5"]),
+        (["ast", "--explain", "N=9", "dtype=float23"], ["dtype must be one of float32", "did you mean float32?"]),
+        (["ast", "--explain", "N=9", "heads=4", "kv_heads=3"], ["kv_heads must divide heads=4, got 3"]),
+        (["ast", "--explain", "N=9", "mode=decode", "pattern=bidirectional_self"], ["mode=decode needs pattern="]),
+        (
+            ["ast", "--explain", "N=9", "mode=decode", "--attention.query_group=4"],
+            ["--attention.query_group=4", "to 1"],
+        ),
+        (["ast", "--explain", "N=9", "M=8", "pattern=causal_self"], ["M must be at least N=9"]),
+        (["ast", "--explain", "N=9", "--attention.backend=triton"], ["leave --attention.backend out"]),
+        (["dense", "--explain", "N=9"], ["that pick key blocks (ast, oracle_topk, pooled_topk, random_topk)"]),
+        (["ast", "N=9"], ["takes N=9 only with --explain"]),
+    ],
+    ids=lambda x: "-".join(x[2:] or x[1:]) if x[0] in ("ast", "dense") else "",
+)
+def test_describe_refuses_calls_in_one_line(astbench, words, parts):
+    assert_refused(astbench("describe", *words), 2, *parts)
+
+
 def test_help_of_a_choice_shows_its_options(astbench):
     with pytest.raises(SystemExit) as end:
         astbench("fit", *NAMES, "--help")
@@ -89,7 +135,7 @@ def test_help_of_a_choice_shows_its_options(astbench):
 def test_doctor_says_what_works_here(astbench):
     done = astbench("doctor")
     assert done.code == 0 and done.err == ""
-    for part in ("torch", "gather", "reference", "sdpa_math", "optional packages"):
+    for part in ("torch", "gather", "reference", "flex", "sdpa_math", "optional packages"):
         assert part in done.out
 
 
@@ -506,7 +552,7 @@ def test_record_fields(run):
     assert record["attached"] == {"layers": 3, "patterns": ["bidirectional_self"]}
     assert record["train"]["steps"] == 3
     assert 0 < record["density"]["mean"] <= 1 and len(record["density"]["layers"]) == 3
-    assert record["backends"] == ["gather"]
+    assert record["backends"] == ["gather (query-major)"]
     assert record["peak_memory"]["cpu_bytes"] > 0 and record["wall_seconds"] > 0
     assert record["signature"].endswith("8 questions")
     assert json.loads((folder / DONE).read_text()) == {"state": "done", "config_hash": record["config_hash"]}

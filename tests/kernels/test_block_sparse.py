@@ -1,9 +1,17 @@
-"""The gather path against the float64 oracle; the oracle against masked softmax written out."""
+"""Gather and FlexAttention against the float64 oracle; the oracle against masked softmax written out."""
 
 import pytest
 import torch
 
-from astbench_kernels import BlockLayout, block_sparse_attention, gather, key_major, select, select_blocks, soft_top_k
+from astbench_kernels import (
+    BlockLayout,
+    block_sparse_attention,
+    dispatch,
+    key_major,
+    select,
+    select_blocks,
+    soft_top_k,
+)
 
 # Distinct primes, so that a swapped axis cannot pass.
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
@@ -23,9 +31,18 @@ CASES = [
 @pytest.fixture(params=["query-major", "key-major"])
 def schedule(request, monkeypatch):
     """Both ways of the gather backend, whatever the shape."""
-    monkeypatch.setattr(gather, "KEY_MAJOR_BELOW", 0 if request.param == "query-major" else 10**9)
-    monkeypatch.setattr(gather, "SHORTEST_TILE", 0)
+    monkeypatch.setattr(dispatch, "KEY_MAJOR_BELOW", 0 if request.param == "query-major" else 10**9)
+    monkeypatch.setattr(dispatch, "SHORTEST_TILE", 0)
     return request.param
+
+
+@pytest.fixture(params=["gather, query-major", "gather, key-major", "flex"])
+def backend(request, monkeypatch):
+    """Every backend that runs on the CPU beside the oracle, gather both ways."""
+    name, _, way = request.param.partition(", ")
+    monkeypatch.setattr(dispatch, "KEY_MAJOR_BELOW", 10**9 if way == "key-major" else 0)
+    monkeypatch.setattr(dispatch, "SHORTEST_TILE", 0)
+    return name
 
 
 def random_case(query_length, key_length, block_size, query_group, offset, lists=HEADS, seed=0, dtype=torch.float64):
@@ -82,41 +99,40 @@ def test_reference_is_the_definition(lists):
 
 @pytest.mark.parametrize("lists", [1, KV_HEADS, HEADS])
 @pytest.mark.parametrize(("n", "m", "block", "group", "offset", "causal"), CASES)
-def test_gather_matches_reference_with_gradients(schedule, monkeypatch, n, m, block, group, offset, causal, lists):
+def test_backends_match_reference_with_gradients(backend, monkeypatch, n, m, block, group, offset, causal, lists):
     monkeypatch.setattr(key_major, "TILE_ROWS", 50)
     results = {}
-    for backend in ("reference", "gather"):
+    for name in ("reference", backend):
         inputs, layout, valid = random_case(n, m, block, group, offset, lists)
         q, k, v, bias = inputs
         out, lse = block_sparse_attention(
-            q, k, v, layout, block_bias=bias, causal=causal, key_valid=valid, backend=backend
+            q, k, v, layout, block_bias=bias, causal=causal, key_valid=valid, backend=name
         )
         seen = lse > -torch.inf
         g = torch.Generator().manual_seed(1)
         loss = (out * torch.randn(out.shape, generator=g, dtype=out.dtype)).sum()
         loss = loss + (lse.masked_fill(~seen, 0) * torch.randn(lse.shape, generator=g, dtype=out.dtype)).sum()
-        results[backend] = (out, lse, *torch.autograd.grad(loss, inputs))
-    for got, expected in zip(results["gather"], results["reference"], strict=True):
+        results[name] = (out, lse, *torch.autograd.grad(loss, inputs))
+    for got, expected in zip(results[backend], results["reference"], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("size", [1.0, 3000.0])
-def test_logits_may_lie_far_apart(schedule, size, monkeypatch):
+def test_logits_may_lie_far_apart(backend, size, monkeypatch):
     """A row's references are raised where its logits leave the range of exp2, and nothing over- or underflows."""
     results, raised = {}, []
     raise_references = key_major._raise_references
     monkeypatch.setattr(key_major, "_raise_references", lambda *a: raised.append(1) or raise_references(*a))
-    for backend in ("reference", "gather"):
+    for name in ("reference", backend):
         (q, k, v, bias), layout, valid = random_case(127, 127, 8, 1, 0)
         q, bias = (q * size).detach().requires_grad_(), (bias * size).detach().requires_grad_()
-        out, lse = block_sparse_attention(
-            q, k, v, layout, block_bias=bias, causal=True, key_valid=valid, backend=backend
-        )
+        out, lse = block_sparse_attention(q, k, v, layout, block_bias=bias, causal=True, key_valid=valid, backend=name)
         grads = torch.autograd.grad(out.square().sum(), (q, k, v, bias))
-        results[backend] = (out, lse, *grads)
-    for got, expected in zip(results["gather"], results["reference"], strict=True):
+        results[name] = (out, lse, *grads)
+    for got, expected in zip(results[backend], results["reference"], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * size)
-    assert bool(raised) == (schedule == "key-major" and size > 1)
+    key_major_runs = backend == "gather" and dispatch.KEY_MAJOR_BELOW > 0
+    assert bool(raised) == (key_major_runs and size > 1)
 
 
 def test_equal_runs_are_bitwise_equal(schedule):
@@ -145,7 +161,7 @@ def test_gather_gradcheck(schedule):
     assert torch.autograd.gradcheck(run, inputs)
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("backend", ["reference", "gather", "flex"])
 def test_padding_may_hold_nan(schedule, backend):
     inputs, layout, valid = random_case(33, 33, 8, 4, 0)
     clean = block_sparse_attention(*inputs[:3], layout, causal=True, key_valid=valid, backend=backend)
@@ -160,7 +176,7 @@ def test_padding_may_hold_nan(schedule, backend):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("backend", ["reference", "gather", "flex"])
 def test_low_precision_forward(schedule, backend, dtype, tolerance):
     inputs, layout, valid = random_case(300, 300, 16, 16, 0, dtype=dtype)
     q, k, v, bias = (x.detach() for x in inputs)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from astbench_kernels import BlockLayout, block_sparse_attention, gather, key_major, merge_attention
+from astbench_kernels import BlockLayout, block_sparse_attention, dispatch, key_major, merge_attention
 from astbench_kernels.layout import visible_pairs
 
 # Distinct primes, so that a swapped axis cannot pass.
@@ -48,13 +48,13 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["reference", "query-major", "key-major"])
+@pytest.fixture(params=["reference", "flex", "query-major", "key-major"])
 def backend(request, monkeypatch):
-    """The oracle, and both ways of the gather backend, whatever the shape."""
-    if request.param == "reference":
-        return "reference"
-    monkeypatch.setattr(gather, "KEY_MAJOR_BELOW", 0 if request.param == "query-major" else 10**9)
-    monkeypatch.setattr(gather, "SHORTEST_TILE", 0)
+    """Those that run anywhere; both ways of the gather backend, whatever the shape."""
+    if request.param in ("reference", "flex"):
+        return request.param
+    monkeypatch.setattr(dispatch, "KEY_MAJOR_BELOW", 0 if request.param == "query-major" else 10**9)
+    monkeypatch.setattr(dispatch, "SHORTEST_TILE", 0)
     monkeypatch.setattr(key_major, "TILE_ROWS", 50)
     return "gather"
 

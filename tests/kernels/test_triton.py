@@ -188,10 +188,11 @@ def test_output_and_gradients(case):
 
 
 def test_key_major_in_chunks(monkeypatch):
+    from astbench_kernels import dispatch
     from astbench_kernels.triton import plan
 
     case = Case(31, 31, 16, 2)
-    monkeypatch.setattr(plan, "PARTIAL_BYTES", 5000)
+    monkeypatch.setattr(dispatch, "PARTIAL_BYTES", 5000)
     inputs, layout, _ = make(case)
     chunks = plan.make_plan(*inputs[:3], layout, causal=True).num_chunks
     assert 2 < chunks < layout.num_groups

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from astbench_kernels import gather
+from astbench_kernels import dispatch
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from astbench_registry.conformance import PROPERTIES, check
 
@@ -155,10 +155,10 @@ def test_random_blocks_are_spread_evenly():
     assert chi_square < 181.9, "chi-square with 127 degrees of freedom exceeds this once in 1000"
 
 
-@pytest.mark.parametrize("chunk", [0, 5000, gather.CHUNK_BYTES])
+@pytest.mark.parametrize("chunk", [0, 5000, dispatch.CHUNK_BYTES])
 def test_flops_are_what_the_counter_sees(monkeypatch, chunk):
     """The kernel widens the lists of a chunk to one length: one list, some, or all."""
-    monkeypatch.setattr(gather, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(dispatch, "CHUNK_BYTES", chunk)
     module, tensors = build(), [x.float() for x in draw(101)[0]]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         out = module(*tensors, MASK, context=AttentionContext(listen=True))

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from astbench_kernels import gather
+from astbench_kernels import dispatch
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
@@ -159,12 +159,12 @@ def test_the_layout_is_built_once_for_each_size():
     assert module._layout[1] is not first
 
 
-@pytest.mark.parametrize("chunk", [0, 5000, gather.CHUNK_BYTES])
+@pytest.mark.parametrize("chunk", [0, 5000, dispatch.CHUNK_BYTES])
 @pytest.mark.parametrize("options", STRIDED + FIXED, ids=named)
 @pytest.mark.parametrize(("pattern", "offset"), [*((pattern, 0) for pattern in PATTERNS), ("causal_self", 95)])
 def test_flops_are_what_the_counter_sees(monkeypatch, pattern, offset, options, chunk):
     """The kernel fills lists up to the longest one of a chunk: one list, some, or all."""
-    monkeypatch.setattr(gather, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(dispatch, "CHUNK_BYTES", chunk)
     (q, k, v), _ = draw(96)
     mask, module = AttentionMask(pattern, offset), build(options)
     with FlopCounterMode(display=False) as counter:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_HEAD_DIM = 256
+from astbench_kernels.dispatch import TRITON_DTYPES, TRITON_MAX_HEAD_DIM
 
 
 def device_refusals(device: str) -> list[str]:
@@ -25,12 +25,13 @@ def device_refusals(device: str) -> list[str]:
 def call_refusals(dtype: torch.dtype, head_dim: int) -> list[str]:
     """Every reason why the Triton kernels cannot serve a call with these inputs."""
     reasons = []
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"it computes in float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}")
+    name = str(dtype).removeprefix("torch.")
+    if name not in TRITON_DTYPES:
+        reasons.append(f"it computes in {', '.join(TRITON_DTYPES[:-1])} and {TRITON_DTYPES[-1]}, not {name}")
     if dtype == torch.bfloat16 and interpreted():
         reasons.append("Triton's interpreter multiplies the bits of bfloat16 numbers")
-    if head_dim > MAX_HEAD_DIM:
-        reasons.append(f"head size {head_dim} is above {MAX_HEAD_DIM}")
+    if head_dim > TRITON_MAX_HEAD_DIM:
+        reasons.append(f"head size {head_dim} is above {TRITON_MAX_HEAD_DIM}")
     return reasons
 
 

@@ -14,15 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from astbench_kernels import dispatch
 from astbench_kernels.layout import BlockLayout, ceil_div
 
 Schedule = Literal["query_major", "key_major"]
-
-MIN_ROWS_PER_LIST = 16
-"""Fewer rows than this cannot fill the smallest matrix instruction: they are gathered around their key blocks."""
-
-PARTIAL_BYTES = 64 * 2**20
-"""Partial outputs of the key-major forward held at a time. Not measured yet: L2 of an H100 is 50 MB."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ class Plan:
         value_bytes = self.value_dim * (2 if self.half else 4) + 4
         parts = ceil_div(self.block_size, self.key_major_tile().keys)
         per_group = self.batch * self.heads * self.query_group * self.width * parts * value_bytes
-        return min(self.groups, max(1, PARTIAL_BYTES // per_group))
+        return min(self.groups, max(1, dispatch.PARTIAL_BYTES // per_group))
 
     @property
     def num_chunks(self) -> int:
@@ -163,8 +158,8 @@ def make_plan(
     bundle = q.shape[1] // max(lists, k.shape[1]) * q.shape[2] * max(q.shape[-1], v.shape[-1])
     if bundle >= 2**31:
         raise ValueError(f"{q.shape[2]} queries of the heads that share a list do not fit 32 bits; use more lists")
-    rows = layout.query_group * (q.shape[1] // max(lists, k.shape[1]))
-    rule: Schedule = "query_major" if rows >= MIN_ROWS_PER_LIST else "key_major"
+    rows = dispatch.rows_per_list(q.shape[1], k.shape[1], lists, layout.query_group)
+    rule: Schedule = dispatch.triton_schedule(rows)
     return Plan(
         batch=q.shape[0],
         heads=q.shape[1],

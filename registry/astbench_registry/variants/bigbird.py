@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, select_blocks
+from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, select_blocks, what_runs
 from astbench_kernels.gather import gathered_pairs
 from astbench_kernels.layout import ceil_div
 from astbench_registry.block_selection import valid_in_blocks
@@ -61,7 +61,8 @@ class BigBirdAttention(Attention):
         stats = None
         if context.listen:
             attended = layout.attended_pairs(causal=False, key_valid=mask.key_valid)
-            stats = AttentionStats(attended, mask.visible_pairs(q, k), backend, layout)
+            ran = what_runs(backend, q, k, v, layout, causal=False)
+            stats = AttentionStats(attended, mask.visible_pairs(q, k), ran, layout)
         return AttentionOutput(out, stats=stats)
 
     def layout(

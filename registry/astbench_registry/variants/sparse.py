@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend
+from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, what_runs
 from astbench_kernels.gather import gathered_pairs
 from astbench_kernels.layout import ceil_div
 from astbench_registry.configs.sparse import SparseConfig
@@ -71,6 +71,8 @@ class SparseAttention(Attention):
             out, _ = block_sparse_attention(
                 q, k, v, layout, scale=scale, causal=mask.causal, key_valid=mask.key_valid, backend=backend
             )
+            if listen:
+                backend = what_runs(backend, q, k, v, layout, causal=mask.causal)
         else:
             backend = "torch"
             out = self._by_grid(q, k, v, mask, scale)

@@ -1,0 +1,346 @@
+"""Which kernel runs a call, and why: all rules and thresholds, each with where it was measured.
+
+The backends take their thresholds from here, `explain` says what they come to. Shapes and densities only: nothing
+here reads a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+GatherSchedule = Literal["query_major", "key_major"]
+
+CHUNK_BYTES = 2**20
+"""gather, query-major: gathered keys held at a time. Measured (docs/cpu-notes.md, the table of changes): 0.5-2 MB is
+the flat bottom of the curve on the CPUs measured."""
+
+KEY_MAJOR_BELOW = 0.5
+"""gather: query rows a list, over the keys of a block, below which the work is done key block by key block. Measured
+(docs/cpu-notes.md, "Where the two meet"): with blocks of 16 both ways cost the same at 8 rows, with blocks of 64 at
+32; at one row the difference is tenfold."""
+
+SHORTEST_TILE = 16
+"""gather: query rows that a block must meet on average for that; a decoding step's one or few rows gather their own
+keys. Not measured."""
+
+MIN_ROWS_PER_LIST = 16
+"""triton: fewer rows than this cannot fill the smallest matrix instruction: they are gathered around their key
+blocks. Not measured; it follows from the instruction."""
+
+PARTIAL_BYTES = 64 * 2**20
+"""triton, key-major: partial outputs of the forward pass held at a time. Not measured: L2 of an H100 is 50 MB."""
+
+TRITON_MAX_HEAD_DIM = 256
+"""triton: the largest head size of its kernels. Not measured; chosen so that tiles fit in registers."""
+
+TRITON_DTYPES = ("float16", "bfloat16", "float32")
+"""triton: what its kernels compute in."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """A measured R = time of the kernel / (density x time of dense); 1 would be ideal.
+
+    Attributes:
+        device: Where; CPU figures are one thread's.
+        dtype: Of the inputs.
+        head_dim: Head size.
+        block_size: Keys a block.
+        query_group: Queries a list.
+        causal: Whether under a causal mask.
+        tokens: Queries, and keys.
+        density: Share of the visible pairs that was computed.
+        forward: R of a forward pass.
+        training: R of forward and backward together.
+        record: Where it is from.
+    """
+
+    device: str
+    dtype: str
+    head_dim: int
+    block_size: int
+    query_group: int
+    causal: bool
+    tokens: int
+    density: float
+    forward: float
+    training: float
+    record: str
+
+
+def _measured(
+    query_group: int, causal: bool, record: str, rows: dict[tuple[int, float], tuple[float, float]]
+) -> list[Efficiency]:
+    return [
+        Efficiency("cpu", "float32", 64, 64, query_group, causal, tokens, density, forward, training, record)
+        for (tokens, density), (forward, training) in rows.items()
+    ]
+
+
+EFFICIENCIES = (
+    *_measured(
+        64,
+        False,
+        "results/kernel/bidirectional-cpu/record.json",
+        {
+            (1024, 0.125): (2.00, 2.07),
+            (2048, 0.125): (1.95, 1.39),
+            (4096, 0.125): (1.68, 1.50),
+            (8192, 0.125): (1.42, 1.49),
+            (16384, 0.125): (1.60, 1.42),
+            (2048, 0.0625): (1.87, 1.71),
+            (4096, 0.0625): (2.03, 2.06),
+            (8192, 0.0625): (1.50, 1.49),
+            (16384, 0.0625): (1.42, 1.64),
+        },
+    ),
+    *_measured(
+        1,
+        True,
+        "results/kernel/causal-cpu/record.json",
+        {
+            (1024, 0.180): (6.60, 4.02),
+            (2048, 0.139): (4.49, 4.06),
+            (4096, 0.129): (5.02, 3.07),
+            (8192, 0.126): (2.94, 2.05),
+            (16384, 0.125): (2.64, 1.85),
+            (2048, 0.092): (6.99, 5.05),
+            (4096, 0.070): (5.91, 3.42),
+            (8192, 0.064): (4.18, 2.85),
+            (16384, 0.063): (2.92, 2.29),
+        },
+    ),
+)
+"""The kernel alone on the lists that `ast` chose, 4 heads, one thread of an AVX2 processor (AMD EPYC)."""
+
+BEYOND = 2
+"""How far, as a factor, a call's tokens and density may lie from measured ones for their R to be quoted."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A call without its tensors.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        dtype: "float32", "bfloat16", "float16" or "float64".
+        batch: Sequences.
+        heads: Query heads.
+        kv_heads: Key/value heads.
+        list_heads: Heads with lists of their own: 1, `kv_heads` or `heads`.
+        head_dim: The larger head size.
+        query_length: Queries.
+        key_length: Keys.
+        block_size: Keys a block.
+        query_group: Queries a list.
+        density: Share of the visible blocks that is listed.
+        causal: Whether under a causal mask, the last query at the last key.
+    """
+
+    device: str
+    dtype: str
+    batch: int
+    heads: int
+    kv_heads: int
+    list_heads: int
+    head_dim: int
+    query_length: int
+    key_length: int
+    block_size: int
+    query_group: int
+    density: float
+    causal: bool
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share a list and its keys."""
+        return rows_per_list(self.heads, self.kv_heads, self.list_heads, self.query_group)
+
+    @property
+    def rows_met(self) -> float:
+        """Query rows that a key block meets, on average over the blocks."""
+        blocks = math.ceil(self.key_length / self.block_size)
+        visible = float(blocks)
+        if self.causal:
+            first = max(0, self.key_length - self.query_length)
+            visible = (math.ceil((first + 1) / self.block_size) + blocks) / 2
+        lists = max(self.list_heads, self.kv_heads) * math.ceil(self.query_length / self.query_group)
+        return lists * visible * self.density * self.rows / (self.kv_heads * blocks)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the dispatch table: what `backend=auto` runs, and when.
+
+    Attributes:
+        backend: A name from :func:`astbench_kernels.backends`.
+        schedule: "query_major" or "key_major".
+        when: The condition in words.
+        holds: The condition.
+        why: What speaks for it.
+        measured: Where its threshold was measured; "not measured" where it was not.
+    """
+
+    backend: str
+    schedule: str
+    when: str
+    holds: Callable[[Shapes], bool]
+    why: str
+    measured: str
+
+    @property
+    def runs(self) -> str:
+        """Backend and schedule in words, as statistics and records hold them."""
+        return named(self.backend, self.schedule)
+
+
+def named(backend: str, schedule: str) -> str:
+    """Backend and schedule in words."""
+    return f"{backend} ({schedule.replace('_', '-')})"
+
+
+def rows_per_list(heads: int, kv_heads: int, list_heads: int, query_group: int) -> int:
+    """Query rows that share a list and its keys."""
+    return heads // max(list_heads, kv_heads) * query_group
+
+
+def gather_schedule(rows: int, block_size: int, rows_met: float) -> GatherSchedule:
+    """How the gather backend goes about lists that `rows` query rows share, blocks meeting `rows_met` of them."""
+    return "key_major" if rows < KEY_MAJOR_BELOW * block_size and rows_met >= SHORTEST_TILE else "query_major"
+
+
+def triton_schedule(rows: int) -> GatherSchedule:
+    """The same for the Triton kernels."""
+    return "query_major" if rows >= MIN_ROWS_PER_LIST else "key_major"
+
+
+def triton_refusals(shapes: Shapes) -> list[str]:
+    """Every reason why "auto" does not take triton."""
+    reasons = []
+    if shapes.device != "cuda":
+        reasons.append(f"triton needs a CUDA device, this is {shapes.device}")
+    if shapes.dtype not in TRITON_DTYPES:
+        reasons.append(f"triton computes in {', '.join(TRITON_DTYPES)}, not {shapes.dtype}")
+    if shapes.head_dim > TRITON_MAX_HEAD_DIM:
+        reasons.append(f"triton takes heads of at most {TRITON_MAX_HEAD_DIM}, not {shapes.head_dim}")
+    return reasons
+
+
+def _gather(shapes: Shapes) -> GatherSchedule:
+    return gather_schedule(shapes.rows, shapes.block_size, shapes.rows_met)
+
+
+_ON_TRITON = f"CUDA, {', '.join(TRITON_DTYPES)}, heads of at most {TRITON_MAX_HEAD_DIM}"
+
+TABLE = (
+    Row(
+        "triton",
+        "query_major",
+        f"{_ON_TRITON}; at least {MIN_ROWS_PER_LIST} query rows share a list and its keys",
+        lambda shapes: not triton_refusals(shapes) and triton_schedule(shapes.rows) == "query_major",
+        "a tile of rows that share a list reads each of its key blocks once",
+        "not measured",
+    ),
+    Row(
+        "triton",
+        "key_major",
+        f"{_ON_TRITON}; fewer query rows share a list",
+        lambda shapes: not triton_refusals(shapes),
+        "each key block gathers the rows that chose it, so that few rows a list still fill matrix instructions",
+        "not measured",
+    ),
+    Row(
+        "gather",
+        "key_major",
+        f"elsewhere; fewer than {KEY_MAJOR_BELOW} x block_size query rows share a list, and a block meets at least "
+        f"{SHORTEST_TILE} on average",
+        lambda shapes: _gather(shapes) == "key_major",
+        "copying each list's own keys would cost more than the work on them",
+        'docs/cpu-notes.md, "Where the two meet"',
+    ),
+    Row(
+        "gather",
+        "query_major",
+        f"elsewhere; fewer than {KEY_MAJOR_BELOW} x block_size query rows share a list, and a block meets fewer than "
+        f"{SHORTEST_TILE} on average",
+        lambda shapes: shapes.rows < KEY_MAJOR_BELOW * shapes.block_size,
+        "the few rows that a block meets would make no tile, as in a decoding step",
+        "not measured",
+    ),
+    Row(
+        "gather",
+        "query_major",
+        f"elsewhere; at least {KEY_MAJOR_BELOW} x block_size query rows share a list",
+        lambda shapes: True,
+        "enough rows share the keys that are copied for them",
+        'docs/cpu-notes.md, "Where the two meet"',
+    ),
+)
+"""The first row whose condition holds decides."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `backend=auto` makes of a call.
+
+    Attributes:
+        row: The line of the table that decided.
+        facts: What it looked at.
+        share: Pairs that the kernel computes, over dense's.
+        measured: The nearest measured R, None where nothing comparable was measured.
+        missing: Why not, in that case.
+    """
+
+    row: Row
+    facts: list[str]
+    share: float
+    measured: Efficiency | None
+    missing: str
+
+
+def explain(shapes: Shapes) -> Explanation:
+    """What `backend=auto` runs for such a call, why, and what it is known to cost against dense."""
+    row = next(row for row in TABLE if row.holds(shapes))
+    facts = triton_refusals(shapes)
+    plural = "s share" if shapes.rows > 1 else " has"
+    facts.append(f"{shapes.rows:,} query row{plural} a list of blocks of {shapes.block_size} keys")
+    if row.backend == "gather":
+        facts.append(f"a block meets {shapes.rows_met:,.2f} query rows on average")
+    measured, missing = _nearest(shapes)
+    return Explanation(row, facts, shapes.density, measured, missing)
+
+
+def _nearest(shapes: Shapes) -> tuple[Efficiency | None, str]:
+    """The measured call that is nearest to this one, or why there is none."""
+    if shapes.device != "cpu":
+        return None, f"no kernel was measured on {shapes.device}"
+    if shapes.query_length != shapes.key_length:
+        return None, "only calls with as many queries as keys were measured"
+    kinds = {(m.dtype, m.head_dim, m.block_size, m.query_group, m.causal): m for m in EFFICIENCIES}
+    kind = (shapes.dtype, shapes.head_dim, shapes.block_size, shapes.query_group, shapes.causal)
+    if kind not in kinds:
+        return None, f"measured: {'; '.join(_kind(m) for m in kinds.values())}; this call: {_kind(shapes)}"
+
+    def distances(m: Efficiency) -> tuple[float, float]:
+        return abs(math.log2(m.tokens / shapes.query_length)), abs(math.log2(m.density / shapes.density))
+
+    alike = [m for m in EFFICIENCIES if (m.dtype, m.head_dim, m.block_size, m.query_group, m.causal) == kind]
+    best = min(alike, key=distances)
+    if max(distances(best)) > math.log2(BEYOND):
+        tokens, densities = [m.tokens for m in alike], [m.density for m in alike]
+        return None, (
+            f"measured: {min(tokens):,} to {max(tokens):,} tokens at densities {min(densities)} to {max(densities)}; "
+            f"this call: {shapes.query_length:,} tokens at {shapes.density:.3g}"
+        )
+    return best, ""
+
+
+def _kind(call: Efficiency | Shapes) -> str:
+    mask = "causal" if call.causal else "bidirectional"
+    return (
+        f"{call.dtype}, heads of {call.head_dim}, blocks of {call.block_size}, "
+        f"{call.query_group} quer{'y' if call.query_group == 1 else 'ies'} a list, {mask}"
+    )

@@ -1,0 +1,142 @@
+"""The dispatch table against what runs, and its measured figures against the records that they name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from astbench.bench.layers import ratio
+from astbench_kernels import BlockLayout, choose_backend, dispatch, what_runs
+from astbench_kernels.dispatch import EFFICIENCIES, TABLE, Shapes, explain
+from astbench_kernels.triton.plan import make_plan
+
+ROOT = Path(__file__).parents[2]
+
+
+def shapes(**changes):
+    given = {"device": "cpu", "dtype": "float32", "batch": 2, "heads": 6, "kv_heads": 3, "list_heads": 6, "head_dim": 8}
+    given |= {"query_length": 96, "key_length": 96, "block_size": 16, "query_group": 1, "density": 0.5, "causal": False}
+    return Shapes(**given | changes)
+
+
+def tensors(call):
+    """q, k, v and a layout of these shapes, the first blocks listed everywhere."""
+    groups = -(-call.query_length // call.query_group)
+    blocks = -(-call.key_length // call.block_size)
+    keep = torch.zeros(call.batch, call.list_heads, groups, blocks, dtype=torch.bool)
+    keep[..., : round(call.density * blocks)] = True
+    layout = BlockLayout.from_mask(
+        keep,
+        block_size=call.block_size,
+        query_group=call.query_group,
+        query_length=call.query_length,
+        key_length=call.key_length,
+    )
+    dtype = getattr(torch, call.dtype)
+    q = torch.zeros(call.batch, call.heads, call.query_length, call.head_dim, dtype=dtype)
+    k = torch.zeros(call.batch, call.kv_heads, call.key_length, call.head_dim, dtype=dtype)
+    return q, k, k, layout
+
+
+CALLS = {
+    "a list a token": (shapes(), "gather (key-major)"),
+    "shared by two heads": (shapes(query_group=4, list_heads=3), "gather (query-major)"),
+    "one list for all heads": (shapes(query_group=3, list_heads=1), "gather (key-major)"),
+    "half as many rows as keys": (shapes(query_group=8), "gather (query-major)"),
+    "one row less": (shapes(query_group=7), "gather (key-major)"),
+    "a decoding step": (shapes(query_length=1, density=1.0), "gather (query-major)"),
+    "a block meets 16 rows": (shapes(query_length=16, density=0.5), "gather (key-major)"),
+    "a block meets 15 rows": (shapes(query_length=15, density=0.5), "gather (query-major)"),
+}
+
+
+@pytest.mark.parametrize(("call", "runs"), CALLS.values(), ids=CALLS)
+def test_what_is_explained_is_what_runs(call, runs):
+    q, k, v, layout = tensors(call)
+    backend = choose_backend("auto", q.device, dtype=q.dtype, head_dim=call.head_dim, layout=layout)
+    assert what_runs(backend, q, k, v, layout, causal=False) == runs
+    assert explain(call).row.runs == runs
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [256, 257])
+@pytest.mark.parametrize(("group", "lists"), [(1, 6), (8, 3), (7, 3), (16, 6), (15, 6)])
+def test_the_same_on_cuda(monkeypatch, group, lists, head_dim, dtype):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    pytest.importorskip("triton", reason="triton is not installed")
+    call = shapes(device="cuda", dtype=dtype, head_dim=head_dim, query_group=group, list_heads=lists)
+    q, k, v, layout = tensors(call)
+    row = explain(call).row
+    backend = choose_backend("auto", torch.device("cuda"), dtype=q.dtype, head_dim=head_dim, layout=layout)
+    assert row.backend == backend == ("triton" if dtype != "float64" and head_dim == 256 else "gather")
+    assert row.runs == what_runs(backend, q, k, v, layout, causal=False)
+    if backend == "triton":
+        assert row.schedule == make_plan(q, k, v, layout, causal=False).schedule
+
+
+def test_every_row_can_decide():
+    calls = [call for call, _ in CALLS.values()] + [shapes(device="cuda", query_group=group) for group in (1, 16)]
+    assert {id(explain(call).row) for call in calls} == {id(row) for row in TABLE}
+
+
+def test_rows_met_is_what_the_lists_say():
+    """Under a causal mask a row sees half of the blocks on average."""
+    for causal, expected in ((False, 0.5 * 96 * 2), (True, 0.5 * 96 * 2 * 3.5 / 6)):
+        assert shapes(causal=causal).rows_met == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("record", sorted({m.record for m in EFFICIENCIES}))
+def test_measured_figures_are_the_records(record):
+    found = json.loads((ROOT / record).read_text())
+    config, cells = found["config"], found["cells"]
+    mine = [m for m in EFFICIENCIES if m.record == record]
+    kinds = {(m.dtype, m.head_dim, m.block_size, m.causal) for m in mine}
+    causal = config["pattern"] == "causal_self"
+    assert kinds == {(config["dtype"], config["head_dim"], config["options"]["ast"]["block_size"], causal)}
+    measured = {}
+    for name in {c["attention"] for c in cells} - {"dense"}:
+        forward, training = ratio(cells, name, "kernel"), ratio(cells, name, "kernel_training")
+        for cell in (c for c in cells if c["attention"] == name):
+            n = cell["length"]
+            # Two densities asked for may come to one that was kept; the first one asked for is quoted.
+            measured.setdefault((n, round(cell["density"], 3)), []).append(
+                (round(forward[n], 2), round(training[n], 2))
+            )
+    for m in mine:
+        near = [
+            v for (n, d), values in measured.items() if n == m.tokens and abs(d - m.density) < 0.002 for v in values
+        ]
+        assert (m.forward, m.training) in near, m
+
+
+def test_nothing_is_quoted_far_from_what_was_measured():
+    close = shapes(
+        heads=4,
+        kv_heads=4,
+        list_heads=4,
+        head_dim=64,
+        block_size=64,
+        query_group=64,
+        query_length=8192,
+        key_length=8192,
+    )
+    for density, tokens, forward in ((0.125, 8192, 1.42), (0.0625, 8192, 1.50), (0.1, 30000, 1.60)):
+        call = Shapes(**vars(close) | {"density": density, "query_length": tokens, "key_length": tokens})
+        assert explain(call).measured.forward == forward
+    for change in (
+        {"density": 0.5},
+        {"query_length": 40000, "key_length": 40000},
+        {"block_size": 16},
+        {"head_dim": 128},
+    ):
+        found = explain(Shapes(**vars(close) | {"density": 0.125} | change))
+        assert found.measured is None and found.missing
+
+
+def test_thresholds_are_nowhere_else():
+    names = [n for n in vars(dispatch) if n.isupper() and n not in ("TABLE", "EFFICIENCIES")]
+    for path in (ROOT / "kernels").rglob("*.py"):
+        if path.name != "dispatch.py":
+            text = path.read_text()
+            assert not [n for n in names if f"\n{n} = " in text], path
