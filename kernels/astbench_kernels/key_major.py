@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.units import LOG2_E, Plan, from_blocks, from_units, make_plan, to_blocks, to_units
@@ -23,15 +24,21 @@ from astbench_kernels.units import LOG2_E, Plan, from_blocks, from_units, make_p
 TILE_ROWS = 2048
 """Query rows of a tile: its parts stay within a few MB."""
 
+FILLING = 1.25
+"""How much longer a tile of several blocks may be than what they hold."""
+
 
 @dataclass
 class _Tile:
-    """Units that chose one key block, those first that may not see all of it."""
+    """Units that chose each of a few consecutive key blocks; of each block those first that may not see all of it.
 
-    block: int
-    entries: Tensor  # int64 (n,): flat places in the (units, width) lists
-    units: Tensor  # int64 (n,)
-    hidden: Tensor | None  # bool (the first units, rows or 1, block_size): pairs that may not be seen
+    Shorter blocks are filled up with the unit and the entry behind the last one, which weigh nothing.
+    """
+
+    blocks: slice
+    entries: Tensor  # int64 (blocks, n): flat places in the (units, width) lists
+    units: Tensor  # int64 (blocks, n)
+    hidden: Tensor | None  # bool (blocks, the first units, rows or 1, block_size): pairs that may not be seen
 
 
 class KeyMajorAttention(torch.autograd.Function):
@@ -53,19 +60,19 @@ class KeyMajorAttention(torch.autograd.Function):
         plan = make_plan(q, k, layout, scale, causal, key_valid)
         compute = torch.promote_types(q.dtype, torch.float32)
         keys, values = _table(k, key_valid, plan), _table(v, key_valid, plan)
-        bias = None if block_bias is None else block_bias.detach().flatten().to(compute) * LOG2_E
+        bias = None if block_bias is None else pad(block_bias.detach().flatten().to(compute) * LOG2_E, (0, 1))
         queries = to_units(q, plan).to(compute) * (scale * LOG2_E)
         # A row's last column is minus its reference, and every key's is 1: the product is the logit less the reference.
-        queries = torch.cat([queries, -_references(queries, keys, bias, plan)], -1)
+        queries = _with_filler(torch.cat([queries, -_references(queries, keys, bias, plan)], -1))
         sums = _weighted_sums(queries, keys, values, bias, plan, follow=False)
         if not bool(sums.isfinite().all()):
             # A logit lies 2^7 powers of two above its row's reference (or the inputs are not finite): once more, with
             # care. Looking at every tile beforehand cost more than a tenth of the work.
             sums = _weighted_sums(queries, keys, values, bias, plan, follow=True)
-        total = sums[..., -1:]
-        out = sums[..., :-1] / total.clamp(min=torch.finfo(compute).tiny)
+        total = sums[:-1, :, -1:]
+        out = sums[:-1, :, :-1] / total.clamp(min=torch.finfo(compute).tiny)
         # Rows that see nothing: output 0, log-sum-exp log 0 = -inf.
-        lse = (total.log2() - queries[..., -1:]).masked_fill_(total == 0, -torch.inf)
+        lse = (total.log2() - queries[:-1, :, -1:]).masked_fill_(total == 0, -torch.inf)
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.plan = plan
         return from_units(out, plan).to(q.dtype), from_units(lse / LOG2_E, plan).squeeze(-1)
@@ -77,28 +84,28 @@ class KeyMajorAttention(torch.autograd.Function):
         plan: Plan = ctx.plan
         compute, dim = lse.dtype, k.shape[-1]
         keys, values = _table(k, key_valid, plan), _table(v, key_valid, plan)
-        bias = None if block_bias is None else block_bias.flatten().to(compute) * LOG2_E
+        bias = None if block_bias is None else pad(block_bias.flatten().to(compute) * LOG2_E, (0, 1))
         d_out, d_lse = to_units(grads[0], plan).to(compute), to_units(grads[1].unsqueeze(-1), plan)
         known_lse = lse.masked_fill(lse == -torch.inf, 0.0)  # rows that see nothing: exp(-inf - 0) = 0
-        queries = torch.cat([to_units(q, plan).to(compute) * (plan.scale * LOG2_E), -known_lse], -1)
+        queries = _with_filler(torch.cat([to_units(q, plan).to(compute) * (plan.scale * LOG2_E), -known_lse], -1))
         # d logits = P * (dO V^T - delta + d lse), delta = rowsum(dO * O): the last column again.
         d_out = torch.cat([d_out, d_lse - (d_out * out).sum(-1, keepdim=True)], -1)
+        d_out = pad(d_out, (0, 0, 0, 0, 0, 1))
         d_queries = torch.zeros_like(queries[..., :dim])
         d_keys, d_values = torch.zeros_like(keys[..., :dim]), torch.zeros_like(values[..., :-1])
         d_bias = None if bias is None else torch.zeros_like(bias)
         for tile in _tiles(plan):
-            weights = _logits(queries, keys, bias, tile)
-            _hide(weights, tile, plan)
-            weights.exp2_()
-            given = d_out.index_select(0, tile.units).flatten(0, 1)
-            d_values[tile.block].addmm_(weights.T, given[:, :-1])
-            d_logits = (given @ values[tile.block].T).mul_(weights)
+            rows, logits = _logits(queries, keys, bias, tile)
+            weights = _hide(logits, tile, plan).exp2_()
+            given = d_out.index_select(0, tile.units.flatten()).view(len(tile.units), -1, d_out.shape[-1])
+            d_values[tile.blocks].baddbmm_(weights.transpose(1, 2), given[..., :-1])
+            d_logits = torch.bmm(given, values[tile.blocks].transpose(1, 2)).mul_(weights)
             if d_bias is not None:
-                d_bias[tile.entries] = d_logits.view(len(tile.units), -1).sum(-1)
-            d_keys[tile.block].addmm_(d_logits.T, queries.index_select(0, tile.units).flatten(0, 1)[:, :dim])
-            part = d_queries.index_select(0, tile.units)
-            part.flatten(0, 1).addmm_(d_logits, keys[tile.block][:, :dim])
-            d_queries.index_copy_(0, tile.units, part)
+                d_bias[tile.entries] = d_logits.view(*tile.units.shape, -1).sum(-1)
+            d_keys[tile.blocks].baddbmm_(d_logits.transpose(1, 2), rows[..., :dim])
+            d_rows = torch.bmm(d_logits, keys[tile.blocks][..., :dim])
+            d_queries.index_add_(0, tile.units.flatten(), d_rows.view(-1, plan.rows, dim))
+        d_queries, d_bias = d_queries[:-1], None if d_bias is None else d_bias[:-1]
         return (
             from_units(d_queries.mul_(plan.scale), plan).to(q.dtype),
             from_blocks(d_keys.div_(LOG2_E).flatten(1), k, key_valid),  # the queries above hold scale * LOG2_E
@@ -119,100 +126,140 @@ def _weighted_sums(
     With `follow` a row's reference (in `queries`) is raised where a tile holds a higher logit.
     """
     sums = queries.new_zeros(len(queries), plan.rows, values.shape[-1])
-    for tile in _tiles(plan):
+    # A row that chose several blocks of a tile can only have one reference raised at a time.
+    for tile in _tiles(plan, blocks_at_a_time=1 if follow else None):
         if follow:
-            weights = _raise_references(queries, keys, bias, sums, tile, plan)
+            logits = _raise_references(queries, keys, bias, sums, tile, plan)
         else:
-            weights = _logits(queries, keys, bias, tile)
-        _hide(weights, tile, plan)
-        part = sums.index_select(0, tile.units)
-        part.flatten(0, 1).addmm_(weights.exp2_(), values[tile.block])
-        sums.index_copy_(0, tile.units, part)
+            _, logits = _logits(queries, keys, bias, tile)
+        part = torch.bmm(_hide(logits, tile, plan).exp2_(), values[tile.blocks])
+        sums.index_add_(0, tile.units.flatten(), part.view(-1, plan.rows, values.shape[-1]))
     return sums
+
+
+def _with_filler(queries: Tensor) -> Tensor:
+    """One more unit, for a tile's empty places: its logits are -inf with every key, so that it weighs nothing."""
+    queries = pad(queries, (0, 0, 0, 0, 0, 1))
+    queries[-1, :, -1] = -torch.inf
+    return queries
 
 
 def _table(x: Tensor, key_valid: Tensor | None, plan: Plan) -> Tensor:
     """`(block table, block_size, d + 1)`, wide enough to compute with: the rows of every block, and a 1 each."""
     blocks = to_blocks(x, key_valid, plan).unflatten(1, (plan.layout.block_size, x.shape[-1]))
-    return torch.nn.functional.pad(blocks.to(torch.promote_types(x.dtype, torch.float32)), (0, 1), value=1.0)
+    return pad(blocks.to(torch.promote_types(x.dtype, torch.float32)), (0, 1), value=1.0)
 
 
 def _references(queries: Tensor, keys: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-    """`(units, rows, 1)`: each row's logit with the first key of its list; 0 where it sees nothing of that block.
+    """`(units, rows, 1)`: each row's logit with the first key of its list, or one that it sees; 0 for blind rows.
 
     A logit of the row itself: however large or small all of them are, its weights neither vanish nor overflow.
     """
     unit = torch.arange(len(queries), device=queries.device)
-    slot = torch.zeros_like(unit)
     first = keys[plan.blocks[:, 0], 0, :-1]
-    reference = (queries * first.unsqueeze(1)).sum(-1, keepdim=True)
+    reference = (queries * first.unsqueeze(1)).sum(-1)
     if bias is not None:
-        reference += bias.view(len(queries), -1)[:, :1, None]
-    hidden = plan.hidden(unit, slot)
-    blind = hidden[..., 0].expand(reference.shape[:-1])
-    if bool(blind.any()):  # padding in front, or a list of blocks to come: the highest logit of that block
-        unit, row = blind.nonzero(as_tuple=True)
-        logits = (keys[plan.blocks[unit, 0], :, :-1] @ queries[unit, row].unsqueeze(-1)).squeeze(-1)
-        logits = logits.masked_fill(hidden.expand(-1, plan.rows, -1)[unit, row], -torch.inf).amax(-1)
+        reference += bias[:-1].view(len(queries), -1)[:, :1]
+    hidden = plan.hidden(unit, torch.zeros_like(unit))[..., 0].expand(reference.shape)
+    reference.masked_fill_(hidden, 0.0)
+    # Behind padding, or with only blocks of which it sees the end: the highest logit of the first one it sees any of.
+    unit, row = (hidden & plan.slots[:, :1]).nonzero(as_tuple=True)
+    for slot in range(plan.slots.shape[1]):
+        if not len(unit):
+            break
+        logits = (keys[plan.blocks[unit, slot], :, :-1] @ queries[unit, row].unsqueeze(-1)).squeeze(-1)
+        unseen = plan.hidden(unit, torch.full_like(unit, slot)).expand(-1, plan.rows, -1)
+        highest = logits.masked_fill(unseen[torch.arange(len(unit)), row], -torch.inf).amax(-1)
         if bias is not None:
-            logits += bias.view(len(queries), -1)[unit, 0]
-        reference[unit, row, 0] = logits.masked_fill(logits == -torch.inf, 0.0)
-    return reference
+            highest += bias[:-1].view(len(queries), -1)[unit, slot]
+        found = highest > -torch.inf
+        reference[unit[found], row[found]] = highest[found]
+        unit, row = unit[~found], row[~found]
+    return reference.unsqueeze(-1)
 
 
-def _tiles(plan: Plan) -> Iterator[_Tile]:
+def _tiles(plan: Plan, blocks_at_a_time: int | None = None) -> Iterator[_Tile]:
+    width = plan.slots.shape[1]
     entries = plan.slots.flatten().nonzero().squeeze(-1)
     blocks = plan.blocks.flatten()[entries]
     masked = plan.masked.flatten()[entries]
     counts = torch.bincount(blocks, minlength=1)
-    masked_counts = torch.bincount(blocks[masked], minlength=len(counts)).tolist()
-    # A counting sort by block; within one, the masked entries first.
+    masked_counts = torch.bincount(blocks[masked], minlength=len(counts))
+    # A counting sort by block; within one, the masked entries first. At the end, the filler.
     order = (2 * blocks + ~masked).to(torch.int32).sort(stable=True).indices
-    entries, masked = entries[order], masked[order]
-    units = entries // plan.slots.shape[1]
-    # The last key of its block that each row of a masked entry may see.
-    last = plan.last_keys[units[masked] % plan.layout.num_groups] - plan.starts.flatten()[entries[masked], None]
-    step, start, place = max(1, TILE_ROWS // plan.rows), 0, 0
-    for block, count in enumerate(counts.tolist()):
-        left = masked_counts[block]
-        for begin in range(start, start + count, step):
-            stop = min(begin + step, start + count)
-            here, hidden = min(left, stop - begin), None
-            if here and plan.causal:
-                hidden = plan.keys > last[place : place + here, :, None]
-            if here and plan.unseen is not None:
-                unseen = plan.unseen[block].expand(here, 1, -1)
-                hidden = unseen if hidden is None else hidden | unseen
-            yield _Tile(block, entries[begin:stop], units[begin:stop], hidden)
-            left, place = left - here, place + here
-        start += count
+    entries = pad(entries[order], (0, 1), value=plan.slots.numel())
+    units = entries // width
+    starts, stops = counts.cumsum(0) - counts, counts.cumsum(0)
+    step = max(1, TILE_ROWS // plan.rows)
+    for chosen in _runs(counts.tolist(), step, blocks_at_a_time):
+        most = int(counts[chosen].max())
+        for begin in range(0, most, step):
+            place = starts[chosen, None] + torch.arange(begin, min(begin + step, most), device=starts.device)
+            place = place.where(place < stops[chosen, None], len(entries) - 1)
+            tile = _Tile(chosen, entries[place], units[place], None)
+            here = min(int(masked_counts[chosen].max()) - begin, place.shape[1])
+            if here > 0:
+                tile.hidden = _hidden(tile, here, plan)
+            yield tile
 
 
-def _logits(queries: Tensor, keys: Tensor, bias: Tensor | None, tile: _Tile) -> Tensor:
-    """`(units * rows, block_size)` in powers of two, less the rows' references."""
-    rows = queries.index_select(0, tile.units)
+def _runs(counts: list[int], step: int, blocks_at_a_time: int | None) -> Iterator[slice]:
+    """Consecutive blocks whose units fill a tile together, without too many empty places."""
+    start = 0
+    while start < len(counts):
+        stop, most, taken = start + 1, counts[start], counts[start]
+        while stop < len(counts) and stop - start != blocks_at_a_time:
+            most, taken, blocks = max(most, counts[stop]), taken + counts[stop], stop + 1 - start
+            if blocks * most > step or blocks * most > FILLING * taken:
+                break
+            stop += 1
+        if most:
+            yield slice(start, stop)
+        start = stop
+
+
+def _hidden(tile: _Tile, here: int, plan: Plan) -> Tensor:
+    """Bool `(blocks, here, rows or 1, block_size)`: which pairs of a tile's first units may not be seen."""
+    unit, hidden = tile.units[:, :here], None
+    if plan.causal:
+        first = torch.arange(tile.blocks.start, tile.blocks.stop, device=unit.device) % plan.layout.num_blocks
+        last = plan.last_keys[unit % plan.layout.num_groups] - (first * plan.layout.block_size)[:, None, None]
+        hidden = plan.keys > last.unsqueeze(-1)
+    if plan.unseen is not None:
+        unseen = plan.unseen[tile.blocks, None, None, :]
+        hidden = unseen.expand(-1, here, -1, -1) if hidden is None else hidden | unseen
+    assert hidden is not None, "only causality and padding hide pairs of listed blocks"
+    return hidden
+
+
+def _logits(queries: Tensor, keys: Tensor, bias: Tensor | None, tile: _Tile) -> tuple[Tensor, Tensor]:
+    """The tile's rows `(blocks, n * rows, d + 1)`, and their logits in powers of two less the rows' references."""
+    rows = queries.index_select(0, tile.units.flatten())
     if bias is not None:
-        rows[..., -1] += bias[tile.entries, None]
-    return rows.flatten(0, 1) @ keys[tile.block].T
+        rows[..., -1] += bias[tile.entries.flatten(), None]
+    rows = rows.view(len(tile.units), -1, queries.shape[-1])
+    return rows, torch.bmm(rows, keys[tile.blocks].transpose(1, 2))
 
 
 def _raise_references(
     queries: Tensor, keys: Tensor, bias: Tensor | None, sums: Tensor, tile: _Tile, plan: Plan
 ) -> Tensor:
     """Raise rows' references to their highest logit so far and adapt their sums; the logits less the new ones."""
-    old = -queries[tile.units][..., -1:]
-    logits = queries[tile.units][..., :-1] @ keys[tile.block][:, :-1].T
+    units = tile.units[0]
+    old = -queries[units][..., -1:]
+    logits = queries[units][..., :-1] @ keys[tile.blocks.start][:, :-1].T
     if bias is not None:
-        logits += bias[tile.entries, None, None]
-    _hide(logits.flatten(0, 1), tile, plan)
+        logits += bias[tile.entries[0], None, None]
+    _hide(logits.view(1, -1, logits.shape[-1]), tile, plan)
     new = torch.maximum(old, logits.amax(-1, keepdim=True))
-    nothing_yet = new == -torch.inf
-    sums[tile.units] *= (old - new).exp2().masked_fill(nothing_yet, 0.0)
-    queries[tile.units, :, -1:] = -new
-    return (logits - new.masked_fill(nothing_yet, 0.0)).flatten(0, 1)
+    sums[units] *= (old - new).exp2()
+    queries[units, :, -1:] = -new
+    return (logits - new).view(1, -1, logits.shape[-1])
 
 
-def _hide(logits: Tensor, tile: _Tile, plan: Plan) -> None:
-    """Set unseen pairs to -inf."""
+def _hide(logits: Tensor, tile: _Tile, plan: Plan) -> Tensor:
+    """Set unseen pairs of `(blocks, n * rows, block_size)` to -inf, in place."""
     if tile.hidden is not None:
-        logits.view(len(tile.units), plan.rows, -1)[: len(tile.hidden)].masked_fill_(tile.hidden, -torch.inf)
+        places = logits.view(*tile.units.shape, plan.rows, -1)
+        places[:, : tile.hidden.shape[1]].masked_fill_(tile.hidden, -torch.inf)
+    return logits
