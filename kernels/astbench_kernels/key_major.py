@@ -36,9 +36,15 @@ class _Tile:
     """
 
     blocks: slice
-    entries: Tensor  # int64 (blocks, n): flat places in the (units, width) lists
     units: Tensor  # int64 (blocks, n)
     hidden: Tensor | None  # bool (blocks, the first units, rows or 1, block_size): pairs that may not be seen
+    places: Tensor  # int64 (blocks, n): of the units among the sorted entries
+    all_entries: Tensor  # int64: flat places in the (units, width) lists, sorted by block
+
+    @property
+    def entries(self) -> Tensor:
+        """int64 `(blocks, n)`: flat places in the `(units, width)` lists."""
+        return self.all_entries[self.places]
 
 
 class KeyMajorAttention(torch.autograd.Function):
@@ -183,24 +189,34 @@ def _tiles(plan: Plan, blocks_at_a_time: int | None = None) -> Iterator[_Tile]:
     entries = plan.slots.flatten().nonzero().squeeze(-1)
     blocks = plan.blocks.flatten()[entries]
     masked = plan.masked.flatten()[entries]
+    # A counting sort by block; within one, the masked entries first.
+    order = (2 * blocks + ~masked).to(torch.int32).sort(stable=True).indices
     counts = torch.bincount(blocks, minlength=1)
     masked_counts = torch.bincount(blocks[masked], minlength=len(counts))
-    # A counting sort by block; within one, the masked entries first. At the end, the filler.
-    order = (2 * blocks + ~masked).to(torch.int32).sort(stable=True).indices
-    entries = pad(entries[order], (0, 1), value=plan.slots.numel())
+    entries, masked = entries[order], masked[order]
+    # Of each masked entry's rows the last key in its block that causality shows them; behind the end, everything.
+    rows = plan.last_keys[entries[masked] // width % plan.layout.num_groups]
+    last = pad(rows - plan.starts.flatten()[entries[masked], None], (0, 0, 0, 1), value=plan.layout.block_size)
+    entries = pad(entries, (0, 1), value=plan.slots.numel())  # the filler
     units = entries // width
-    starts, stops = counts.cumsum(0) - counts, counts.cumsum(0)
-    step = max(1, TILE_ROWS // plan.rows)
-    for chosen in _runs(counts.tolist(), step, blocks_at_a_time):
-        most = int(counts[chosen].max())
-        for begin in range(0, most, step):
-            place = starts[chosen, None] + torch.arange(begin, min(begin + step, most), device=starts.device)
-            place = place.where(place < stops[chosen, None], len(entries) - 1)
-            tile = _Tile(chosen, entries[place], units[place], None)
-            here = min(int(masked_counts[chosen].max()) - begin, place.shape[1])
-            if here > 0:
-                tile.hidden = _hidden(tile, here, plan)
-            yield tile
+    counting = torch.arange(max(1, TILE_ROWS // plan.rows), device=units.device)
+    starts, masked_starts = (pad(x.cumsum(0), (1, 0)) for x in (counts, masked_counts))
+    numbers, masked_numbers = counts.tolist(), masked_counts.tolist()
+    for chosen in _runs(numbers, len(counting), blocks_at_a_time):
+        most, most_masked = max(numbers[chosen]), max(masked_numbers[chosen])
+        for begin in range(0, most, len(counting)):
+            places = _places(starts, chosen, begin, counting[: most - begin], len(units) - 1)
+            hidden = None
+            if most_masked > begin:
+                some = _places(masked_starts, chosen, begin, counting[: most_masked - begin], len(last) - 1)
+                hidden = _hidden(plan, chosen, last[some] if plan.causal else None, some.shape[1])
+            yield _Tile(chosen, units[places], hidden, places, entries)
+
+
+def _places(starts: Tensor, chosen: slice, begin: int, counting: Tensor, filler: int) -> Tensor:
+    """int64 `(blocks, n)`: places `begin` and following of each block's entries in a list sorted by block."""
+    places = starts[chosen, None] + begin + counting
+    return places.where(places < starts[chosen.start + 1 : chosen.stop + 1, None], filler)
 
 
 def _runs(counts: list[int], step: int, blocks_at_a_time: int | None) -> Iterator[slice]:
@@ -218,18 +234,14 @@ def _runs(counts: list[int], step: int, blocks_at_a_time: int | None) -> Iterato
         start = stop
 
 
-def _hidden(tile: _Tile, here: int, plan: Plan) -> Tensor:
-    """Bool `(blocks, here, rows or 1, block_size)`: which pairs of a tile's first units may not be seen."""
-    unit, hidden = tile.units[:, :here], None
-    if plan.causal:
-        first = torch.arange(tile.blocks.start, tile.blocks.stop, device=unit.device) % plan.layout.num_blocks
-        last = plan.last_keys[unit % plan.layout.num_groups] - (first * plan.layout.block_size)[:, None, None]
-        hidden = plan.keys > last.unsqueeze(-1)
-    if plan.unseen is not None:
-        unseen = plan.unseen[tile.blocks, None, None, :]
-        hidden = unseen.expand(-1, here, -1, -1) if hidden is None else hidden | unseen
-    assert hidden is not None, "only causality and padding hide pairs of listed blocks"
-    return hidden
+def _hidden(plan: Plan, blocks: slice, last: Tensor | None, units: int) -> Tensor:
+    """Bool `(blocks, units, rows or 1, block_size)`: what causality and padding hide of a tile's first units."""
+    hidden = None if last is None else plan.keys > last.unsqueeze(-1)
+    if plan.unseen is None:
+        assert hidden is not None, "only causality and padding hide pairs of listed blocks"
+        return hidden
+    unseen = plan.unseen[blocks, None, None, :].expand(-1, units, -1, -1)
+    return unseen if hidden is None else hidden | unseen
 
 
 def _logits(queries: Tensor, keys: Tensor, bias: Tensor | None, tile: _Tile) -> tuple[Tensor, Tensor]:
