@@ -19,9 +19,6 @@ CPU_MEMORY_GIB = 16.0
 class BenchConfig:
     """One shape of layer, several attentions, several lengths.
 
-    One run has one block size and one ratio of heads: a grid over them is a run for each, as
-    `--options='{ast: {block_size: 128, query_group: 128}}'` and `--kv_heads=2`.
-
     Args:
         attention: Names, separated by commas; `all` for every registered one. `dense` is always measured too, on
             CUDA by every kernel that serves the call (rows `dense:NAME`); comparisons are with the fastest of them.
@@ -39,7 +36,7 @@ class BenchConfig:
         pattern: bidirectional_self or causal_self.
         batch: Sequences.
         heads: Query heads.
-        kv_heads: Key/value heads; 0 for as many as query heads.
+        kv_heads: Key/value heads; 0 for as many as query heads. Several ratios are a run each.
         head_dim: Size of a head.
         dtype: float32, bfloat16, float16 or float64.
         threads: CPU threads of the measured process.
@@ -49,7 +46,8 @@ class BenchConfig:
         max_memory_gib: Address space of the measured process on the CPU (default 16), memory of the device on CUDA
             (default all of it); a cell that needs more is out of memory.
         time_limit: Seconds for all cells together, after which the rest is left out, and says so; 0 for none.
-        options: Options by attention, laid over the defaults: `{"ast": {"density": 0.125}}`.
+        options: Options by attention, laid over the defaults: `{"ast": {"block_size": 128, "query_group": 64}}`.
+            Several block sizes are a run each.
         plugins: Files and modules that register more attentions; they are code, and run.
         seed: Of inputs, parameters, random lists and the order of the cells.
         run_dir: Where the record, the CSV and the plots go; default: a new folder in runs/.

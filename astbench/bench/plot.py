@@ -13,7 +13,7 @@ TITLES = {"forward": "forward", "training": "forward and backward, own losses in
 def draw_curves(files: list[Path], cells: list[dict[str, Any]], title: str) -> None:
     """Seconds and bytes over length, a column a mode, both axes logarithmic; one picture in several formats.
 
-    Dense rows are black; kernels alone, peers among them, are dotted. A dashed line stands where a curve crosses
+    Dense rows are black, kernels alone dotted, peers dash-dotted. A dashed line stands where a curve crosses
     the fastest dense for good.
     """
     from matplotlib.figure import Figure
@@ -29,7 +29,10 @@ def draw_curves(files: list[Path], cells: list[dict[str, Any]], title: str) -> N
             for number, name in enumerate(names):
                 for variant in analysis.variants(cells, name, mode):
                     points, alone = of(cells, name, variant), variant != mode
-                    style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": ":" if alone else "-"}
+                    style: dict[str, Any] = {
+                        "color": f"C{number % 10}",
+                        "linestyle": ("-.", ":")["@" not in variant] if alone else "-",
+                    }
                     if analysis.is_dense(name):
                         style = {"color": "black", "linewidth": 2.5, "linestyle": ("-", "--", "-.", ":")[number % 4]}
                     drawn = drawn or bool(points)
@@ -45,8 +48,10 @@ def draw_curves(files: list[Path], cells: list[dict[str, Any]], title: str) -> N
             axes.set_ylabel(what)
             axes.set_title(TITLES[mode])
             axes.grid(alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper")
+    legend = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(legend.values()), list(legend), loc="outside right upper")
     figure.suptitle(title)
     for file in files:
         figure.savefig(file)

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from astbench.bench import analysis, gpu, layers
 from astbench.bench.goals import GOALS, Goal
+from astbench.bench.plot import draw_curves
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -207,11 +209,18 @@ from astbench.bench import ceilings, gpu, plot, run, worker
 from astbench.bench.layers import chosen
 print([len(chosen(gpu.recipe(name), lambda line: None)) > 1 for name in gpu.ORDER])
 """
-    import sys
-
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "False" not in done.stdout
+
+
+def test_the_picture_names_every_curve(tmp_path):
+    """What is measured in one mode only, too."""
+    found = [cell("dense", 8, forward=1.0), cell("ast", 8, kernel_decode=1.0, kernel_decode_at_flex=2.0)]
+    draw_curves([tmp_path / "x.svg"], found, "title")
+    text = (tmp_path / "x.svg").read_text()
+    for label in ("dense", "ast kernel", "ast kernel@flex"):
+        assert f"<!-- {label} -->" in text
 
 
 def test_rates_of_made_up_cells():
