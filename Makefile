@@ -23,9 +23,23 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-gpu: $(VENV)/.installed-dev  ## On a CUDA device: the Triton kernels compiled instead of interpreted, and what needs a GPU
-	$(BIN)/python -m pytest tests/kernels/test_triton.py
-	$(BIN)/python -m pytest -m gpu
+# On a CUDA device, in ten minutes: the Triton kernels compiled instead of interpreted, the GPU benches, a summary.
+#   make gpu                  in .venv, as make test
+#   make gpu SYSTEM=1         with what $(PYTHON) has: torch, triton, PyYAML, matplotlib, pytest; no network, no .venv
+#   make gpu WHEELS=folder    the same, and with every wheel of that folder
+#   OUT=folder, BUDGET=seconds: where records and summary go, how long all of it may take
+OUT    ?= results/gpu
+BUDGET ?= 570
+WHEEL_SITE := build/wheels
+
+gpu: $(if $(WHEELS),$(WHEEL_SITE),$(if $(SYSTEM),,$(VENV)/.installed-dev))  ## On a CUDA device: tests, benches, summary
+	PYTHONPATH=$(CURDIR):$(CURDIR)/registry:$(CURDIR)/kernels$(if $(WHEELS),:$(CURDIR)/$(WHEEL_SITE))$${PYTHONPATH:+:$$PYTHONPATH} \
+	  $(if $(WHEELS)$(SYSTEM),$(PYTHON),$(BIN)/python) -m astbench.bench.gpu --out=$(OUT) --budget=$(BUDGET)
+
+$(WHEEL_SITE): $(wildcard $(WHEELS)/*.whl)
+	@rm -rf $@
+	$(PYTHON) -m pip install --quiet --no-index --find-links=$(WHEELS) --no-deps --target=$@ $(WHEELS)/*.whl
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

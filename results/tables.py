@@ -105,19 +105,19 @@ def wikitext() -> str:
 
 def cost() -> str:
     """Time and memory of a layer over the length."""
-    from astbench.bench import layers
+    from astbench.bench import analysis
 
     cells = next(iter(records("cost").values()))["cells"]
     rows = []
     for name in dict.fromkeys(cell["attention"] for cell in cells):
         row = [f"`{name}`"]
-        for mode in layers.MODES:
-            times, peaks = layers.medians(cells, name, mode), layers.peaks(cells, name, mode)
+        for mode in PASSES:
+            times, peaks = analysis.medians(cells, name, mode), analysis.peaks(cells, name, mode)
             row += [f"{1000 * times[n]:,.1f}" if n in times else "-" for n in COST_LENGTHS]
-            row += [_fit(layers.exponent(times))]
+            row += [_fit(analysis.exponent(times))]
             last = COST_LENGTHS[-1]
-            row += [f"{peaks[last] / 2**20:,.0f} MiB" if last in peaks else "-", _fit(layers.exponent(peaks))]
-        row += [layers.against_dense(cells, name, mode) if name != "dense" else "" for mode in layers.MODES]
+            row += [f"{peaks[last] / 2**20:,.0f} MiB" if last in peaks else "-", _fit(analysis.exponent(peaks))]
+        row += [analysis.against_dense(cells, name, mode) if name != "dense" else "" for mode in PASSES]
         rows.append(row)
     head = [f"{n:,}" for n in COST_LENGTHS] + ["growth", f"peak at {COST_LENGTHS[-1]:,}", "growth"]
     ends = ["forward", "with backward"]
@@ -126,7 +126,7 @@ def cost() -> str:
 
 def kernel() -> str:
     """R of AST's kernel and layer against dense."""
-    from astbench.bench import layers
+    from astbench.bench import analysis
 
     rows = []
     for record in records("kernel").values():
@@ -137,10 +137,10 @@ def kernel() -> str:
             density = {c["length"]: c["density"] for c in cells if c["attention"] == name and "density" in c}
             row = [f"`{name}`", "causal, a list a token" if causal else "64 tokens share a list"]
             row += [f"{density[KERNEL_LENGTHS[-1]]:.3f}"]
-            for mode in (*layers.KERNEL_MODES, *layers.MODES):
-                found = layers.ratio(cells, name, mode)
+            for mode in (*KERNEL_PASSES, *PASSES):
+                found = analysis.ratio(cells, name, mode)
                 row += [f"{found[n]:.2f}" if n in found else "-" for n in KERNEL_LENGTHS]
-            row += [layers.against_dense(cells, name, mode) for mode in layers.MODES]
+            row += [analysis.against_dense(cells, name, mode) for mode in PASSES]
             rows.append(row)
     ends = ["kernel", "kernel with backward", "layer", "layer with backward"]
     head = [f"{end}: {n:,}" for end in ends for n in KERNEL_LENGTHS]
@@ -149,6 +149,7 @@ def kernel() -> str:
 
 
 KERNEL_LENGTHS = (2048, 8192, 16384)
+PASSES, KERNEL_PASSES = ("forward", "training"), ("kernel", "kernel_training")
 
 
 def _fit(exponent: float | None) -> str:

@@ -1,246 +1,246 @@
-"""Cost curves of attention layers: which cells to measure, in what order, and what comes of them."""
+"""Cost curves of attention layers: which cells to measure, in what order."""
 
 from __future__ import annotations
 
-import json
-import math
 import random
-import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Protocol
 
-from astbench.bench.config import BenchConfig
+from astbench.bench.analysis import KERNEL, Cell
+from astbench.bench.config import BenchConfig, words
 from astbench.errors import ConfigError
 from astbench_registry import load_plugin, registered
+from astbench_registry.configs.block_selection import BlockSelectionConfig
 from astbench_registry.registry import config_class, make_config
 
-MODES = ("forward", "training")
-KERNEL_MODES = ("kernel", "kernel_training")
-"""The block-sparse kernel alone, forward and with backward, on the lists that the layer chose."""
-GROWTH_FROM = 2048
-"""Exponents are fitted from this length on; below, what does not grow still shows."""
-
-Cell = dict[str, Any]
+DENSE_ON_CUDA = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "flash_attn", "xformers")
+"""Dense kernels that may be the fastest somewhere; `sdpa_math` holds all pairs in memory and never is."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One curve: an attention with its options."""
+    """One curve: an attention with its options.
+
+    Attributes:
+        label: Its name in tables.
+        name: The attention.
+        options: Laid over its defaults.
+        modes: Of the layer: forward, training, decode.
+        lists: What its kernel runs on, see `BenchConfig`; "" for attentions without lists of blocks.
+        peers: Backends timed on the same lists.
+    """
 
     label: str
     name: str
     options: Mapping[str, Any]
+    modes: tuple[str, ...] = ("forward", "training")
+    lists: str = ""
+    peers: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> list[str]:
+        """Every mode of layer, kernel and peers that a cell is measured in."""
+        kernels = [KERNEL[mode] for mode in self.modes] if self.lists else []
+        peers = [f"{kernel}@{peer}" for kernel in kernels for peer in self.peers]
+        return [*(self.modes if self.lists in ("", "layer") else ()), *kernels, *peers]
+
+
+class Measures(Protocol):
+    """What measures a cell: :class:`astbench.bench.processes.Worker`."""
+
+    def measure(self, cell: Cell, seconds: float | None) -> dict[str, Any]:
+        """Measure within so many seconds."""
+        ...
 
 
 def chosen(config: BenchConfig, say: Callable[[str], None]) -> list[Entry]:
-    """What to measure, `dense` first; attentions that cannot serve the shape are left out with the reason.
+    """What to measure, `dense` first; what cannot serve the shape or a mode is left out with the reason.
 
     Raises:
-        ConfigError: options for an attention that is not measured.
+        ConfigError: options for an attention that is not measured, peers that are no backends, nothing to measure.
         RegistryError: an unknown name.
     """
     for plugin in config.plugins:
         load_plugin(plugin)
-    asked = list(registered()) if config.attention == "all" else [n for n in config.attention.split(",") if n]
+    asked = list(registered()) if config.attention == "all" else words(config.attention)
     stray = sorted(set(config.options) - {*asked, "dense"})
     if stray:
         raise ConfigError(f"--options speaks of {stray[0]}, which --attention={config.attention} does not measure")
-    found = []
-    for name in dict.fromkeys(["dense", *asked]):
-        options = config.options.get(name, {})
-        takes_density = "density" in {f.name for f in fields(config_class(name))}
-        can = make_config(name, options).can
-        reasons = can.problems(
-            config.pattern,
-            num_heads=config.heads,
-            num_kv_heads=config.kv_heads or config.heads,
-            head_dim=config.head_dim,
-            dtype=config.dtype,
-        )
-        if reasons:
-            say(f"  {name} left out: {'; '.join(reasons)}")
-        elif takes_density and config.densities:
-            found += [Entry(f"{name} {d:g}", name, {**options, "density": d}) for d in config.densities]
-        else:
-            found.append(Entry(name, name, options))
+    found = _dense(config, say)
+    for name in dict.fromkeys(asked):
+        if name != "dense":
+            found += _of_attention(name, config, say)
+    if not found:
+        raise ConfigError("nothing is left to measure; change --attention, --modes or the shape")
     return found
 
 
+def _dense(config: BenchConfig, say: Callable[[str], None]) -> list[Entry]:
+    """Dense attention as it is asked for; on CUDA without a backend named, by every kernel that runs here."""
+    options = config.options.get("dense", {})
+    modes = tuple(words(config.modes))
+    if config.device == "cpu" or "backend" in options:
+        return [Entry("dense", "dense", options, modes)] if _serves("dense", options, config, say) else []
+    from astbench_kernels import dense_backends
+
+    found = []
+    for backend in DENSE_ON_CUDA:
+        label, with_backend = f"dense:{backend}", {**options, "backend": backend}
+        reasons = dense_backends()[backend].device_refusals(config.device)
+        if reasons:
+            say(f"  {label} left out: {'; '.join(reasons)}")
+        elif _serves("dense", with_backend, config, say, label):
+            found.append(Entry(label, "dense", with_backend, modes))
+    return found
+
+
+def _serves(
+    name: str, options: Mapping[str, Any], config: BenchConfig, say: Callable[[str], None], label: str = ""
+) -> bool:
+    can = make_config(name, options).can
+    reasons = can.problems(
+        config.pattern,
+        num_heads=config.heads,
+        num_kv_heads=config.kv_heads or config.heads,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
+    )
+    if reasons:
+        say(f"  {label or name} left out: {'; '.join(reasons)}")
+    return not reasons
+
+
+def _of_attention(name: str, config: BenchConfig, say: Callable[[str], None]) -> list[Entry]:
+    """The curves of one attention: one a density and kind of lists, where it takes densities and has lists."""
+    options = config.options.get(name, {})
+    if not _serves(name, options, config, say):
+        return []
+    can = make_config(name, options).can
+    modes = tuple(words(config.modes))
+    if "decode" in modes and not (can.decode and "causal_self" in can.patterns):
+        say(f"  {name}, decode, left out: with these options it does not decode")
+        modes = tuple(mode for mode in modes if mode != "decode")
+    draws = issubclass(config_class(name), BlockSelectionConfig)
+    kinds = [kind for kind in words(config.lists) if kind == "layer" or draws]
+    if not modes or not kinds:
+        say(f"  {name} left out: it has none of --modes={config.modes} with --lists={config.lists}")
+        return []
+    variants: list[tuple[str, dict[str, Any]]] = [(name, dict(options))]
+    if config.densities and "density" in {f.name for f in fields(config_class(name))}:
+        variants = [(f"{name} {d:g}", {**options, "density": d}) for d in config.densities]
+    peers = tuple(words(config.peers)) if can.yields_layout else ()
+    return [
+        Entry(
+            label if kind == "layer" else f"{label}, {kind} lists",
+            name,
+            with_density,
+            modes,
+            kind if can.yields_layout else "",
+            peers,
+        )
+        for label, with_density in variants
+        for kind in kinds
+    ]
+
+
 def red(name: str, config: BenchConfig) -> str:
-    """Why the attention may not be timed: what the conformance suite finds; empty when it is green."""
+    """Why the attention may not be timed: what the conformance suite finds on the CPU; empty when it is green.
+
+    A backend that is named is tried there too, if it can be: on CUDA what is timed is held against the reference
+    (:func:`astbench.bench.gates.wrong`).
+    """
+    backend = config.options.get(name, {}).get("backend") if config.device == "cpu" else None
+    return _red(name, backend)
+
+
+@cache
+def _red(name: str, backend: str | None) -> str:
     from astbench_registry.conformance import check
 
-    backend = {k: v for k, v in config.options.get(name, {}).items() if k == "backend"}
-    failed = [r for r in check(name, backend) if r.status == "fail"]
+    failed = [r for r in check(name, {"backend": backend} if backend else {}) if r.status == "fail"]
     return f"conformance: {failed[0].property} fails ({failed[0].detail})" if failed else ""
 
 
-def measure(config: BenchConfig, entries: list[Entry], say: Callable[[str], None]) -> list[Cell]:
-    """Go through all cells `rounds` times, shuffled within each length, a process each; pool the samples."""
+def measure(config: BenchConfig, entries: list[Entry], say: Callable[[str], None], worker: Measures) -> list[Cell]:
+    """Go through all cells `rounds` times, shuffled within each length; pool the samples."""
     cells: dict[tuple[str, int], Cell] = {}
     order = random.Random(config.seed)
+    end = time.monotonic() + config.time_limit if config.time_limit else None
     for number in range(config.rounds):
         for length in sorted(config.lengths):
             for entry in order.sample(entries, len(entries)):
-                name = entry.label
-                cell = cells.setdefault((name, length), {"attention": name, "length": length})
-                expected = _expected(cells, name, length)
-                if expected > config.max_seconds:
-                    cell["left_out"] = f"a call would take about {expected:.0f} s (--max_seconds)"
-                elif not _failed(cells, name, length):
-                    _add(cell, _run(config, entry, length))
+                new = {"attention": entry.label, "length": length, "asked": entry.asked}
+                cell = cells.setdefault((entry.label, length), new)
+                left = None if end is None else end - time.monotonic()
+                why = _not_now(config, cells, entry, length, left)
+                if not why:
+                    _add(cell, worker.measure(_order(config, entry, length, gate=number == 0), left))
+                elif number == 0:
+                    cell["left_out"] = why
             say(f"  round {number + 1}/{config.rounds}, {length} tokens")
     return [cells[entry.label, length] for entry in entries for length in sorted(config.lengths)]
 
 
-def _expected(cells: dict[tuple[str, int], Cell], name: str, length: int) -> float:
+def _not_now(
+    config: BenchConfig, cells: dict[tuple[str, int], Cell], entry: Entry, length: int, left: float | None
+) -> str:
+    """Why a cell is not measured (again): too long by the length before, failed there, no time; empty if it is."""
+    if left is not None and left <= 0:
+        return f"no time was left of {config.time_limit:g} s (--time_limit)"
+    expected = _expected(cells, entry, length)
+    if expected > config.max_seconds:
+        return f"a call would take about {expected:.0f} s (--max_seconds)"
+    for (label, n), cell in sorted(cells.items()):
+        if label == entry.label and n <= length and _failed(cell, entry):
+            return f"not tried, it failed at {n:,} tokens"
+    return ""
+
+
+def _expected(cells: dict[tuple[str, int], Cell], entry: Entry, length: int) -> float:
     """Seconds of the longest call, at most quadratic in the length, by the longest length measured before."""
-    shorter = [n for (other, n), cell in cells.items() if other == name and n < length and "training" in cell]
-    if not shorter:
-        return 0.0
-    last = max(shorter)
-    seconds = [s for mode in MODES for s in cells[name, last].get(mode, {}).get("seconds", [])]
-    return max(seconds, default=0.0) * (length / last) ** 2
+    longest = {
+        n: max((s for mode in entry.asked for s in cell.get(mode, {}).get("seconds", [])), default=0.0)
+        for (label, n), cell in cells.items()
+        if label == entry.label and n < length
+    }
+    last = max((n for n, seconds in longest.items() if seconds), default=0)
+    return longest[last] * (length / last) ** 2 if last else 0.0
 
 
-def _failed(cells: dict[tuple[str, int], Cell], name: str, length: int) -> bool:
-    """This cell failed in an earlier round, or a shorter one did."""
-    return any(
-        "error" in cell.get("forward", {}) or cell.get("died")
-        for (other, n), cell in cells.items()
-        if other == name and n <= length
-    )
+def _failed(cell: Cell, entry: Entry) -> bool:
+    """Nothing of this cell could be measured: neither it nor a longer one is tried again."""
+    return "died" in cell or all("error" in cell.get(mode, {}) for mode in entry.asked)
 
 
-def _run(config: BenchConfig, entry: Entry, length: int) -> dict[str, Any]:
-    options = asdict(config)
-    cell = {
-        **{
-            k: options[k]
-            for k in "pattern batch heads head_dim dtype threads repeats max_memory_gib plugins seed".split()
-        },
+def _order(config: BenchConfig, entry: Entry, length: int, *, gate: bool) -> Cell:
+    """A cell as the worker takes it."""
+    names = "pattern batch heads head_dim dtype device threads repeats max_memory_gib plugins seed".split()
+    return {
+        **{name: getattr(config, name) for name in names},
         "kv_heads": config.kv_heads or config.heads,
         "attention": entry.name,
         "options": dict(entry.options),
+        "modes": list(entry.modes),
+        "asked": entry.asked,
+        "lists": entry.lists,
+        "peers": list(entry.peers),
         "length": length,
+        "gate": gate,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "astbench.bench.worker"], input=json.dumps(cell), capture_output=True, text=True
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-        short = "MemoryError" in last or "alloc" in last or done.returncode == -9
-        return {"died": "out of memory" if short else last[:200]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
 
 
 def _add(cell: Cell, found: dict[str, Any]) -> None:
-    """Pool the samples of another round."""
+    """Pool the samples of another round; what failed once stays failed."""
     for key, value in found.items():
-        if key in (*MODES, *KERNEL_MODES) and "seconds" in value and "seconds" in cell.get(key, {}):
-            cell[key]["seconds"] += value["seconds"]
-            cell[key]["peak_bytes"] = max(cell[key]["peak_bytes"], value["peak_bytes"])
+        before = cell.get(key)
+        if key in cell["asked"] and before is not None:
+            if "seconds" in value and "seconds" in before:
+                before["seconds"] += value["seconds"]
+                before["peak_bytes"] = max(before["peak_bytes"], value["peak_bytes"])
+            elif "error" in value:
+                cell[key] = value
         else:
             cell[key] = value
-
-
-def summary(cell: Cell, mode: str) -> dict[str, Any]:
-    """Median and quartiles in seconds, count, peak bytes; or `why` there is none."""
-    found = cell.get(mode, {})
-    if "seconds" not in found:
-        return {"why": found.get("error") or cell.get("died") or cell.get("left_out") or "not measured"}
-    times = sorted(found["seconds"])
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    return {
-        "median": statistics.median(times),
-        "q1": low,
-        "q3": high,
-        "count": len(times),
-        "peak_bytes": found["peak_bytes"],
-    }
-
-
-def medians(cells: list[Cell], name: str, mode: str) -> dict[int, float]:
-    """Length -> median seconds of what was measured."""
-    found = {c["length"]: summary(c, mode) for c in cells if c["attention"] == name}
-    return {length: s["median"] for length, s in found.items() if "median" in s}
-
-
-def peaks(cells: list[Cell], name: str, mode: str) -> dict[int, float]:
-    """Length -> peak bytes, where a call took any that the process did not hold already."""
-    found = {c["length"]: summary(c, mode) for c in cells if c["attention"] == name}
-    return {length: float(s["peak_bytes"]) for length, s in found.items() if s.get("peak_bytes")}
-
-
-def exponent(points: dict[int, float]) -> float | None:
-    """B of the least-squares fit y = a * length^b over lengths of `GROWTH_FROM` and more; None below 3 points."""
-    pairs = [(math.log(n), math.log(y)) for n, y in points.items() if n >= GROWTH_FROM and y > 0]
-    return statistics.linear_regression(*zip(*pairs, strict=True)).slope if len(pairs) >= 3 else None
-
-
-def ratio(cells: list[Cell], name: str, mode: str) -> dict[int, float]:
-    """Length -> R = time / (density x time of dense): 1 where skipping work saves as much time as work.
-
-    Only for attentions that compute part of the visible pairs, as counted in the measured call.
-    """
-    dense = medians(cells, "dense", _OF_LAYER.get(mode, mode))
-    density = {c["length"]: c.get("density", 1.0) for c in cells if c["attention"] == name}
-    own = medians(cells, name, mode)
-    return {n: t / (density[n] * dense[n]) for n, t in own.items() if n in dense and density[n] < 1}
-
-
-_OF_LAYER = dict(zip(KERNEL_MODES, MODES, strict=True))
-
-
-def choosing(cells: list[Cell], name: str, mode: str) -> dict[int, float]:
-    """Length -> share of the layer's time that is not the kernel's: choosing, and learning to choose."""
-    kernel = dict(zip(MODES, KERNEL_MODES, strict=True))[mode]
-    layer, alone = medians(cells, name, mode), medians(cells, name, kernel)
-    return {n: max(0.0, 1 - alone[n] / layer[n]) for n in layer if n in alone}
-
-
-def crossover(cells: list[Cell], name: str, mode: str) -> float | None:
-    """The length from which on it is faster than dense, between measured ones by straight lines in log-log.
-
-    None where it never is, is at every length, or is only now and then.
-    """
-    dense, own = medians(cells, "dense", mode), medians(cells, name, mode)
-    both = sorted(set(dense) & set(own))
-    gaps = [math.log(own[n] / dense[n]) for n in both]
-    changes = [i for i in range(1, len(both)) if (gaps[i] < 0) != (gaps[i - 1] < 0)]
-    if len(changes) != 1 or gaps[-1] >= 0:
-        return None
-    left, right = changes[0] - 1, changes[0]
-    part = gaps[left] / (gaps[left] - gaps[right])
-    return math.exp(math.log(both[left]) + part * math.log(both[right] / both[left]))
-
-
-def against_dense(cells: list[Cell], name: str, mode: str) -> str:
-    """From which length on it is faster than dense, in words."""
-    dense, own = medians(cells, "dense", mode), medians(cells, name, mode)
-    both = sorted(set(dense) & set(own))
-    if not both:
-        return "not measured"
-    wins = [n for n in both if own[n] < dense[n]]
-    if not wins:
-        return f"slower than dense at every length up to {both[-1]:,}"
-    if wins != both[both.index(wins[0]) :]:
-        return f"faster than dense at {', '.join(f'{n:,}' for n in wins)} only"
-    return f"faster than dense from {wins[0]:,} on" if wins[0] != both[0] else "faster than dense at every length"
-
-
-def rows(cells: list[Cell]) -> Iterator[dict[str, Any]]:
-    """One flat row a cell and mode, for CSV."""
-    for cell in cells:
-        for mode in (*MODES, *(m for m in KERNEL_MODES if m in cell)):
-            yield {
-                "attention": cell["attention"],
-                "length": cell["length"],
-                "mode": mode,
-                **{k: summary(cell, mode).get(k, "") for k in ("median", "q1", "q3", "count", "peak_bytes", "why")},
-                **{k: cell.get(k, "") for k in ("flops", "state_size", "parameters", "backend", "density")},
-            }

@@ -1,185 +1,254 @@
-"""One measured cell in a process of its own: `python -m astbench.bench.worker`, a cell as JSON on standard input.
+"""The process that measures: `python -m astbench.bench.worker`, a cell as a line of JSON on standard input.
 
-A process a cell, because peak memory is a process's, and so that one that runs out of it takes none along.
+On the CPU a process takes one cell, because peak memory is a process's, and so that one that runs out of it takes
+none along; on CUDA, where the allocator counts and a start costs seconds, it takes one after the other.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import resource
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from astbench_kernels import BlockLayout, block_sparse_attention
+from astbench.bench.analysis import layer_mode
+from astbench.bench.clocks import clock
+from astbench.bench.config import CPU_MEMORY_GIB
+from astbench.bench.gates import wrong
+from astbench.bench.lists import every_block, random_lists, work
+from astbench.bench.processes import ANSWER, lost
+from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, what_runs
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention, load_plugin
+from astbench_registry.block_selection import BlockSelectingAttention
 from astbench_registry.interface import AttentionStats
 
-LONG_CALL = 5.0
-"""Seconds; a first call that takes longer is itself counted, since a warm-up would change little."""
+Tensors = tuple[Tensor, Tensor, Tensor]
 
 
-def measure(cell: dict[str, Any]) -> dict[str, Any]:
-    """Time and peak memory of one layer, forward alone and forward with backward.
+class Layer:
+    """The attention of a cell, and calls of it."""
 
-    Args:
-        cell: attention, options, pattern, batch, heads, kv_heads, head_dim, length, dtype, repeats, seed.
+    def __init__(self, cell: dict[str, Any]) -> None:
+        self.cell = cell
+        self.device, self.dtype = cell["device"], getattr(torch, cell["dtype"])
+        heads, dim, length = cell["heads"], cell["head_dim"], cell["length"]
+        shape = AttentionShape(heads, cell["kv_heads"], dim, hidden_size=heads * dim, max_positions=length)
+        self.module = build_attention(cell["attention"], cell["options"], shape).to(self.device, self.dtype)
+        self.backend = ""  # what ran, once it is known
 
-    Returns: `forward` and `training`, each with `seconds` (a list) and `peak_bytes` above what was there before; for
-        attentions that choose key blocks also `kernel` and `kernel_training`, the same without the choice; `flops`
-        as declared, `parameters`, `backend`, and `density`, the share of the visible pairs that was computed.
-        Training runs in training mode, the attention's own losses included. A mode that fails holds `error` instead.
-    """
-    torch.manual_seed(cell["seed"])
-    dtype = getattr(torch, cell["dtype"])
-    batch, heads, kv_heads, dim, length = (cell[x] for x in ("batch", "heads", "kv_heads", "head_dim", "length"))
-    shape = AttentionShape(heads, kv_heads, dim, hidden_size=heads * dim, max_positions=length)
-    module = build_attention(cell["attention"], cell["options"], shape).to(dtype)
-    mask = AttentionMask(cell["pattern"])
+    def mask(self, mode: str, length: int) -> AttentionMask:
+        """Of a call with `length` keys."""
+        if mode == "decode":
+            return AttentionMask("causal_self", query_offset=length - 1)
+        return AttentionMask(self.cell["pattern"])
 
-    def inputs(n: int) -> tuple[list[Tensor], Tensor]:
-        q, k, v = (torch.randn(batch, h, n, dim, dtype=dtype) for h in (heads, kv_heads, kv_heads))
-        return [q, k, v], torch.randn(batch, n, heads * dim, dtype=dtype)
+    def inputs(self, mode: str, length: int) -> tuple[Tensors, Tensor | None]:
+        """q, k, v of a call with `length` keys, and hidden states for attentions that read them."""
+        cell, rows = self.cell, 1 if mode == "decode" else length
+        made = {"dtype": self.dtype, "device": self.device}
+        q = torch.randn(cell["batch"], cell["heads"], rows, cell["head_dim"], **made)
+        k, v = (torch.randn(cell["batch"], cell["kv_heads"], length, cell["head_dim"], **made) for _ in range(2))
+        needed = self.module.config.can.needs_hidden_states
+        hidden = torch.randn(cell["batch"], rows, cell["heads"] * cell["head_dim"], **made) if needed else None
+        return (q, k, v), hidden
 
-    def run(n: int, training: bool) -> Callable[[], Tensor]:
-        tensors, hidden = inputs(n)
-        context = AttentionContext(hidden_states=hidden)
-        grad = torch.randn_like(tensors[0])
+    def statistics(self, mode: str, tensors: Tensors, hidden: Tensor | None) -> AttentionStats | None:
+        """What the attention says of a call."""
+        context = AttentionContext(listen=True, hidden_states=hidden)
+        mask = self.mask(mode, tensors[1].shape[2])
+        with torch.no_grad():
+            stats: AttentionStats | None = self.module.eval()(*tensors, mask, context=context).stats
+        return stats
+
+    def call(self, mode: str, tensors: Tensors, hidden: Tensor | None) -> Callable[[], Tensor]:
+        """A timed call: forward alone, or in training mode forward and backward with the attention's own losses."""
+        self.module.train(mode == "training")
+        mask, context = self.mask(mode, tensors[1].shape[2]), AttentionContext(hidden_states=hidden)
+        leaves = [x.detach().requires_grad_(mode == "training") for x in tensors]
+        grad = torch.randn_like(leaves[0])
 
         def forward() -> Tensor:
             with torch.no_grad():
-                return module(*tensors, mask, context=context).context
+                output: Tensor = self.module(*leaves, mask, context=context).context
+            return output
 
         def forward_backward() -> Tensor:
-            for x in (*tensors, *module.parameters()):
+            for x in (*leaves, *self.module.parameters()):
                 x.grad = None
-            out = module(*tensors, mask, context=context)
+            out = self.module(*leaves, mask, context=context)
             total = (out.context * grad).sum() + sum(out.losses.values())
             total.backward()
-            gradient = tensors[0].grad
-            return out.context.detach() if gradient is None else gradient
+            return out.context.detach() if leaves[0].grad is None else leaves[0].grad
 
-        if training:
-            for x in tensors:
-                x.requires_grad_()
-        return forward_backward if training else forward
+        return forward_backward if mode == "training" else forward
 
-    found: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "flops": module.flops(batch, length, length, mask),
-        "state_size": module.state_size(length),
-    }
-    layout = None
-    try:
-        found |= what_runs(module, inputs(min(length, 64)), mask)
-        if module.config.can.yields_layout:
-            tensors, hidden = inputs(length)
-            stats = statistics(module, tensors, hidden, mask)
-            assert stats is not None
-            found["density"] = float(stats.density.mean())
-            found["backend"] = stats.backend  # schedules differ between lengths
-            layout = stats.layout
-    except (RuntimeError, MemoryError) as error:
-        return {**found, "forward": {"error": refusal(error)}}
-    for mode, training in (("forward", False), ("training", True)):
-        module.train(training)
-        run(min(length, 64), training)()  # what is loaded and compiled at the first call
+
+class Case:
+    """A layer in one mode: its inputs, the lists of its kernel, and what may be timed."""
+
+    def __init__(self, layer: Layer, mode: str) -> None:
+        self.layer, self.mode = layer, mode
+        self.length = layer.cell["length"]
+        self.mask = layer.mask(mode, self.length)
+        self.tensors, self.hidden = layer.inputs(mode, self.length)
+        self.layout = self._layout()
+        if self.layout is not None and layer.cell["lists"]:
+            backend = self._backend("")
+            layer.backend = what_runs(backend, *self.tensors, self.layout, causal=self.mask.causal)
+        self.worth = {} if self.layout is None else work(mode, *self.tensors[:2], self.layout, self.mask)
+        self._gates: dict[str, str] = {}
+
+    def _layout(self) -> BlockLayout | None:
+        lists, module = self.layer.cell["lists"], self.layer.module
+        if lists == "layer":
+            stats = self.layer.statistics(self.mode, self.tensors, self.hidden)
+            return None if stats is None else stats.layout
+        q, k, _ = self.tensors
+        if lists:
+            assert isinstance(module, BlockSelectingAttention)
+            with torch.no_grad():
+                return random_lists(module, q, k, self.mask, uneven=lists == "uneven")
+        return every_block(q, k, self.mask.query_offset) if self.layer.cell["attention"] == "dense" else None
+
+    def _backend(self, peer: str) -> str:
+        """The kernel's: a peer's, or the one that the layer would take."""
+        wanted = peer or getattr(self.layer.module.config, "backend", "auto")
+        q = self.tensors[0]
+        return choose_backend(wanted, q.device, dtype=q.dtype, head_dim=q.shape[-1])
+
+    def attend(self, peer: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """What the gate looks at: dense attention, or the block-sparse kernel that a layer rests on."""
+        layout, module = self.layout, self.layer.module
+        if not self.layer.cell["lists"]:
+            return lambda q, k, v: module(q, k, v, self.mask).context
+        assert layout is not None
+        backend = self._backend(peer)
+        return lambda q, k, v: block_sparse_attention(q, k, v, layout, causal=self.mask.causal, backend=backend)[0]
+
+    def red(self, peer: str) -> str:
+        """Why there may be no number; empty when the call gives what the reference gives, or has none."""
+        if self.layout is None or not self.layer.cell["gate"]:
+            return ""
+        if peer not in self._gates:
+            self._gates[peer] = wrong(
+                self.attend(peer),
+                self.tensors,
+                self.layout,
+                causal=self.mask.causal,
+                training=self.mode == "training",
+            )
+        return self._gates[peer]
+
+    def time(self, name: str) -> dict[str, Any]:
+        """The numbers of one mode, its kernel's or a peer's."""
+        peer = name.partition("@")[2]
         try:
-            found[mode] = clock(run(length, training), cell["repeats"])
+            if self.layout is None and name != self.mode:
+                return {"error": "it reports no lists of blocks"}
+            if red := self.red(peer):
+                return {"error": red}
+            if name == self.mode:
+                if self.layer.device == "cpu":  # what is loaded at the first call
+                    self.layer.call(self.mode, *self.layer.inputs(self.mode, min(self.length, 64)))()
+                call = self.layer.call(self.mode, self.tensors, self.hidden)
+            else:
+                call = kernel_call(self.attend(peer), self.tensors, training=self.mode == "training")
+            return clock(call, self.layer.cell["repeats"], self.layer.device) | self.worth
         except (RuntimeError, MemoryError, ValueError) as error:
-            found[mode] = {"error": refusal(error)}
-            return found  # training needs more of everything
-    if layout is not None:
-        backend = cell["options"].get("backend", "auto")
-        for mode, training in (("kernel", False), ("kernel_training", True)):
-            found[mode] = clock(kernel(inputs(length)[0], layout, mask, backend, training), cell["repeats"])
-    return found
+            return {"error": refusal(error)}
 
 
-def kernel(
-    tensors: list[Tensor], layout: BlockLayout, mask: AttentionMask, backend: str, training: bool
+def kernel_call(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: Tensors, *, training: bool
 ) -> Callable[[], Tensor]:
-    """A call of the block-sparse kernel on given lists."""
-    q, k, v = (x.requires_grad_(training) for x in tensors)
-    grad = torch.randn_like(q)
+    """A timed call of the kernel on lists that are there."""
+    leaves = [x.detach().requires_grad_(training) for x in tensors]
+    grad = torch.randn_like(leaves[0])
 
     def call() -> Tensor:
         with torch.set_grad_enabled(training):
-            out, _ = block_sparse_attention(q, k, v, layout, causal=mask.causal, backend=backend)
-        return torch.autograd.grad(out, (q, k, v), grad)[0] if training else out
+            out = attend(*leaves)
+        return torch.autograd.grad(out, leaves, grad)[0] if training else out
 
     return call
 
 
-def what_runs(module: nn.Module, sample: tuple[list[Tensor], Tensor], mask: AttentionMask) -> dict[str, str]:
-    """The backend, by the statistics of a small call."""
-    stats = statistics(module, *sample, mask)
-    return {"backend": stats.backend if stats is not None else ""}
+def measure(cell: dict[str, Any]) -> dict[str, Any]:
+    """Time and peak memory of one layer in every mode that is asked for, and of its kernel alone.
+
+    Args:
+        cell: attention, options, pattern, batch, heads, kv_heads, head_dim, length, dtype, device, repeats, seed,
+            modes, asked, lists, peers, and gate: whether to hold the calls against the reference before they are
+            timed.
+
+    Returns: for every mode that is asked for (`forward`, `training`, `decode`; for attentions that choose key blocks
+        also `kernel...`, the same without the choice, and `kernel...@PEER`) `seconds` (a list), `peak_bytes` above
+        what was there before, and where pairs are counted `density`, `work_flops` and `least_bytes`; or `error`.
+        Beside them `flops` as declared, `parameters`, `state_size` and `backend`.
+    """
+    torch.manual_seed(cell["seed"])
+    found: dict[str, Any] = {}
+    try:
+        layer = Layer(cell)
+        module, length, first = layer.module, cell["length"], cell["modes"][0]
+        found["parameters"] = sum(p.numel() for p in module.parameters())
+        found["flops"] = module.flops(cell["batch"], length, length, layer.mask("forward", length))
+        found["state_size"] = module.state_size(length)
+        stats = layer.statistics(first, *layer.inputs(first, min(length, 64)))
+        layer.backend = "" if stats is None else stats.backend
+    except (RuntimeError, MemoryError, ValueError) as error:
+        return found | {name: {"error": refusal(error)} for name in cell["asked"]}
+    failed = ""
+    for mode in cell["modes"]:
+        names = [name for name in cell["asked"] if layer_mode(name) == mode]
+        # Training needs more of everything than what failed.
+        here = {name: {"error": failed} for name in names} if failed else _measure_mode(layer, mode, names)
+        if all("error" in one for one in here.values()):
+            failed = here[names[0]]["error"]
+        found |= here
+        if layer.device == "cuda":
+            torch.cuda.empty_cache()  # what was too large may have left the rest in pieces
+    return found | {"backend": layer.backend}
 
 
-@torch.no_grad()
-def statistics(module: nn.Module, tensors: list[Tensor], hidden: Tensor, mask: AttentionMask) -> AttentionStats | None:
-    """What the attention says of a call."""
-    context = AttentionContext(listen=True, hidden_states=hidden)
-    stats: AttentionStats | None = module.eval()(*tensors, mask, context=context).stats
-    return stats
-
-
-def clock(call: Callable[[], Tensor], repeats: int) -> dict[str, Any]:
-    """Seconds of each call after the first, and the first one's peak memory above the level before it."""
-    before = reset_peak()
-    start = time.perf_counter()
-    out = call()
-    first = time.perf_counter() - start
-    peak = max(0, memory("VmHWM") - before)
-    if not bool(out.isfinite().all()):
-        return {"error": "the output is not finite"}
-    del out
-    if first > LONG_CALL:
-        return {"seconds": [first], "peak_bytes": peak}
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds, "peak_bytes": peak}
-
-
-def reset_peak() -> int:
-    """Forget the peak so far; returns the bytes resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
-
-
-def memory(field: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None, f"/proc/self/status has no {field}"
-    return int(found[1]) * 1024
+def _measure_mode(layer: Layer, mode: str, names: list[str]) -> dict[str, Any]:
+    try:
+        case = Case(layer, mode)
+    except (RuntimeError, MemoryError, ValueError) as error:
+        return {name: {"error": refusal(error)} for name in names}
+    return {name: case.time(name) for name in names}
 
 
 def refusal(error: BaseException) -> str:
     """One line; what torch says when memory is short is long."""
     text = " ".join(str(error).split())
-    short = isinstance(error, MemoryError) or "alloc" in text or "memory" in text
-    return "out of memory" if short else text[:200]
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in text or "memory" in text
+    return "out of memory" if short and not lost(text) else text[:200]
 
 
 def main() -> None:
-    """Read a cell, print its measurement as one line of JSON."""
-    cell = json.loads(sys.stdin.read())
-    torch.set_num_threads(cell["threads"])
-    for plugin in cell["plugins"]:
-        load_plugin(plugin)
-    limit = int(cell["max_memory_gib"] * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    print(json.dumps(measure(cell)))
+    """Read cells, print the measurement of each as one line of JSON."""
+    for line in sys.stdin:
+        cell = json.loads(line)
+        torch.set_num_threads(cell["threads"])
+        for plugin in cell["plugins"]:
+            load_plugin(plugin)
+        limit_memory(cell["device"], cell["max_memory_gib"])
+        print(ANSWER + json.dumps(measure(cell)), flush=True)
+
+
+def limit_memory(device: str, gib: float | None) -> None:
+    """What needs more is out of memory, instead of the machine."""
+    if device == "cpu":
+        limit = int((gib or CPU_MEMORY_GIB) * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    elif gib is not None:
+        share = gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
 
 
 if __name__ == "__main__":
