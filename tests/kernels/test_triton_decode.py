@@ -23,7 +23,8 @@ CASES = {
     "blocks-of-64": Case(1, 420, 64, 1, offset=419, lists=2, heads=6),
     "blocks-of-128": Case(1, 900, 128, 1, offset=899, lists=2),
     "blocks-of-128-in-parts": Case(1, 650, 128, 1, offset=649, lists=1, dim=72),
-    "uneven-blocks-of-48": Case(1, 210, 48, 1, offset=209, batch=2, lists=2),
+    "uneven-blocks-of-12": Case(1, 111, 12, 1, offset=110, batch=2, lists=2),
+    "uneven-blocks-of-48": Case(1, 210, 48, 1, offset=209, batch=2, lists=2, dtype=torch.float16),
     "uneven-blocks-of-80": Case(1, 390, 80, 1, offset=389, lists=2),
     "tiny-blocks": Case(1, 61, 4, 1, offset=60, lists=1, padding="tail", batch=2),
     "keys-after-the-token": Case(1, 430, 64, 1, offset=140, lists=2),
@@ -120,6 +121,26 @@ def test_more_splits_than_entries_and_than_one_round_of_merging(splits, monkeypa
     inputs, layout, valid = make(case)
     assert 8 < int(layout.counts.max()) * case.block // 32 < 16, "most splits get something, some nothing"
     compare(case, decode(case, *poisoned(case, inputs, layout, valid), valid), reference(case, inputs, layout, valid))
+
+
+def test_splits_take_even_shares_of_each_list(monkeypatch):
+    """Of what the list holds, not of its room: no split of a short list is idle."""
+    from astbench_kernels.triton import function
+
+    case = Case(1, 490, 32, 1, offset=489, lists=2)
+    monkeypatch.setattr(planning.Plan, "num_splits", 5)
+    seen, launch = {}, function.launch
+
+    def record(kernel, programs, arguments, constants, tile):
+        launch(kernel, programs, arguments, constants, tile)
+        seen[kernel.__name__] = arguments
+
+    monkeypatch.setattr(function, "launch", record)
+    inputs, layout, valid = make(case)
+    counts = torch.tensor([[[5], [layout.indices.shape[-1]]]], dtype=torch.int32, device=DEVICE)
+    decode(case, inputs, replace(layout, counts=counts), valid)
+    assert int(counts.max()) > 2 * 5 and seen["merge"]["partial_lse"].shape == (1, 4, 1, 5)
+    assert seen["merge"]["partial_lse"].isfinite().all()
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -96,9 +96,9 @@ def forward(
     indices += listing * width
     bias += listing * width
     key_valid += batch * key_length
-    # Keys from `limit` on are seen by no row and never read, keys before `open` are seen by each.
+    # Keys from `limit` on are seen by no row and never read, keys before `common` are seen by each.
     limit = tl.max(tl.where(exists, visible, 0), 0)
-    open = tl.min(tl.where(exists, visible, key_length), 0)
+    common = tl.min(tl.where(exists, visible, key_length), 0)
 
     listed = tl.load(counts + listing)
     if PADDED >= KEYS:
@@ -121,7 +121,7 @@ def forward(
                 addend = tl.load(bias + place, mask=place < listed, other=0.0).to(tl.float32)
                 logits += (addend * LOG2E)[None, :]
         if BLOCK_SIZE % KEYS == 0 and not HAS_VALID:
-            if first + KEYS > open:
+            if first + KEYS > common:
                 logits = _hide(logits, first + key, live, visible)
         else:
             logits = _hide(logits, first + key, live, visible)
