@@ -28,9 +28,9 @@ def _rows_of_tile(
     index = (tile % TILES_PER_GROUP) * ROWS + tl.arange(0, ROWS)
     position = first + index // EACH
     exists = position < stop
-    visible = position * 0 + key_length
+    visible = tl.zeros([ROWS], tl.int32) + key_length
     if CAUSAL:
-        visible = tl.minimum(position + 1, key_length)
+        visible = tl.minimum(position + 1, visible)
     return (index % EACH).to(tl.int64), (position - query_offset).to(tl.int64), exists, visible
 
 

@@ -30,8 +30,8 @@ DECODE_ROWS = 128
 """Most query rows of a bundle for the decode schedule. Not measured yet."""
 
 PROGRAMS_PER_PROCESSOR = 2
-"""Decode programs that one multiprocessor is given before lists are no longer split. Not measured yet: the shared
-memory of an H100 holds two of head size 128."""
+"""Decode programs that one multiprocessor is given before lists are no longer split. Not measured yet: at head
+size 128 an A100 has shared memory for two, an H100 for three."""
 
 STEPS_PER_SPLIT = 2
 """Fewer steps through a list than this are not worth a program and its part of the merging. Not measured yet."""
@@ -212,8 +212,8 @@ def make_plan(
     MIN_ROWS_PER_LIST of them, for then a tile of them fills a matrix instruction and reads each listed key block
     once; with fewer, each key block gathers the rows that chose it.
 
-    Where none are wanted, up to DECODE_ROWS rows of a bundle run by the decode schedule if they are one tile, which
-    reads each listed block once, as no other schedule could better; or if tiles alone would not fill the device.
+    Where none are wanted, up to DECODE_ROWS rows of a bundle run by the decode schedule if they are one tile, for
+    then it reads each listed block once and needs no lists made ready; or if their tiles would not fill the device.
 
     Raises:
         ValueError: more rows or entries than 32 bits count, or the decode schedule where gradients are wanted.
