@@ -14,7 +14,7 @@ from astbench_kernels.gather import gather_attention, schedule_of
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.reference import reference_attention
 from astbench_kernels.self_check import self_check
-from astbench_kernels.triton.plan import make_plan
+from astbench_kernels.triton.plan import make_plan, wants_gradients
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,16 @@ def _refusals(name: str, call: Call) -> list[str]:
     return [*backend.refusals(call.device), *backend.call_refusals(call)]
 
 
-def what_runs(backend: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool) -> str:
+def what_runs(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    causal: bool,
+    block_bias: Tensor | None = None,
+) -> str:
     """The backend with the schedule that it takes for a call, "gather (key-major)": what records hold.
 
     Args:
@@ -152,11 +161,13 @@ def what_runs(backend: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout
         v: Values.
         layout: The lists.
         causal: Whether under a causal mask.
+        block_bias: Of the call.
     """
     if backend == "gather":
         return named(backend, schedule_of(layout, q.shape[1], k.shape[1]))
     if backend == "triton":
-        return named(backend, make_plan(q, k, v, layout, causal=causal).schedule)
+        gradients = wants_gradients(q, k, v, block_bias)
+        return named(backend, make_plan(q, k, v, layout, causal=causal, gradients=gradients).schedule)
     return backend
 
 
@@ -197,7 +208,7 @@ def block_sparse_attention(
     Cost: time O(query_length x listed keys x head_dim); memory as the backend says.
     """
     _check(q, k, v, layout, block_bias, key_valid)
-    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, block_bias))
+    gradients = wants_gradients(q, k, v, block_bias)
     head_dim = max(q.shape[-1], v.shape[-1])
     chosen = choose_backend(backend, q.device, dtype=q.dtype, head_dim=head_dim, layout=layout, gradients=gradients)
     run = _BACKENDS[chosen].run

@@ -30,6 +30,19 @@ MIN_ROWS_PER_LIST = 16
 """triton: fewer rows than this cannot fill the smallest matrix instruction: they are gathered around their key
 blocks. Not measured; it follows from the instruction."""
 
+DECODE_ROWS = 128
+"""triton: most query rows of the heads that share a list and its keys for the decode schedule. Not measured."""
+
+DECODE_TILE_ROWS, DECODE_TILE_ROWS_FLOAT32 = 32, 16
+"""triton, decode: most query rows of a program. Not measured; 64 rows of head size 128 do not fit in registers."""
+
+PROGRAMS_PER_PROCESSOR = 2
+"""triton, decode: programs that one multiprocessor is given before lists are no longer split. Not measured: at head
+size 128 an A100 has shared memory for two, an H100 for three."""
+
+ASSUMED_PROCESSORS = 132
+"""triton: multiprocessors of an H100, where there is no device to ask."""
+
 PARTIAL_BYTES = 64 * 2**20
 """triton, key-major: partial outputs of the forward pass held at a time. Not measured: L2 of an H100 is 50 MB."""
 
@@ -160,6 +173,17 @@ class Shapes:
         return rows_per_list(self.heads, self.kv_heads, self.list_heads, self.query_group)
 
     @property
+    def decodes(self) -> bool:
+        """Whether it is a decoding step to the Triton kernels, on a device of ASSUMED_PROCESSORS."""
+        lists = max(self.list_heads, self.kv_heads)
+        together = self.heads // lists
+        tile = DECODE_TILE_ROWS_FLOAT32 if self.dtype == "float32" else DECODE_TILE_ROWS
+        groups = math.ceil(self.query_length / self.query_group)
+        tiles = groups * math.ceil(min(self.query_group, self.query_length) * together / tile)
+        units = self.batch * lists
+        return is_decode(self.query_length * together, units * tiles, units, ASSUMED_PROCESSORS)
+
+    @property
     def rows_met(self) -> float:
         """Query rows that a key block meets, on average over the blocks."""
         blocks = math.ceil(self.key_length / self.block_size)
@@ -177,7 +201,7 @@ class Row:
 
     Attributes:
         backend: A name from :func:`astbench_kernels.backends`.
-        schedule: "query_major" or "key_major".
+        schedule: "query_major", "key_major" or "decode".
         when: The condition in words.
         holds: The condition.
         why: What speaks for it.
@@ -217,6 +241,18 @@ def triton_schedule(rows: int) -> GatherSchedule:
     return "query_major" if rows >= MIN_ROWS_PER_LIST else "key_major"
 
 
+def is_decode(rows: int, tiles: int, units: int, processors: int) -> bool:
+    """Whether the Triton kernels take a call without gradients as a decoding step.
+
+    Args:
+        rows: Query rows of the heads that share a list and its keys, over all groups.
+        tiles: Programs that hold them, over the batch, when no list is split.
+        units: Lists of one group, over the batch.
+        processors: Of the device.
+    """
+    return rows <= DECODE_ROWS and (tiles == units or tiles < processors * PROGRAMS_PER_PROCESSOR)
+
+
 def triton_refusals(shapes: Shapes) -> list[str]:
     """Every reason why "auto" does not take triton."""
     reasons = []
@@ -236,6 +272,15 @@ def _gather(shapes: Shapes) -> GatherSchedule:
 _ON_TRITON = f"CUDA, {', '.join(TRITON_DTYPES)}, heads of at most {TRITON_MAX_HEAD_DIM}"
 
 TABLE = (
+    Row(
+        "triton",
+        "decode",
+        f"{_ON_TRITON}; no gradients, and at most {DECODE_ROWS} query rows of the heads that share a list, in one tile "
+        "or in too few to fill the device",
+        lambda shapes: not triton_refusals(shapes) and shapes.decodes,
+        "the programs of a list share it out and read it as it is: making other lists ready would cost more",
+        "not measured",
+    ),
     Row(
         "triton",
         "query_major",

@@ -139,7 +139,7 @@ class BlockSelectingAttention(Attention):
             out, _ = merge_attention([(out, lse), (coarse.out, coarse.lse)])
         stats = None
         if context.listen:
-            ran = what_runs(backend, q, k, v, layout, causal=mask.causal)
+            ran = what_runs(backend, q, k, v, layout, causal=mask.causal, block_bias=bias)
             stats = self._stats(q, k, mask, layout, coarse, ran)
         return AttentionOutput(out, losses, stats)
 

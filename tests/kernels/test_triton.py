@@ -12,48 +12,19 @@ import torch
 
 from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend
 from astbench_kernels import triton as package
+from tests.kernels.conftest import DEVICE
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter of triton 3.6 reads loop bounds in a way that numpy deprecated and 2.4 forbids.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    pytest.mark.usefixtures("interpreter"),
+]
 if DEVICE == "cpu" and (triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0"):
     pytest.skip("the interpreter of this triton needs numpy below 2.4", allow_module_level=True)
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
-    """Kernels are interpreted where there is no GPU; nothing that they should have written is left to luck."""
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        interpret_bfloat16(monkeypatch)
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(x):
-        return x.fill_(torch.nan if x.is_floating_point() else -7)
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
-
-
-def interpret_bfloat16(monkeypatch):
-    """The interpreter holds bfloat16 numbers as their bits and multiplies those; here it multiplies the numbers."""
-    from triton import language
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    dot = InterpreterBuilder.create_dot
-
-    def numbers(x):
-        if x.dtype.scalar != language.bfloat16:
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), language.float32)
-
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, numbers(a), numbers(b), *rest)
-    )
 
 
 @dataclass(frozen=True)

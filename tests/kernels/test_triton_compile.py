@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-ATTENTION = ("query_major.forward", "query_major.backward", "key_major.forward", "key_major.backward")
+ATTENTION = ("query_major.forward", "query_major.backward", "key_major.forward", "key_major.backward", "decode.forward")
 
 
 def report(arch, *options):
@@ -52,8 +52,9 @@ def check(rows):
 @pytest.mark.parametrize("arch", [80, 90])
 def test_short_set(arch):
     rows = report(arch)
-    # Both schedules, both directions, and the kernels that make the lists ready.
-    assert set(ATTENTION) | {"lists._order", "lists._count", "lists._scatter"} <= {row["kernel"] for row in rows}
+    # Every schedule, both directions, the kernels that make the lists ready and the one that merges split lists.
+    others = {"lists._order", "lists._count", "lists._scatter", "decode.merge"}
+    assert set(ATTENTION) | others <= {row["kernel"] for row in rows}
     check(rows)
 
 

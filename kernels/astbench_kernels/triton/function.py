@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from astbench_kernels.layout import BlockLayout, ceil_div
-from astbench_kernels.triton import key_major, query_major
+from astbench_kernels.triton import decode, key_major, query_major
 from astbench_kernels.triton.launch import launch
 from astbench_kernels.triton.lists import TransposedLists, block_states, order_lists, transpose_lists
-from astbench_kernels.triton.plan import Plan, Schedule, Tile, make_plan, padded_dim
+from astbench_kernels.triton.plan import MAX_SPLITS, Plan, Schedule, Tile, make_plan, padded_dim, wants_gradients
 from astbench_kernels.triton.tiles import LOG2E
 
 _Arguments = dict[str, Any]
@@ -34,9 +34,11 @@ def triton_attention(
     """See :func:`astbench_kernels.block_sparse_attention`; `schedule` and `arch` are for `make_plan`.
 
     Cost: O(query rows x listed keys) time. Beside inputs, outputs and gradients, memory for the lists once more
-    (twice in the backward pass) and, where few rows share a list, PARTIAL_BYTES.
+    (twice in the backward pass) and, where few rows share a list, PARTIAL_BYTES. The decode schedule makes no lists;
+    it holds up to MAX_SPLITS float32 outputs.
     """
-    plan = make_plan(q, k, v, layout, causal=causal, schedule=schedule, arch=arch)
+    gradients = wants_gradients(q, k, v, block_bias)
+    plan = make_plan(q, k, v, layout, causal=causal, schedule=schedule, arch=arch, gradients=gradients)
     if q.numel() == 0 or k.numel() == 0 or layout.indices.numel() == 0:
         return _nothing(q, v)
     with torch.cuda.device_of(q):  # Triton launches on the current device
@@ -67,10 +69,13 @@ class _TritonAttention(torch.autograd.Function):
         q, k, v = (_rows_contiguous(x) for x in (q, k, v))
         bias = None if block_bias is None else block_bias.detach().contiguous()
         valid = None if key_valid is None else key_valid.contiguous()
-        states = block_states(plan, valid, q.device)
         out = torch.empty(*q.shape[:3], plan.value_dim, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         arguments = _inputs(plan, q, k, v, bias, valid, scale)
+        if plan.schedule == "decode":  # make_plan sees to it that no backward pass follows
+            _forward_decode(plan, layout, arguments, out, lse)
+            return out, lse
+        states = block_states(plan, valid, q.device)
         transposed = None
         if plan.schedule == "query_major":
             _forward_query_major(plan, layout, states, arguments, out, lse)
@@ -244,6 +249,35 @@ def _forward_key_major(
             | {"PARTS": parts, "ROWS": merging.rows},
             merging,
         )
+
+
+def _forward_decode(plan: Plan, layout: BlockLayout, arguments: _Arguments, out: Tensor, lse: Tensor) -> None:
+    tile, splits = plan.decode_tile(), plan.num_splits
+    partial, partial_lse = out, lse
+    if splits > 1:
+        partial = torch.empty(*lse.shape, splits, plan.value_dim, dtype=torch.float32, device=out.device)
+        partial_lse = torch.empty(*lse.shape, splits, dtype=torch.float32, device=out.device)
+    constants = _constants(plan, arguments, tile)
+    launch(
+        decode.forward,
+        plan.decode_tiles * splits,
+        {**arguments, "indices": layout.indices.contiguous(), "counts": layout.counts.contiguous()}
+        | {"out": partial, "lse": partial_lse, "splits": splits},
+        {**constants, "PADDED": plan.padded_block, "WHOLE": splits == 1}
+        | {"TILES_PER_GROUP": ceil_div(plan.rows_per_group, tile.rows)},
+        tile,
+    )
+    if splits == 1:
+        return
+    merging = Tile(rows=16, keys=1, num_warps=4, num_stages=3)
+    launch(
+        decode.merge,
+        lse.numel(),
+        {"partial": partial, "partial_lse": partial_lse, "out": out, "lse": lse, "splits": splits},
+        {name: constants[name] for name in ("VALUE_DIM", "BLOCK_VALUE")}
+        | {"MAX_SPLITS": MAX_SPLITS, "ROWS": merging.rows},
+        merging,
+    )
 
 
 def _backward_key_major(

@@ -8,7 +8,7 @@ packed into one tile. Lists may be coarser than key-value heads (one list for al
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,7 +17,15 @@ from torch import Tensor
 from astbench_kernels import dispatch
 from astbench_kernels.layout import BlockLayout, ceil_div
 
-Schedule = Literal["query_major", "key_major"]
+Schedule = Literal["query_major", "key_major", "decode"]
+"""Who walks over what: tiles of query rows over their lists, key blocks over the rows that chose them, or, without
+gradients, few query rows over lists that several programs share out."""
+
+STEPS_PER_SPLIT = 2
+"""Fewer steps through a list than this are not worth a program and its part of the merging. Not measured yet."""
+
+MAX_SPLITS = 128
+"""Most programs that share one list; a power of two, since the merging kernel holds a number for each."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Plan:
     half: bool
     schedule: Schedule
     arch: int
+    processors: int
 
     @property
     def widest(self) -> int:
@@ -126,6 +135,42 @@ class Plan:
         rows = 16 if self.schedule == "key_major" and self.arch < 90 and self.widest > 64 else 32
         return Tile(rows, keys, 8 if keys == 64 else 4, 2)
 
+    def decode_tile(self) -> Tile:
+        """One program is up to `rows` query rows and its share of one list, of which it reads `keys` at a time.
+
+        Like the others chosen so that nothing spills (64 rows of head size 128 do), and not measured yet.
+        """
+        rows = max(16, next_power_of_two(self.rows_per_group))
+        if not self.half:
+            return Tile(dispatch.DECODE_TILE_ROWS_FLOAT32, 32, 8, 2 + self._ahead(32))
+        most = 128 if self.widest <= 64 else 64 if self.widest <= 128 else 32
+        keys = min(most, max(64, self.padded_block))
+        return Tile(min(rows, dispatch.DECODE_TILE_ROWS), keys, 4, 3 + self._ahead(keys))
+
+    def _ahead(self, keys: int) -> int:
+        """Stages for the numbers of blocks, which a tile of several blocks loads before it can load their keys."""
+        return 2 if self.padded_block < keys else 0
+
+    @property
+    def rows_per_group(self) -> int:
+        """Query rows of one bundle in one group that there are in this call."""
+        return min(self.query_group, self.query_length) * self.heads_per_bundle
+
+    @property
+    def decode_tiles(self) -> int:
+        """Decode programs of one call if no list is split."""
+        return self.batch * self.bundles * self.groups * ceil_div(self.rows_per_group, self.decode_tile().rows)
+
+    @property
+    def num_splits(self) -> int:
+        """Decode programs that share one list: enough to fill the device, each with something to do.
+
+        From the width of the lists and not from their counts, which only the device knows.
+        """
+        steps = ceil_div(self.width * self.padded_block, self.decode_tile().keys)
+        fill = self.processors * dispatch.PROGRAMS_PER_PROCESSOR // self.decode_tiles
+        return max(1, min(fill, steps // STEPS_PER_SPLIT, MAX_SPLITS))
+
     def query_major_even(self, *, backward: bool = False) -> bool:
         """Whether whole blocks fill whole query-major tiles, so that none of their keys needs a mask."""
         keys = self.query_major_tile(backward=backward).keys
@@ -145,12 +190,19 @@ def make_plan(
     causal: bool,
     schedule: Schedule | None = None,
     arch: int | None = None,
+    gradients: bool = True,
 ) -> Plan:
     """The plan of a call; `schedule` overrides the rule, `arch` the device, for tests and measurements.
 
-    The rule: rows that share a list and keys run query-major when there are at least MIN_ROWS_PER_LIST of them,
-    for then a tile of them fills a matrix instruction and reads each listed key block once; with fewer, each key
-    block gathers the rows that chose it.
+    The rule, where `gradients` are wanted: rows that share a list and keys run query-major when there are at least
+    MIN_ROWS_PER_LIST of them, for then a tile of them fills a matrix instruction and reads each listed key block
+    once; with fewer, each key block gathers the rows that chose it.
+
+    Where none are wanted, up to DECODE_ROWS rows of a bundle run by the decode schedule if they are one tile, for
+    then it reads each listed block once and needs no lists made ready; or if their tiles would not fill the device.
+
+    Raises:
+        ValueError: more rows or entries than 32 bits count, or the decode schedule where gradients are wanted.
     """
     lists, groups, width = layout.indices.shape[1:]
     if groups * width >= 2**31:
@@ -158,9 +210,9 @@ def make_plan(
     bundle = q.shape[1] // max(lists, k.shape[1]) * q.shape[2] * max(q.shape[-1], v.shape[-1])
     if bundle >= 2**31:
         raise ValueError(f"{q.shape[2]} queries of the heads that share a list do not fit 32 bits; use more lists")
-    rows = dispatch.rows_per_list(q.shape[1], k.shape[1], lists, layout.query_group)
-    rule: Schedule = dispatch.triton_schedule(rows)
-    return Plan(
+    if schedule == "decode" and gradients:
+        raise ValueError("schedule 'decode' has no backward pass, but gradients are wanted; call it under no_grad")
+    plan = Plan(
         batch=q.shape[0],
         heads=q.shape[1],
         kv_heads=k.shape[1],
@@ -178,9 +230,24 @@ def make_plan(
         value_dim=v.shape[-1],
         causal=causal,
         half=q.dtype != torch.float32,
-        schedule=schedule or rule,
+        schedule=schedule or "query_major",
         arch=arch or _arch(q.device),
+        processors=_processors(q.device),
     )
+    return plan if schedule else replace(plan, schedule=_rule(plan, gradients))
+
+
+def wants_gradients(*inputs: Tensor | None) -> bool:
+    """Whether a backward pass may follow a call with these inputs."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _rule(plan: Plan, gradients: bool) -> Schedule:
+    """See :func:`make_plan`."""
+    rows = plan.query_length * plan.heads_per_bundle
+    if not gradients and dispatch.is_decode(rows, plan.decode_tiles, plan.batch * plan.bundles, plan.processors):
+        return "decode"
+    return dispatch.triton_schedule(plan.rows_per_list)
 
 
 def _arch(device: torch.device) -> int:
@@ -189,6 +256,12 @@ def _arch(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return dispatch.ASSUMED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def next_power_of_two(n: int) -> int:

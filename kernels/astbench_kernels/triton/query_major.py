@@ -9,7 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from astbench_kernels.triton.tiles import LN2, LOG2E, last_key, load_tile, log_of_sum, matmul, rows_of_group, store_tile
+from astbench_kernels.triton.tiles import (
+    LN2,
+    LOG2E,
+    last_key,
+    load_keys,
+    load_tile,
+    log_of_sum,
+    matmul,
+    rows_of_group,
+    store_tile,
+)
 
 _SIZES = ["num_tiles", "groups", "width", "first_group", "query_offset", "query_length", "key_length"]
 
@@ -51,16 +61,6 @@ def _keys_of_step(step, blocks, slots, seen, BLOCK_SIZE: tl.constexpr, PADDED: t
 
 
 @triton.jit
-def _load_keys(
-    base, first, key, stride, live, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr,
-    ADJACENT: tl.constexpr,
-):  # fmt: skip
-    if ADJACENT:
-        return load_tile(base + first.to(tl.int64) * stride, key * stride, live, DIM, BLOCK_DIM, MASKED)
-    return load_tile(base, key.to(tl.int64) * stride, live, DIM, BLOCK_DIM, MASKED)
-
-
-@triton.jit
 def _live_keys(key, inside, key_valid, key_length, HAS_VALID: tl.constexpr):
     live = inside & (key < key_length)
     if HAS_VALID:
@@ -91,7 +91,7 @@ def _forward_steps(
         live = inside
         if MASKED:
             live = _live_keys(first + key, inside, key_valid, key_length, HAS_VALID)
-        keys = _load_keys(k, first, key, stride_kn, live, DIM, BLOCK_DIM, MASKED, PADDED >= KEYS)
+        keys = load_keys(k, first, key, stride_kn, live, DIM, BLOCK_DIM, MASKED, PADDED >= KEYS)
         logits = matmul(q, tl.trans(keys), PRECISE) * scale
         if HAS_BIAS:
             addend = tl.load(bias + slot).to(tl.float32) * LOG2E
@@ -110,7 +110,7 @@ def _forward_steps(
         weights = tl.exp2(logits - pivot[:, None])
         shrink = tl.exp2(highest - pivot)
         total = total * shrink + tl.sum(weights, 1)
-        values = _load_keys(v, first, key, stride_vn, live, VALUE_DIM, BLOCK_VALUE, MASKED, PADDED >= KEYS)
+        values = load_keys(v, first, key, stride_vn, live, VALUE_DIM, BLOCK_VALUE, MASKED, PADDED >= KEYS)
         acc = acc * shrink[:, None] + matmul(weights.to(values.dtype), values, PRECISE)
         highest = higher
     return acc, highest, total
@@ -181,8 +181,8 @@ def _backward_steps(
         live = inside
         if MASKED:
             live = _live_keys(first + key, inside, key_valid, key_length, HAS_VALID)
-        keys = _load_keys(k, first, key, stride_kn, live, DIM, BLOCK_DIM, MASKED, PADDED >= KEYS)
-        values = _load_keys(v, first, key, stride_vn, live, VALUE_DIM, BLOCK_VALUE, MASKED, PADDED >= KEYS)
+        keys = load_keys(k, first, key, stride_kn, live, DIM, BLOCK_DIM, MASKED, PADDED >= KEYS)
+        values = load_keys(v, first, key, stride_vn, live, VALUE_DIM, BLOCK_VALUE, MASKED, PADDED >= KEYS)
         logits = matmul(q, tl.trans(keys), PRECISE) * scale
         if HAS_BIAS:
             addend = tl.load(bias + slot).to(tl.float32) * LOG2E

@@ -50,6 +50,7 @@ class Call:
     bias: bool = True
     padding: bool = False
     dtype: str = "bfloat16"
+    decode: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class Compiled:
     call: Call
 
 
-SHORT = [Call(), Call(query_group=1)]
-"""The calls of a quick look: lists that many rows share, and lists per token."""
+SHORT = [Call(), Call(query_group=1), Call(query_group=1, kv_heads=2, lists=2, decode=True)]
+"""The calls of a quick look: lists that many rows share, lists per token, and a decoding step."""
 
 
 def matrix() -> Iterator[Call]:
@@ -105,28 +106,52 @@ def matrix() -> Iterator[Call]:
         yield replace(call, head_dim=16)
         yield replace(call, head_dim=32)
         yield replace(call, head_dim=256)
+    for head_dim, block_size in product((64, 96, 128), (16, 32, 64, 128)):
+        yield Call(head_dim, block_size, query_group=1, decode=True)
+    call = Call(query_group=1, decode=True)
+    yield replace(call, causal=False, bias=False)
+    yield replace(call, padding=True)
+    yield replace(call, kv_heads=2, lists=2)
+    yield replace(call, heads=64, kv_heads=1, lists=1)
+    yield replace(call, dtype="float16")
+    yield replace(call, dtype="float32")
+    yield replace(call, head_dim=16)
+    yield replace(call, head_dim=32)
+    yield replace(call, head_dim=256)
 
 
 def launches(call: Call, arch: int) -> list[Launch]:
-    """What a forward and a backward pass of a call launch on compute capability `arch`. Nothing runs."""
-    length, batch = 2 * max(call.block_size, call.query_group), 2
-    groups, width = ceil_div(length, call.query_group), ceil_div(length, call.block_size)
-    dtype = _DTYPES[call.dtype]
-    q = torch.zeros(batch, call.heads, length, call.head_dim, dtype=dtype, requires_grad=True)
-    k = torch.zeros(batch, call.kv_heads, length, call.head_dim, dtype=dtype, requires_grad=True)
-    v = torch.zeros_like(k, requires_grad=True)
-    table = torch.zeros(batch, call.lists, groups, width, dtype=torch.int32)
-    layout = BlockLayout(
-        table, table[..., 0], call.block_size, call.query_group, length, length, key_stride=call.key_stride
-    )
-    bias = torch.zeros(table.shape, requires_grad=True) if call.bias else None
-    valid = torch.ones(batch, length, dtype=torch.bool) if call.padding else None
+    """What a call launches on compute capability `arch`. Nothing runs.
+
+    A forward and a backward pass, or two decoding steps: over one block, and over so many that lists are split.
+    """
     with writing_down() as written:
-        out, _ = triton_attention(
-            q, k, v, layout, block_bias=bias, scale=1.0, causal=call.causal, key_valid=valid, arch=arch
-        )
-        out.sum().backward()
+        if call.decode:
+            for blocks in (1, 64):
+                _attention(call, arch, queries=1, keys=blocks * call.block_size)
+        else:
+            length = 2 * max(call.block_size, call.query_group)
+            _attention(call, arch, queries=length, keys=length).sum().backward()
     return written
+
+
+def _attention(call: Call, arch: int, *, queries: int, keys: int) -> Tensor:
+    batch, gradients = 2, not call.decode
+    groups, width = ceil_div(queries, call.query_group), ceil_div(keys, call.block_size)
+    dtype = _DTYPES[call.dtype]
+    q = torch.zeros(batch, call.heads, queries, call.head_dim, dtype=dtype, requires_grad=gradients)
+    k = torch.zeros(batch, call.kv_heads, keys, call.head_dim, dtype=dtype, requires_grad=gradients)
+    v = torch.zeros_like(k, requires_grad=gradients)
+    table = torch.zeros(batch, call.lists, groups, width, dtype=torch.int32)
+    offset = (keys - queries) * call.key_stride
+    layout = BlockLayout(
+        table, table[..., 0], call.block_size, call.query_group, queries, keys, offset, key_stride=call.key_stride
+    )
+    bias = torch.zeros(table.shape, requires_grad=gradients) if call.bias else None
+    valid = torch.ones(batch, keys, dtype=torch.bool) if call.padding else None
+    return triton_attention(
+        q, k, v, layout, block_bias=bias, scale=1.0, causal=call.causal, key_valid=valid, arch=arch
+    )[0]
 
 
 def compile_launch(launch: Launch, arch: int, call: Call) -> Compiled:

@@ -24,6 +24,17 @@ def load_tile(base, offsets, live, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, M
 
 
 @triton.jit
+def load_keys(
+    base, first, key, stride, live, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr,
+    ADJACENT: tl.constexpr,
+):  # fmt: skip
+    """Rows `first + key`; where they are ADJACENT only the first address is 64 bits wide, which saves registers."""
+    if ADJACENT:
+        return load_tile(base + first.to(tl.int64) * stride, key * stride, live, DIM, BLOCK_DIM, MASKED)
+    return load_tile(base, key.to(tl.int64) * stride, live, DIM, BLOCK_DIM, MASKED)
+
+
+@triton.jit
 def store_tile(base, offsets, tile, live, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """The inverse of a masked `load_tile`, in the dtype of `base`."""
     column = tl.arange(0, BLOCK_DIM)
