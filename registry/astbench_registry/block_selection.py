@@ -134,7 +134,8 @@ class BlockSelectingAttention(Attention):
         backend = choose_backend(self.config.backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = mask.without_padding(q, k, v)
-            layout = self.fused_layout(q, k, v, mask, scale, context) if backend == "triton" else None
+            fused = backend == "triton" and not self.needs_scores()
+            layout = self.fused_layout(q, k, v, mask, scale, context) if fused else None
             bias: Tensor | None = None
             losses: Mapping[str, Tensor] = MappingProxyType({})
             if layout is None:
@@ -189,7 +190,7 @@ class BlockSelectingAttention(Attention):
         changed = (
             own.scores is not BlockSelectingAttention.scores or own.selection is not BlockSelectingAttention.selection
         )
-        if changed or self.needs_scores():
+        if changed:
             return None
         grid, config = self.grid(q, k, mask), self.config
         factors = self.factors(q, k, v, mask, grid, scale, fused=True)

@@ -14,6 +14,7 @@ from astbench_kernels.triton.launch import writing_down
 from astbench_kernels.triton.rule import BlockRule
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from astbench_registry import block_selection as layers
+from astbench_registry.variants.pooled_topk import PooledTopKAttention
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -41,10 +42,16 @@ def interpreter(monkeypatch):
 # ----- pooled blocks
 
 
-@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(
-    ("length", "block", "dim", "value_dim"), [(1, 4, 5, 3), (29, 3, 24, 16), (53, 16, 16, 40), (150, 100, 96, 128)]
+    ("length", "block", "dim", "value_dim", "dtype", "padding"),
+    [
+        (1, 4, 5, 3, torch.float32, False),
+        (29, 3, 24, 16, torch.float32, True),
+        (53, 16, 16, 40, torch.float16, False),
+        (53, 16, 16, 40, torch.bfloat16, True),
+        (150, 100, 96, 128, torch.float32, False),
+        (150, 100, 96, 128, torch.bfloat16, True),
+    ],
 )
 def test_pooled_blocks(length, block, dim, value_dim, dtype, padding):
     g = torch.Generator().manual_seed(length)
@@ -84,8 +91,8 @@ def test_pooling_no_keys():
 
 @dataclass(frozen=True)
 class Case:
-    queries: int = 45
-    keys: int = 45
+    queries: int = 29
+    keys: int = 29
     block: int = 4
     pattern: str = "causal_self"
     offset: int = 0
@@ -100,30 +107,32 @@ CASES = {
     "causal": Case(),
     "one-token": Case(1, 1),
     "causal-groups-of-4": Case(options={"query_group": 4}),
-    "causal-groups-of-64": Case(150, 150, options={"query_group": 64}),
+    "causal-groups-of-64": Case(150, 150, 8, options={"query_group": 64}),
     "bidirectional": Case(pattern="bidirectional_self", options={"query_group": 1}),
-    "bidirectional-groups-of-64": Case(150, 150, pattern="bidirectional_self"),
+    "bidirectional-groups-of-64": Case(150, 150, 8, pattern="bidirectional_self"),
     "cross": Case(37, 61, pattern="bidirectional_cross", options={"query_group": 4}),
     "cross-per-token": Case(13, 61, pattern="causal_cross"),
-    "decode": Case(1, 90, offset=89),
-    "chunk": Case(11, 99, offset=88, options={"query_group": 4}),
-    "more-queries-than-keys": Case(40, 23),
+    "decode": Case(1, 61, offset=60),
+    "chunk": Case(11, 55, offset=44, options={"query_group": 4}),
+    "more-queries-than-keys": Case(31, 13),
     "padded": Case(padding=0.6),
     "padded-bidirectional": Case(pattern="bidirectional_self", padding=0.8, options={"query_group": 4}),
     "all-padding": Case(23, 23, padding=1.0),
     "first-block-competes": Case(options={"first_block": False}),
-    "nothing-forced": Case(19, 61, pattern="bidirectional_cross", options={"first_block": False, "min_blocks": 1}),
+    "nothing-forced": Case(
+        19, 37, pattern="bidirectional_cross", options={"query_group": 1, "first_block": False, "min_blocks": 1}
+    ),
     "local-blocks": Case(options={"local_blocks": 2, "first_block": False}),
     "local-blocks-both-sides": Case(pattern="bidirectional_self", options={"local_blocks": 1, "query_group": 4}),
-    "more-forced-than-budget": Case(61, 61, options={"local_blocks": 5, "top_k": 2, "min_blocks": 1}),
+    "more-forced-than-budget": Case(37, 37, options={"local_blocks": 5, "top_k": 2, "min_blocks": 1}),
     "local-blocks-beyond-32-bits": Case(29, 29, options={"local_blocks": 2**31}),
     "top-k": Case(options={"top_k": 5}),
     "min-blocks": Case(options={"min_blocks": 7, "density": 0.01}),
     "everything": Case(options={"density": 1.0}),
-    "density-of-a-tenth": Case(130, 130, options={"density": 0.1, "min_blocks": 1}),
+    "density-of-a-tenth": Case(60, 60, 2, options={"density": 0.1, "min_blocks": 1}),
     "heads-of-their-own": Case(heads=3, kv_heads=3),
     "one-key-head": Case(heads=5, kv_heads=1, dim=16),
-    "uneven-blocks": Case(100, 100, 7, dim=40),
+    "uneven-blocks": Case(50, 50, 7, dim=40),
 }
 SMALL = {"block_size": 4, "min_blocks": 2, "density": 0.3}
 
@@ -155,17 +164,7 @@ def both(case, rows, blocks):
     return keep, module.fused_layout(q, k, k, mask, 1.0, context), selection
 
 
-@pytest.mark.parametrize("scratch", [False, True], ids=["registers", "scratch"])
-@pytest.mark.parametrize("values", [1, 255], ids=["ties", "apart"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_lists_are_those_of_the_layer(monkeypatch, case, values, scratch):
-    from astbench_kernels.triton import choose
-
-    if scratch:
-        # Several steps through the blocks, and several tiles for each program.
-        monkeypatch.setattr(choose, "MAX_BLOCKS", 2)
-        monkeypatch.setattr(choose, "choose_tile", lambda rows, blocks: choose.Tile(16, 16, 4, 1))
-        monkeypatch.setattr(choose, "SCRATCH_BYTES", 3 * 4 * 16 * -(-case.keys // case.block))
+def check(case, values):
     keep, layout, selection = both(case, *factors(case, values))
     assert torch.equal(layout.to_mask(), keep)
     assert torch.equal(layout.counts, keep.sum(-1, dtype=torch.int32))
@@ -174,6 +173,30 @@ def test_the_lists_are_those_of_the_layer(monkeypatch, case, values, scratch):
     assert (layout.indices[~layout.slots] == 0).all()
     if case.pattern == "causal_self" and not case.padding and not case.options.get("local_blocks"):
         assert layout.indices.shape[-1] <= max(int(layout.counts.max()), 1 + int(selection.forced.sum(-1).max()))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_lists_are_those_of_the_layer(case):
+    """With scores that are small integers: every row holds ties."""
+    check(case, 1)
+
+
+@pytest.mark.parametrize("name", ["causal", "cross", "padded", "uneven-blocks"])
+def test_lists_by_all_bits_of_the_scores(name):
+    check(CASES[name], 255)
+
+
+@pytest.mark.parametrize("name", ["causal", "padded-bidirectional", "nothing-forced", "uneven-blocks"])
+def test_lists_through_the_scratch(monkeypatch, name):
+    """In several steps over the blocks, the last one short, and with several tiles for each program."""
+    from astbench_kernels.triton import choose
+
+    case = CASES[name]
+    tile = choose.Tile(rows=32, keys=8, num_warps=4, num_stages=1)
+    monkeypatch.setattr(choose, "MAX_BLOCKS", 2)
+    monkeypatch.setattr(choose, "choose_tile", lambda rows, blocks: tile)
+    monkeypatch.setattr(choose, "SCRATCH_BYTES", 3 * 4 * tile.rows * -(-case.keys // case.block))
+    check(case, 1)
 
 
 def test_ties_of_both_zeros_go_to_the_lower_block():
@@ -197,6 +220,7 @@ def test_scores_are_float32():
     assert torch.equal(layout.indices.cpu().long()[clear], expected[clear])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_inside(value):
     """Nobody promises a choice, but a list names blocks that exist, once each."""
@@ -228,6 +252,8 @@ def test_refusals():
         choose_blocks(rows[:, :4], blocks, rule, lambda visible: visible)
     with pytest.raises(ValueError, match=r"seen must be \(2, 4\), got \(2, 5\)"):
         choose_blocks(rows, blocks, rule, lambda visible: visible, seen=torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="a causal rule needs local_blocks of 0 or more, got None"):
+        BlockRule(8, 4, 4, 32, causal=True)
     with pytest.raises(ValueError, match="query_offset must be a multiple of query_group 4, got 6"):
         BlockRule(8, 4, 4, 32, query_offset=6)
 
@@ -269,13 +295,27 @@ def never(*args, **kwargs):
         ("causal_cross", 0, {"first_block": False}),
     ],
 )
-def test_fused_layer_chooses_and_computes_the_same(monkeypatch, pattern, offset, options, name, padding):
-    keys = 61 if pattern.endswith("self") else 37
-    tensors, valid = draw(61 - offset, keys, padding=padding)
+def test_fused_layer_chooses_the_same(monkeypatch, pattern, offset, options, name, padding):
+    keys = 53 if pattern.endswith("self") else 37
+    tensors, valid = draw(53 - offset, keys, padding=padding)
     if valid is not None:
         for x in tensors[1:]:
             x.masked_fill_(~valid[:, None, :, None], torch.nan)
     mask, context = AttentionMask(pattern, offset, valid), AttentionContext(listen=True)
+    expected = layer(name, "gather", options).eval()(*tensors, mask, context=context).stats.layout
+    for method in ("scores", "selection"):
+        monkeypatch.setattr(layers.BlockSelectingAttention, method, never)
+    module, inputs = layer(name, "triton", options).eval(), mask.without_padding(*tensors)
+    got = module.fused_layout(*inputs, mask, 16**-0.5, AttentionContext())
+    assert torch.equal(got.to_mask(), expected.to_mask())
+
+
+@pytest.mark.parametrize("pattern", ["causal_self", "bidirectional_cross"])
+@pytest.mark.parametrize("name", ["ast", "pooled_topk"])
+def test_fused_layer_computes_the_same(monkeypatch, name, pattern):
+    tensors, valid = draw(23, 23 if pattern == "causal_self" else 37, padding=0.3)
+    mask, context = AttentionMask(pattern, key_valid=valid), AttentionContext(listen=True)
+    options = {"query_group": 1}
     expected = layer(name, "gather", options).eval()(*tensors, mask, context=context)
     for method in ("scores", "selection"):
         monkeypatch.setattr(layers.BlockSelectingAttention, method, never)
@@ -288,20 +328,19 @@ def test_fused_layer_chooses_and_computes_the_same(monkeypatch, pattern, offset,
 
 def test_half_precision_pools_what_torch_pools():
     tensors, _ = draw(53, 53, dtype=torch.float16)
-    context = AttentionContext(listen=True)
-    masks = [
-        layer("ast", backend).eval()(*tensors, AttentionMask("causal_self"), context=context).stats.layout.to_mask()
-        for backend in ("gather", "triton")
-    ]
-    assert torch.equal(*masks)
+    mask, context = AttentionMask("causal_self"), AttentionContext(listen=True)
+    expected = layer("ast", "gather").eval()(*tensors, mask, context=context).stats.layout
+    got = layer("ast", "triton").eval().fused_layout(*tensors, mask, 16**-0.5, context)
+    assert torch.equal(got.to_mask(), expected.to_mask())
 
 
 def test_the_learned_term_moves_the_choice():
     """Else the comparisons above would hold without it."""
-    tensors, _ = draw(61, 61)
-    context, mask = AttentionContext(listen=True), AttentionMask("causal_self")
-    ours, pooled = (layer(name, "triton").eval()(*tensors, mask, context=context) for name in ("ast", "pooled_topk"))
-    assert not torch.equal(ours.stats.layout.to_mask(), pooled.stats.layout.to_mask())
+    tensors, _ = draw(53, 53)
+    mask, context = AttentionMask("causal_self"), AttentionContext()
+    modules = [layer(name, "triton").eval() for name in ("ast", "pooled_topk")]
+    ours, pooled = (module.fused_layout(*tensors, mask, 0.25, context).to_mask() for module in modules)
+    assert not torch.equal(ours, pooled)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +355,9 @@ def test_the_learned_term_moves_the_choice():
 )
 def test_scores_are_made_where_they_are_needed(monkeypatch, name, options, train):
     monkeypatch.setattr(layers, "choose_blocks", never)
-    tensors, _ = draw(29, 29)
+    tensors, _ = draw(17, 17)
     mask, context = AttentionMask("causal_self"), AttentionContext(listen=True)
-    options = {**options, "distill_weight": 0.0} if name == "ast" else options
+    options = {**options, "top_k": 3} | ({"distill_weight": 0.0} if name == "ast" else {})
     outs = [
         layer(name, backend, options).train(train)(*tensors, mask, context=context) for backend in ("gather", "triton")
     ]
@@ -333,30 +372,29 @@ def test_sampling_needs_scores_even_without_a_gradient():
     assert not module.eval().needs_scores()
 
 
-def test_a_changed_choice_is_not_fused(monkeypatch):
+def test_a_changed_choice_is_not_fused():
     """Whoever overrides the scores or the selection of a variant with factors gets what was written."""
-    base = type(layer("pooled_topk", "triton"))
 
-    class Reversed(base):
+    class Reversed(PooledTopKAttention):
         def scores(self, *args):
             return -super().scores(*args)
 
-    tensors, _ = draw(29, 29)
+    tensors, _ = draw(17, 17)
     mask, context = AttentionMask("causal_self"), AttentionContext(listen=True)
-    plain = layer("pooled_topk", "triton").eval()
+    plain = layer("pooled_topk", "triton", {"top_k": 3}).eval()
     changed = Reversed(plain.config, plain.shape).to(DEVICE).eval()
     kept = [module(*tensors, mask, context=context).stats.layout.to_mask() for module in (plain, changed)]
     assert not torch.equal(*kept)
 
 
 def test_schedule_of_the_density_is_followed_without_a_gradient():
-    tensors, _ = draw(61, 61)
+    tensors, _ = draw(33, 33)
     options = {"density_start": 1.0, "density_steps": 10, "density": 0.3}
     mask = AttentionMask("causal_self")
     module = layer("ast", "triton", options).train()
     with torch.no_grad():
         counts = [module.fused_layout(*tensors, mask, 1.0, AttentionContext(step=step)).counts for step in (0, 10)]
-    assert int(counts[0][..., -1].min()) == 16 and int(counts[1][..., -1].max()) == 5
+    assert int(counts[0][..., -1].min()) == 9 and int(counts[1][..., -1].max()) == 3
 
 
 class Made(TorchDispatchMode):

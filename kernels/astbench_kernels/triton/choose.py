@@ -176,7 +176,10 @@ def _order_of_scores(
     DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """(int32 (rows, keys) in the order of the scores, visible blocks, forced blocks, blocks that may be kept)."""
+    """int32 (rows, keys) in the order of the scores: _HIGHEST where a block is forced, _LOWEST where it is hidden.
+
+    A block that a row sees either competes or is forced, so the rest tell how many it sees.
+    """
     there = block < num_blocks
     scores = tl.zeros([ROWS, KEYS], tl.float32)
     for start in range(0, DIM, STEP):
@@ -208,21 +211,13 @@ def _order_of_scores(
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
     order = bits ^ ((bits >> 31) & _HIGHEST)
     order = tl.minimum(tl.maximum(order, _LOWEST + 1), _HIGHEST - 1)
-    order = tl.where(candidate, order, _LOWEST)
-    order = tl.where(forced, _HIGHEST, order)
-    return (
-        order,
-        tl.sum(visible.to(tl.int32), 1),
-        tl.sum(forced.to(tl.int32), 1),
-        tl.sum((candidate | forced).to(tl.int32), 1),
-    )
+    return tl.where(forced, _HIGHEST, tl.where(candidate, order, _LOWEST))
 
 
 @triton.jit
-def _kept_of_row(budgets, visible, forced, possible, width):
-    """How many blocks each row keeps: its budget, but all forced ones, and no more than there are."""
-    budget = tl.load(budgets + visible)
-    return tl.minimum(tl.minimum(tl.maximum(budget, forced), possible), width)
+def _kept_of_row(budgets, visible, forced):
+    """How many blocks each row keeps: its budget, but all forced ones, and no more than it sees."""
+    return tl.minimum(tl.maximum(tl.load(budgets + visible), forced), visible)
 
 
 @triton.jit
@@ -254,12 +249,13 @@ def choose_in_registers(
     row = (tl.program_id(0) % num_tiles) * ROWS + tl.arange(0, ROWS)
     exists = row < num_rows
     block = tl.arange(0, KEYS)
-    order, visible, forced, possible = _order_of_scores(
+    order = _order_of_scores(
         rows + pair * num_rows * DIM, row, exists, blocks + pair * num_blocks * DIM, block,
         seen + pair // KV_HEADS * num_blocks, groups, num_blocks, query_offset, query_length,
         CAUSAL, OWN, REACH, FIRST, HAS_SEEN, DIM, STEP, BLOCK_SIZE, GROUP, ROWS, KEYS,
     )  # fmt: skip
-    kept = _kept_of_row(budgets, visible, forced, possible, width)
+    visible, forced = tl.sum((order > _LOWEST).to(tl.int32), 1), tl.sum((order == _HIGHEST).to(tl.int32), 1)
+    kept = _kept_of_row(budgets, visible, forced)
     # The largest number that `kept` of a row reach: its sign, then its bits from the highest down.
     threshold = tl.where(tl.sum((order >= 0).to(tl.int32), 1) >= kept, 0, _LOWEST)
     for step in range(31):
@@ -299,22 +295,21 @@ def choose_through_scratch(
         pair = (tile // num_tiles).to(tl.int64)
         row = (tile % num_tiles) * ROWS + lane
         exists = row < num_rows
-        visible, forced, possible, positive = none, none, none, none
+        visible, forced, positive = none, none, none
         for start in range(0, num_blocks, KEYS):
             block = start + tl.arange(0, KEYS)
-            order, some_visible, some_forced, some_possible = _order_of_scores(
+            order = _order_of_scores(
                 rows + pair * num_rows * DIM, row, exists, blocks + pair * num_blocks * DIM, block,
                 seen + pair // KV_HEADS * num_blocks, groups, num_blocks, query_offset, query_length,
                 CAUSAL, OWN, REACH, FIRST, HAS_SEEN, DIM, STEP, BLOCK_SIZE, GROUP, ROWS, KEYS,
             )  # fmt: skip
             place = lane[:, None] * num_blocks + block[None, :]
             tl.store(scratch + place, order, mask=(block < num_blocks)[None, :])
-            visible += some_visible
-            forced += some_forced
-            possible += some_possible
+            visible += tl.sum((order > _LOWEST).to(tl.int32), 1)
+            forced += tl.sum((order == _HIGHEST).to(tl.int32), 1)
             positive += tl.sum((order >= 0).to(tl.int32), 1)
         tl.debug_barrier()  # what a thread reads, another one wrote
-        kept = _kept_of_row(budgets, visible, forced, possible, width)
+        kept = _kept_of_row(budgets, visible, forced)
         threshold = tl.where(positive >= kept, 0, _LOWEST)
         for step in range(31):
             higher = threshold | (1 << (30 - step))

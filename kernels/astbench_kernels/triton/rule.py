@@ -18,7 +18,7 @@ class BlockRule:
         key_length: Number of key rows.
         query_offset: Absolute position of query row 0, a multiple of `query_group`.
         causal: Blocks that start behind a group's last row are hidden, and of the rest only those compete that end
-            before its first row.
+            before its first row. Needs `local_blocks`, if only 0: causal queries stand among the keys.
         local_blocks: The blocks that a group stands in are always kept, and so many on each side of them; None when
             queries and keys are two sequences.
         first_block: Block 0 is always kept.
@@ -34,6 +34,8 @@ class BlockRule:
     first_block: bool = False
 
     def __post_init__(self) -> None:
+        if self.causal and self.local_blocks is None:
+            raise ValueError("a causal rule needs local_blocks of 0 or more, got None: queries stand among the keys")
         if self.query_offset % self.query_group:
             raise ValueError(
                 f"query_offset must be a multiple of query_group {self.query_group}, got {self.query_offset}: "
