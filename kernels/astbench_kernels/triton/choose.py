@@ -71,7 +71,7 @@ def choose_blocks(
     _check(rows, blocks, rule, seen)
     batch, heads, groups, _ = rows.shape
     kv_heads, num_blocks = blocks.shape[1:3]
-    widest = int(budget(torch.arange(rule.most_visible + 1)).max())
+    widest = int(budget(torch.arange(rule.most_visible + 1, device="cpu")).max())
     width = max(1, rule.most_forced, min(widest, rule.most_visible))
     device = rows.device
     # Zeros behind the end of a list: whatever reads them reads a block that exists.
@@ -115,7 +115,7 @@ def choose_tile(rows: int, num_blocks: int) -> Tile:
     Chosen so that nothing spills (`astbench_kernels.triton.report`); not measured yet.
     """
     if num_blocks > MAX_BLOCKS:
-        return Tile(rows=16, keys=256, num_warps=8, num_stages=1)
+        return Tile(rows=16, keys=128, num_warps=8, num_stages=1)
     keys = max(16, next_power_of_two(num_blocks))
     tall = max(16, min(64, _SCORES // keys, next_power_of_two(rows)))
     return Tile(tall, keys, 8 if tall * keys >= 2**12 else 4, 1)
