@@ -207,8 +207,8 @@ def _order_of_scores(
     if OWN:
         near = (begin[None, :] <= (last + REACH)[:, None]) & ((begin + BLOCK_SIZE)[None, :] > (first - REACH)[:, None])
         forced = forced | (visible & near)
-    # Two zeros of either sign are a tie, and a NaN is no lane that does not exist.
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    # A sum that starts at zero is never -0, whose bits differ. Those of a NaN may be all ones, of either sign.
+    bits = scores.to(tl.int32, bitcast=True)
     order = bits ^ ((bits >> 31) & _HIGHEST)
     order = tl.minimum(tl.maximum(order, _LOWEST + 1), _HIGHEST - 1)
     return tl.where(forced, _HIGHEST, tl.where(candidate, order, _LOWEST))
