@@ -1,11 +1,11 @@
 """What the variants that pick key blocks share: groups, budgets, always-kept blocks, layout, kernel call.
 
-A variant fills in one method, :meth:`BlockSelectingAttention.scores`.
+A variant fills in one method: :meth:`BlockSelectingAttention.scores`, or :meth:`BlockSelectingAttention.factors` where
+the score is a dot product.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -23,6 +23,8 @@ from astbench_kernels import (
     what_runs,
 )
 from astbench_kernels.layout import ceil_div
+from astbench_kernels.triton import choose_blocks
+from astbench_kernels.triton.rule import BlockRule
 from astbench_registry.coarse_keys import CoarseAttention
 from astbench_registry.configs.block_selection import BlockSelectionConfig
 from astbench_registry.interface import (
@@ -38,8 +40,8 @@ BIDIRECTIONAL_GROUP = 64
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Who chooses among what, in one call.
+class Grid:
+    """The groups that choose and the blocks they choose among, in one call.
 
     Attributes:
         block_size: Keys per block.
@@ -47,9 +49,6 @@ class Selection:
         num_blocks: Key blocks.
         num_groups: Query groups.
         first: int64 `(groups,)`: position of each group's first query.
-        visible: Bool `(batch or 1, 1, groups, blocks)`: holds a key that some row of the group may see.
-        forced: Bool, as `visible`: always kept.
-        candidates: Bool, as `visible`: may be kept.
     """
 
     block_size: int
@@ -57,6 +56,18 @@ class Selection:
     num_blocks: int
     num_groups: int
     first: Tensor
+
+
+@dataclass(frozen=True)
+class Selection(Grid):
+    """Who may choose what.
+
+    Attributes:
+        visible: Bool `(batch or 1, 1, groups, blocks)`: holds a key that some row of the group may see.
+        forced: Bool, as `visible`: always kept.
+        candidates: Bool, as `visible`: may be kept.
+    """
+
     visible: Tensor
     forced: Tensor
     candidates: Tensor
@@ -79,7 +90,24 @@ class BlockSelectingAttention(Attention):
 
     config: BlockSelectionConfig
 
-    @abstractmethod
+    def factors(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, scale: float, *, fused: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Both sides of scores that are dot products, float32 or float64; None for a variant whose scores are not.
+
+        `(batch, num_heads, groups, d)` for the groups and `(batch, num_kv_heads, blocks, d)` for the blocks.
+
+        Args:
+            q: Queries, and `k`, `v`, `mask`, `scale` as :meth:`forward` takes them; zeros where there is padding.
+            k: Keys.
+            v: Values.
+            mask: What may be seen.
+            grid: Groups and blocks.
+            scale: Factor on q . k.
+            fused: The Triton kernels may pool the blocks; there is no gradient.
+        """
+        return None
+
     def scores(
         self,
         q: Tensor,
@@ -93,7 +121,10 @@ class BlockSelectingAttention(Attention):
 
         Scores of blocks that are no candidates are never looked at, but must be finite.
         """
-        raise NotImplementedError
+        factors = self.factors(q, k, v, mask, selection, scale, fused=False)
+        if factors is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither factors nor scores")
+        return block_scores(*factors)
 
     def forward(
         self,
@@ -108,21 +139,16 @@ class BlockSelectingAttention(Attention):
         """See the base class. Time O(N x kept keys), and O(groups x blocks) for the choice."""
         context = context or AttentionContext()
         scale = self.shape.head_dim**-0.5 if scale is None else scale
-        selection = self.selection(q, k, mask)
+        backend = choose_backend(self.config.backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = mask.without_padding(q, k, v)
-            scores = self.scores(q, k, v, mask, selection, scale)
-            keep = self.choose(scores.detach(), selection, context)
-            layout = BlockLayout.from_mask(
-                keep,
-                block_size=selection.block_size,
-                query_group=selection.query_group,
-                query_length=q.shape[2],
-                key_length=k.shape[2],
-                query_offset=mask.query_offset,
-            )
-            bias, losses = self.teach(scores, keep, layout, q, k, v, mask, selection, scale, context)
-        backend = choose_backend(self.config.backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
+            fused = backend == "triton" and not self.needs_scores()
+            layout = self.fused_layout(q, k, v, mask, scale, context) if fused else None
+            bias: Tensor | None = None
+            losses: Mapping[str, Tensor] = MappingProxyType({})
+            if layout is None:
+                layout, bias, losses = self.taught_layout(q, k, v, mask, scale, context)
+            coarse = self.coarse(q, k, v, mask, scale, backend)
         out, lse = block_sparse_attention(
             q,
             k,
@@ -134,7 +160,6 @@ class BlockSelectingAttention(Attention):
             key_valid=mask.key_valid,
             backend=backend,
         )
-        coarse = self.coarse(q, k, v, mask, scale, backend)
         if coarse is not None:
             out, _ = merge_attention([(out, lse), (coarse.out, coarse.lse)])
         stats = None
@@ -143,23 +168,88 @@ class BlockSelectingAttention(Attention):
             stats = self._stats(q, k, mask, layout, coarse, ran)
         return AttentionOutput(out, losses, stats)
 
-    def selection(self, q: Tensor, k: Tensor, mask: AttentionMask) -> Selection:
-        """Groups, blocks and what each group may, must and need not see."""
-        config, device = self.config, q.device
-        size = config.block_size
-        group = config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)
+    def taught_layout(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, context: AttentionContext
+    ) -> tuple[BlockLayout, Tensor | None, Mapping[str, Tensor]]:
+        """The choice by scores that a variant may learn from, and what :meth:`teach` makes of them."""
+        selection = self.selection(q, k, mask)
+        scores = self.scores(q, k, v, mask, selection, scale)
+        keep = self.choose(scores.detach(), selection, context)
+        layout = BlockLayout.from_mask(
+            keep,
+            block_size=selection.block_size,
+            query_group=selection.query_group,
+            query_length=q.shape[2],
+            key_length=k.shape[2],
+            query_offset=mask.query_offset,
+        )
+        return layout, *self.teach(scores, keep, layout, q, k, v, mask, selection, scale, context)
+
+    def needs_scores(self) -> bool:
+        """Whether anything but keeping each row's best hangs on the scores.
+
+        A variant that overrides :meth:`choose` or :meth:`teach` says here when that makes a difference.
+        """
+        return self.training and torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def fused_layout(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, context: AttentionContext
+    ) -> BlockLayout | None:
+        """The same choice by kernels that keep no scores and wait for nothing; None where they cannot make it.
+
+        They need :meth:`factors`, and what follows from those as it is written here.
+        """
+        own = type(self)
+        changed = (
+            own.scores is not BlockSelectingAttention.scores or own.selection is not BlockSelectingAttention.selection
+        )
+        if changed:
+            return None
+        grid, config = self.grid(q, k, mask), self.config
+        factors = self.factors(q, k, v, mask, grid, scale, fused=True)
+        if factors is None:
+            return None
+        rule = BlockRule(
+            block_size=grid.block_size,
+            query_group=grid.query_group,
+            query_length=q.shape[2],
+            key_length=k.shape[2],
+            query_offset=mask.query_offset,
+            causal=mask.causal,
+            local_blocks=None if mask.cross else config.local_blocks,
+            first_block=config.first_block,
+        )
+        seen = None
+        if mask.key_valid is not None:
+            seen = valid_in_blocks(mask.key_valid, grid.num_blocks, grid.block_size).any(-1)
+        return choose_blocks(*factors, rule, lambda visible: self.budget(visible, context), seen=seen)
+
+    def grid(self, q: Tensor, k: Tensor, mask: AttentionMask) -> Grid:
+        """Groups and blocks."""
+        group = self.config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)
         if mask.query_offset % group:
             raise ValueError(
                 f"decoding from position {mask.query_offset} needs the first query of its group of {group}, "
                 "which is no longer there; set --attention.query_group=1 to decode"
             )
-        blocks = ceil_div(k.shape[2], size)
         groups = ceil_div(q.shape[2], group)
-        first = torch.arange(groups, device=device) * group + mask.query_offset
-        last = (first + group - 1).clamp(max=mask.query_offset + q.shape[2] - 1)
+        return Grid(
+            block_size=self.config.block_size,
+            query_group=group,
+            num_blocks=ceil_div(k.shape[2], self.config.block_size),
+            num_groups=groups,
+            first=torch.arange(groups, device=q.device) * group + mask.query_offset,
+        )
+
+    def selection(self, q: Tensor, k: Tensor, mask: AttentionMask) -> Selection:
+        """Groups, blocks and what each group may, must and need not see."""
+        config, device, grid = self.config, q.device, self.grid(q, k, mask)
+        size, blocks, first = grid.block_size, grid.num_blocks, grid.first
+        last = (first + grid.query_group - 1).clamp(max=mask.query_offset + q.shape[2] - 1)
         start = torch.arange(blocks, device=device) * size
         stop = start + size
-        visible = torch.ones(groups, blocks, dtype=torch.bool, device=device)
+        visible = torch.ones(grid.num_groups, blocks, dtype=torch.bool, device=device)
         complete, forced = visible, torch.zeros_like(visible)
         if mask.causal:
             visible = start <= last[:, None]
@@ -174,11 +264,7 @@ class BlockSelectingAttention(Attention):
             seen = valid_in_blocks(mask.key_valid, blocks, size).any(-1)
             visible = visible & seen[:, None, None, :]
         return Selection(
-            block_size=size,
-            query_group=group,
-            num_blocks=blocks,
-            num_groups=groups,
-            first=first,
+            **vars(grid),
             visible=visible,
             forced=forced & visible,
             candidates=complete & visible,
@@ -225,9 +311,9 @@ class BlockSelectingAttention(Attention):
         """Attention to coarse tokens that joins the softmax, for variants that have them; None for nothing."""
         return None
 
-    def speaker(self, q: Tensor, mask: AttentionMask, selection: Selection) -> Tensor:
+    def speaker(self, q: Tensor, mask: AttentionMask, grid: Grid) -> Tensor:
         """`(batch, num_heads, groups, head_dim)`, float32 or more: the query that speaks for each group."""
-        group = selection.query_group
+        group = grid.query_group
         wide = q.to(torch.promote_types(q.dtype, torch.float32))
         valid = mask.valid_queries(q.shape[2])
         if group == 1 or (mask.sequential and valid is None):
@@ -235,11 +321,11 @@ class BlockSelectingAttention(Attention):
         if valid is None:
             valid = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
         if mask.sequential:
-            rows = first_valid(valid, selection.num_groups, group)[:, None, :, None]
+            rows = first_valid(valid, grid.num_groups, group)[:, None, :, None]
             return wide.take_along_dim(rows, 2)
         # Not a product with zero: padding may hold NaN.
         wide = wide.masked_fill(~valid[:, None, :, None], 0.0)
-        groups = selection.num_groups
+        groups = grid.num_groups
         return block_mean(in_blocks(wide, groups, group), valid_in_blocks(valid, groups, group))
 
     def _stats(

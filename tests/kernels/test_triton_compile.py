@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 ATTENTION = ("query_major.forward", "query_major.backward", "key_major.forward", "key_major.backward", "decode.forward")
+CHOICE = ("choose.choose_in_registers", "choose.choose_through_scratch")
 
 
 def report(arch, *options):
@@ -44,6 +45,8 @@ def check(rows):
             large = row["arch"] >= 90 and side >= 64 and row["call"]["dtype"] != "float32"
             if not row["wgmma" if large else "mma"]:
                 problems.append(f"no {'wgmma' if large else 'mma.sync'}: {where}")
+        if row["kernel"] in CHOICE and not row["wgmma"] + row["mma"]:
+            problems.append(f"no matrix instruction: {where}")
     assert not problems, "\n".join(problems)
     if any(row["spilled"] is None for row in rows):
         pytest.skip("spills are not known: this triton ships no cuobjdump; the rest holds")
@@ -52,9 +55,10 @@ def check(rows):
 @pytest.mark.parametrize("arch", [80, 90])
 def test_short_set(arch):
     rows = report(arch)
-    # Every schedule, both directions, the kernels that make the lists ready and the one that merges split lists.
-    others = {"lists._order", "lists._count", "lists._scatter", "decode.merge"}
-    assert set(ATTENTION) | others <= {row["kernel"] for row in rows}
+    # Every schedule, both directions, the kernels that make the lists ready, the one that merges split lists, and
+    # those that choose.
+    others = {"lists._order", "lists._count", "lists._scatter", "decode.merge", "pool.pool"}
+    assert {*ATTENTION, *CHOICE} | others <= {row["kernel"] for row in rows}
     check(rows)
 
 

@@ -1,15 +1,21 @@
-"""Block-sparse attention in Triton. Importing this package does not import triton; running it does."""
+"""Block-sparse attention and the choice of blocks in Triton. Importing this package does not import triton."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from astbench_kernels.dispatch import TRITON_DTYPES, TRITON_MAX_HEAD_DIM
+from astbench_kernels.layout import BlockLayout
+from astbench_kernels.triton.rule import BlockRule
+
+if TYPE_CHECKING:
+    from astbench_kernels.triton.pool import PooledBlocks
 
 
 def device_refusals(device: str) -> list[str]:
@@ -45,3 +51,24 @@ def triton_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     from astbench_kernels.triton.function import triton_attention as run
 
     return run(*args, **kwargs)
+
+
+def pool_blocks(k: Tensor, v: Tensor, key_valid: Tensor | None, block_size: int) -> PooledBlocks:
+    """See :func:`astbench_kernels.triton.pool.pool_blocks`."""
+    from astbench_kernels.triton.pool import pool_blocks as run
+
+    return run(k, v, key_valid, block_size)
+
+
+def choose_blocks(
+    rows: Tensor,
+    blocks: Tensor,
+    rule: BlockRule,
+    budget: Callable[[Tensor], Tensor],
+    *,
+    seen: Tensor | None = None,
+) -> BlockLayout:
+    """See :func:`astbench_kernels.triton.choose.choose_blocks`."""
+    from astbench_kernels.triton.choose import choose_blocks as run
+
+    return run(rows, blocks, rule, budget, seen=seen)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from astbench_kernels.layout import BlockLayout, ceil_div
 from astbench_kernels.triton import decode, key_major, query_major
-from astbench_kernels.triton.launch import launch
+from astbench_kernels.triton.launch import launch, rows_contiguous
 from astbench_kernels.triton.lists import TransposedLists, block_states, order_lists, transpose_lists
 from astbench_kernels.triton.plan import MAX_SPLITS, Plan, Schedule, Tile, make_plan, padded_dim, wants_gradients
 from astbench_kernels.triton.tiles import LOG2E
@@ -66,7 +66,7 @@ class _TritonAttention(torch.autograd.Function):
         key_valid: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+        q, k, v = (rows_contiguous(x) for x in (q, k, v))
         bias = None if block_bias is None else block_bias.detach().contiguous()
         valid = None if key_valid is None else key_valid.contiguous()
         out = torch.empty(*q.shape[:3], plan.value_dim, dtype=q.dtype, device=q.device)
@@ -95,7 +95,7 @@ class _TritonAttention(torch.autograd.Function):
             return (None,) * 8
         with torch.cuda.device_of(q):
             delta = _rowsums(plan, out, d_out, d_lse)
-            d_out = _rows_contiguous(torch.zeros_like(out) if d_out is None else d_out.to(q.dtype))
+            d_out = rows_contiguous(torch.zeros_like(out) if d_out is None else d_out.to(q.dtype))
             transposed: TransposedLists | None = ctx.transposed
             even = plan.key_major_even(backward=True)
             # The two key-major tiles may differ in what they call full.
@@ -114,11 +114,6 @@ class _TritonAttention(torch.autograd.Function):
                 d_q, d_k, d_v, d_bias = _backward_key_major(plan, transposed, arguments, both=True)
         d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
         return d_q, d_k, d_v, d_bias, None, None, None, None
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """Kernels take any strides but the last, which is 1."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _inputs(
@@ -313,7 +308,7 @@ def _transposed(plan: Plan, lists: TransposedLists) -> _Arguments:
 def _rowsums(plan: Plan, out: Tensor, d_out: Tensor | None, d_lse: Tensor | None) -> Tensor:
     """float32 `(batch, heads, query_length)`: rowsum(out * d_out) - d_lse."""
     delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    out_grad = out if d_out is None else _rows_contiguous(d_out)
+    out_grad = out if d_out is None else rows_contiguous(d_out)
     lse_grad = delta if d_lse is None else d_lse
     strides = zip(("stride_ob", "stride_oh", "stride_on"), out_grad.stride(), strict=False)
     tile = Tile(rows=16, keys=1, num_warps=4, num_stages=1)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from astbench_kernels.triton.plan import Tile
 
 OPTIONS = {"enable_fp_fusion": True}
@@ -32,6 +34,11 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], constants: dic
         _written_down.append(Launch(kernel, arguments, constants, tile))
         return
     kernel[(programs,)](**arguments, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages, **OPTIONS)
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Kernels take any strides but the last, which is 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @contextmanager

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from astbench_kernels.layout import BlockLayout, ceil_div
-from astbench_kernels.triton import interpreted, triton_attention
+from astbench_kernels.triton import choose_blocks, interpreted, pool_blocks, triton_attention
 from astbench_kernels.triton.launch import OPTIONS, Launch, writing_down
+from astbench_kernels.triton.rule import BlockRule
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -54,6 +55,22 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A kind of choice that the predictor's kernels are shipped for; `rank` is what its factors add to `head_dim`."""
+
+    head_dim: int = 128
+    rank: int = 32
+    num_blocks: int = 1024
+    block_size: int = 16
+    query_group: int = 1
+    heads: int = 8
+    kv_heads: int = 8
+    causal: bool = True
+    padding: bool = False
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
 class Compiled:
     """One kernel of one call, compiled.
 
@@ -69,7 +86,7 @@ class Compiled:
         shared: Bytes of shared memory of a program.
         wgmma: Matrix instructions of Hopper in the PTX.
         mma: Matrix instructions of Ampere in the PTX.
-        call: The call it serves.
+        call: The call, or the choice, it serves.
     """
 
     kernel: str
@@ -83,11 +100,15 @@ class Compiled:
     shared: int
     wgmma: int
     mma: int
-    call: Call
+    call: Call | Choice
 
 
 SHORT = [Call(), Call(query_group=1), Call(query_group=1, kv_heads=2, lists=2, decode=True)]
 """The calls of a quick look: lists that many rows share, lists per token, and a decoding step."""
+
+
+SHORT_CHOICES = [Choice(), Choice(num_blocks=2048)]
+"""The choices of a quick look: scores in registers, and through the scratch."""
 
 
 def matrix() -> Iterator[Call]:
@@ -118,6 +139,45 @@ def matrix() -> Iterator[Call]:
     yield replace(call, head_dim=16)
     yield replace(call, head_dim=32)
     yield replace(call, head_dim=256)
+
+
+def choices() -> Iterator[Choice]:
+    """Every number of blocks that has a tile of its own, and what else changes code, once."""
+    for num_blocks, query_group in product((16, 32, 64, 128, 256, 512, 1024, 4096), (1, 64)):
+        yield Choice(num_blocks=num_blocks, query_group=query_group, kv_heads=8 if query_group == 1 else 2)
+    for num_blocks in (1024, 4096):
+        choice = Choice(num_blocks=num_blocks)
+        yield replace(choice, causal=False, padding=True)
+        yield replace(choice, rank=0)
+        yield replace(choice, head_dim=16, block_size=4, dtype="float32")
+        yield replace(choice, head_dim=96, block_size=48, dtype="float16")
+        yield replace(choice, head_dim=256, block_size=128)
+
+
+def launches_of_choice(choice: Choice) -> list[Launch]:
+    """What a choice launches, from keys and values to lists. Nothing runs."""
+    batch, rows = 2, 128
+    length = choice.num_blocks * choice.block_size
+    shape = (batch, choice.kv_heads, 2 * choice.block_size, choice.head_dim)
+    k = torch.zeros(shape, dtype=_DTYPES[choice.dtype])
+    valid = torch.ones(shape[0], shape[2], dtype=torch.bool) if choice.padding else None
+    rule = BlockRule(
+        choice.block_size,
+        choice.query_group,
+        rows * choice.query_group,
+        length,
+        causal=choice.causal,
+        local_blocks=0,
+        first_block=True,
+    )
+    dim = choice.head_dim + choice.rank
+    left = torch.zeros(batch, choice.heads, rows, dim)
+    right = torch.zeros(batch, choice.kv_heads, choice.num_blocks, dim)
+    seen = torch.ones(batch, choice.num_blocks, dtype=torch.bool) if choice.padding else None
+    with writing_down() as written:
+        pool_blocks(k, k, valid, choice.block_size)
+        choose_blocks(left, right, rule, lambda visible: visible, seen=seen)
+    return written
 
 
 def launches(call: Call, arch: int) -> list[Launch]:
@@ -154,7 +214,7 @@ def _attention(call: Call, arch: int, *, queries: int, keys: int) -> Tensor:
     )[0]
 
 
-def compile_launch(launch: Launch, arch: int, call: Call) -> Compiled:
+def compile_launch(launch: Launch, arch: int, call: Call | Choice) -> Compiled:
     """Compile what a launch would run for compute capability `arch`."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -234,6 +294,11 @@ def main() -> None:
     for arch, call in product(archs, calls):
         for launch in launches(call, arch):
             print(json.dumps(asdict(compile_launch(launch, arch, call))), flush=True)
+    if changes:
+        return
+    for arch, choice in product(archs, choices() if everything else SHORT_CHOICES):
+        for launch in launches_of_choice(choice):
+            print(json.dumps(asdict(compile_launch(launch, arch, choice))), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, rms_norm
 
 from astbench_kernels import BlockLayout, select_blocks, soft_top_k
+from astbench_kernels.layout import ceil_div
+from astbench_kernels.triton import pool_blocks
 from astbench_registry.block_selection import (
     BIDIRECTIONAL_GROUP,
     BlockSelectingAttention,
+    Grid,
     Selection,
     block_mean,
     block_scores,
@@ -65,31 +68,30 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         stride = config.coarse_stride_at(shape.layer_index)
         self.coarse_keys = CoarseKeys(stride, shape.num_kv_heads) if stride else None
 
-    def scores(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
-    ) -> Tensor:
-        """See the base class. Time O(M) for the features, O(groups x blocks) for the scores."""
-        blocks, size = selection.num_blocks, selection.block_size
+    def factors(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, scale: float, *, fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See the base class. Time O(M) for the features."""
         compute = torch.promote_types(q.dtype, torch.float32)
-        valid = mask.key_valid
-        if valid is None:
-            valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
-        valid = valid_in_blocks(valid, blocks, size)
-        key, value = in_blocks(k.to(compute), blocks, size), in_blocks(v.to(compute), blocks, size)
-        mean_key, mean_value = block_mean(key, valid), block_mean(value, valid)
-        speaker = self.speaker(q, mask, selection)
-        pooled = block_scores(speaker, mean_key) * scale * self.gain.to(compute).exp()[:, None, None]
-
-        local = torch.cat([mean_key, *_extremes(key, valid), mean_value], -1)
-        context = _global_context(mean_value, valid, mask, selection)
+        pooled = (pool_blocks if fused else _pool_blocks)(k, v, mask.key_valid, grid.block_size)
+        mean_key, max_key, min_key, mean_value, counts = pooled
+        local = torch.cat([mean_key, max_key, min_key, mean_value], -1)
+        context = _global_context(mean_value, counts, mask, grid)
         context = context.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
-        query_side = torch.cat([speaker, context], -1)
+        speaker = self.speaker(q, mask, grid)
         # Of length 1, so that one learning rate serves every layer of every backbone: with features of size 1, a
         # step of Adam moved scores by several units, and the choice flickered.
         w = torch.matmul(_unit(local), self.key_weight.to(compute))
-        u = torch.matmul(pad(_unit(query_side), (0, 1), value=1.0), self.query_weight.to(compute))
-        u = u * self.config.rank**-0.5
-        return pooled + block_scores(u, w)
+        query_side = pad(_unit(torch.cat([speaker, context], -1)), (0, 1), value=1.0)
+        u = torch.matmul(query_side, self.query_weight.to(compute)) * self.config.rank**-0.5
+        gain = scale * self.gain.to(compute).exp()[:, None, None]
+        return torch.cat([speaker * gain, u], -1), torch.cat([mean_key, w], -1)
+
+    def needs_scores(self) -> bool:
+        """Also for the bias of "soft", for sampling, and for the adaptive budget."""
+        config = self.config
+        sampling = config.sample and self.training
+        return super().needs_scores() or sampling or config.estimator == "soft" or config.budget == "adaptive"
 
     def coarse(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str
@@ -250,25 +252,33 @@ def _unit(x: Tensor) -> Tensor:
     return rms_norm(x, x.shape[-1:]) * x.shape[-1] ** -0.5
 
 
-def _extremes(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum and minimum over each block's valid rows, zero where there is none."""
+def _pool_blocks(
+    k: Tensor, v: Tensor, key_valid: Tensor | None, block_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`astbench_kernels.triton.pool_blocks` returns, with a gradient, and in float64 for such inputs."""
+    blocks, compute = ceil_div(k.shape[2], block_size), torch.promote_types(k.dtype, torch.float32)
+    valid = key_valid
+    if valid is None:
+        valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
+    valid = valid_in_blocks(valid, blocks, block_size)
+    key, value = in_blocks(k.to(compute), blocks, block_size), in_blocks(v.to(compute), blocks, block_size)
     hidden = ~valid[:, None, :, :, None]
     empty = hidden.all(3)
-    high = x.masked_fill(hidden, -torch.inf).amax(3).masked_fill(empty, 0.0)
-    low = x.masked_fill(hidden, torch.inf).amin(3).masked_fill(empty, 0.0)
-    return high, low
+    high = key.masked_fill(hidden, -torch.inf).amax(3).masked_fill(empty, 0.0)
+    low = key.masked_fill(hidden, torch.inf).amin(3).masked_fill(empty, 0.0)
+    return block_mean(key, valid), high, low, block_mean(value, valid), valid.sum(-1)
 
 
-def _global_context(mean_value: Tensor, valid: Tensor, mask: AttentionMask, selection: Selection) -> Tensor:
+def _global_context(mean_value: Tensor, counts: Tensor, mask: AttentionMask, grid: Grid) -> Tensor:
     """`(batch, kv_heads, groups, d)`: mean of the values that each group may know of."""
-    count = valid.sum(-1)[:, None, :, None].to(mean_value.dtype)  # (batch or 1, 1, blocks, 1)
+    count = counts[:, None, :, None].to(mean_value.dtype)  # (batch or 1, 1, blocks, 1)
     total = (mean_value * count).cumsum(2)
     seen = count.cumsum(2)
     mean = pad(total / seen.clamp(min=1), (0, 0, 1, 0))  # entry n: over the first n blocks
     if mask.causal:
-        known = (selection.first // selection.block_size).clamp(max=selection.num_blocks)
+        known = (grid.first // grid.block_size).clamp(max=grid.num_blocks)
     else:
-        known = torch.full_like(selection.first, selection.num_blocks)
+        known = torch.full_like(grid.first, grid.num_blocks)
     return mean[:, :, known]
 
 

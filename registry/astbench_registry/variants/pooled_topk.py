@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astbench_kernels.triton import pool_blocks
 from astbench_registry.block_selection import (
     BlockSelectingAttention,
-    Selection,
+    Grid,
     block_mean,
-    block_scores,
     in_blocks,
     valid_in_blocks,
 )
@@ -23,14 +23,17 @@ class PooledTopKAttention(BlockSelectingAttention):
     learned term alone.
     """
 
-    def scores(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
-    ) -> Tensor:
+    def factors(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, scale: float, *, fused: bool
+    ) -> tuple[Tensor, Tensor]:
         """See the base class."""
-        valid = mask.key_valid
-        if valid is None:
-            valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
-        keys = k.to(torch.promote_types(k.dtype, torch.float32))
-        blocks, size = selection.num_blocks, selection.block_size
-        pooled = block_mean(in_blocks(keys, blocks, size), valid_in_blocks(valid, blocks, size))
-        return block_scores(self.speaker(q, mask, selection), pooled) * scale
+        if fused:
+            pooled = pool_blocks(k, k, mask.key_valid, grid.block_size).mean_key
+        else:
+            valid = mask.key_valid
+            if valid is None:
+                valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
+            keys = k.to(torch.promote_types(k.dtype, torch.float32))
+            blocks, size = grid.num_blocks, grid.block_size
+            pooled = block_mean(in_blocks(keys, blocks, size), valid_in_blocks(valid, blocks, size))
+        return self.speaker(q, mask, grid) * scale, pooled
