@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,13 +100,14 @@ class BlockLayout:
 
         Cost: O(groups x key_blocks) time and memory.
         """
-        counts = keep.sum(-1, dtype=torch.int32)
+        kept, blocks = keep.reshape(-1).nonzero().squeeze(-1), max(1, keep.shape[-1])
+        counts = torch.bincount(kept // blocks, minlength=math.prod(keep.shape[:-1])).to(torch.int32)
+        counts = counts.view(keep.shape[:-1])
         width = max(1, int(counts.max())) if counts.numel() else 1
         indices = torch.zeros(*counts.shape, width, dtype=torch.int32, device=keep.device)
         # Both masks are read row by row: the kept blocks fall into their row's first slots, in ascending order.
-        blocks = keep.reshape(-1).nonzero().squeeze(-1) % max(1, keep.shape[-1])
         slots = torch.arange(width, device=keep.device) < counts.unsqueeze(-1)
-        indices.masked_scatter_(slots, blocks.to(torch.int32))
+        indices.masked_scatter_(slots, (kept % blocks).to(torch.int32))
         return BlockLayout(indices, counts, block_size, query_group, query_length, key_length, query_offset, key_stride)
 
     def to_mask(self) -> Tensor:

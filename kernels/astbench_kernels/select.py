@@ -23,17 +23,17 @@ def select_blocks(scores: Tensor, *, forced: Tensor, candidates: Tensor, budget:
 
     Cost: O(groups x key_blocks log budget).
     """
-    forced = forced.expand_as(scores)
-    allowed = forced | candidates
-    budget = budget.expand(scores.shape[:-1])
+    allowed, budget = forced | candidates, budget.expand(scores.shape[:-1])
     # Forced blocks rank above all others, so that the budget counts them too.
     ranked = scores.float().masked_fill(~allowed, -torch.inf).masked_fill_(forced, torch.inf)
-    lowest = _lowest_kept(ranked, budget, allowed).unsqueeze(-1)
-    kept = (ranked >= lowest).logical_and_(allowed)
-    tied = kept.sum(-1) > budget.maximum(forced.sum(-1))
+    # Per group the blocks that any batch row and head may keep: few for a causal mask's first groups.
+    anywhere = allowed[(None,) * (4 - allowed.dim())].flatten(0, 1).any(0).expand(scores.shape[2:])
+    lowest, next_best = _lowest_kept(ranked, budget, anywhere)
+    kept = ranked >= lowest.unsqueeze(-1)
+    tied = (lowest == next_best) & (lowest < torch.inf)
     if bool(tied.any()):
-        kept[tied] = _without_surplus(ranked[tied], lowest[tied], budget[tied]) & kept[tied]
-    return kept.logical_and_((budget > 0).unsqueeze(-1)).logical_or_(forced)
+        kept[tied] = _without_surplus(ranked[tied], lowest[tied].unsqueeze(-1), budget[tied])
+    return kept
 
 
 SCORES_AT_A_TIME = 2**17
@@ -43,19 +43,27 @@ ROWS_AT_A_TIME = 512
 """Groups whose thresholds are looked for together. Under a causal mask the first ones see few blocks: short rows."""
 
 
-def _lowest_kept(ranked: Tensor, budget: Tensor, allowed: Tensor) -> Tensor:
-    """`(batch, heads, groups)`: the score of each row's budget-th best block, -inf where it has fewer."""
+def _lowest_kept(ranked: Tensor, budget: Tensor, anywhere: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores `(batch, heads, groups)` of each row's last block within the budget, and of the one after it.
+
+    The first is finite where a row has fewer blocks, so that it keeps them all, and inf where only what is forced is
+    kept; the second -inf where no block is left.
+    """
     if ranked.numel() == 0:
-        return ranked.new_empty(ranked.shape[:-1])
-    parts = []
+        empty = ranked.new_full(ranked.shape[:-1], torch.inf)
+        return empty, empty
+    lowest, next_best = [], []
     for rows in torch.arange(ranked.shape[2], device=ranked.device).split(ROWS_AT_A_TIME):
         here = slice(int(rows[0]), int(rows[-1]) + 1)
-        blocks = allowed[:, :, here].flatten(0, 2).any(0).nonzero()
+        blocks = anywhere[here].any(0).nonzero()
         reach = int(blocks[-1]) + 1 if len(blocks) else 1
-        wanted = budget[:, :, here].clamp(1, reach)
-        best = ranked[:, :, here, :reach].topk(int(wanted.max()), -1).values
-        parts.append(best.gather(-1, wanted.unsqueeze(-1) - 1).squeeze(-1))
-    return torch.cat(parts, 2)
+        wanted = budget[:, :, here].clamp(1, reach).unsqueeze(-1)
+        best = ranked[:, :, here, :reach].topk(min(reach, int(wanted.max()) + 1), -1).values
+        lowest.append(best.gather(-1, wanted - 1))
+        beyond = best.gather(-1, wanted.clamp(max=best.shape[-1] - 1))
+        next_best.append(beyond.masked_fill_(wanted == best.shape[-1], -torch.inf))
+    last = torch.cat(lowest, 2).squeeze(-1).clamp_(min=torch.finfo(ranked.dtype).min)
+    return last.masked_fill_(budget <= 0, torch.inf), torch.cat(next_best, 2).squeeze(-1)
 
 
 def _without_surplus(ranked: Tensor, lowest: Tensor, budget: Tensor) -> Tensor:
