@@ -108,7 +108,10 @@ def _tests(out: Path, seconds: float) -> dict[str, Any]:
         return {"state": "not run", "why": "no tests here, or no pytest"}
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    calls = [[*pytest, *workers, *files], [*pytest, "-m", "gpu", str(folder), str(ROOT / "tests" / "registry")]]
+    calls = [
+        [*pytest, *workers, *files],
+        [*pytest, "-m", "gpu", *(str(ROOT / "tests" / part) for part in ("gpu", "kernels", "registry"))],
+    ]
     end, state, last = time.monotonic() + seconds, "passed", []
     with open(out / "tests.txt", "w+", encoding="utf-8") as log:
         for call in calls:
