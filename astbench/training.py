@@ -69,8 +69,11 @@ class TaskModule(pl.LightningModule):
         torch.manual_seed(self.seed + 1)
         self.handle = swap_attention(self.model, self.attention["name"], options)
         if self.backbone.gradient_checkpointing:
+            # transformers 5.23 calls it by another name and warns of the old one.
+            name = "activation_checkpointing_enable"
+            enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
             # Not the reentrant kind, which would lose the gradients of the attention's own losses.
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable({"use_reentrant": False})
         if self.init_from:
             self._load_trained_backbone(self.init_from)
         if self.optim.train == "attention":

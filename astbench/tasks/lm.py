@@ -165,8 +165,8 @@ class LanguageModel(TaskModule):
             torch.distributed.all_gather_object(parts, self._scored)
         return dict(sorted((index, scored) for part in parts for index, scored in part.items()))
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Continue the prompt with the KV cache."""
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[int]:
+        """Continue the prompt with the KV cache; the new tokens."""
         assert self.model is not None
         torch.manual_seed(derived_seed(self.seed))
         ids, end = batch["input_ids"], self.data.tokenizer.eos_token_id
@@ -182,6 +182,7 @@ class LanguageModel(TaskModule):
         generate: Any = self.model.generate
         out = generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         self._written = out[0, ids.shape[1] :].tolist()
+        return self._written
 
     def on_predict_epoch_end(self) -> None:
         """The text that follows."""

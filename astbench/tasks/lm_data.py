@@ -211,7 +211,8 @@ class WikiTextData(pl.LightningDataModule):
         Raises:
             ConfigError: naming both numbers and the flags to change.
         """
-        require_positions(model, self.context, f"--data.context={self.context}")
+        if self.prompt_ids is None:  # else no window is read
+            require_positions(model, self.context, f"--data.context={self.context}")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches in the order of (seed, epoch, step)."""
