@@ -46,6 +46,8 @@ _ENCODER_SIZES = {
 _DECODER_SIZES = {
     # hidden, layers, heads, kv heads, feed-forward
     "tiny": (64, 2, 4, 2, 176),
+    # As many key as query heads: every causal attention can serve it.
+    "mini": (128, 4, 4, 4, 352),
     "small": (256, 4, 4, 2, 704),
 }
 
