@@ -140,7 +140,7 @@ class CLI(LightningCLI):
             _PATTERN[self.module_class.head],
             length=options.data[option],
             length_flag=f"--data.{option}",
-            padded=self.data_class.pads,
+            **{"padded": self.data_class.pads, **self.module_class.needs(self.command, options.data)},
         )
         BackboneConfig(**vars(options.backbone))
         OptimConfig(**vars(options.optim))
@@ -158,12 +158,15 @@ class CLI(LightningCLI):
             # A fraction of 1.0 is everything; the whole number 1 is one batch.
             everything = value == 0 if option == "overfit_batches" else isinstance(value, float) and value == 1
             if not (value is None or value is False or everything):
+                instead = instead.replace("max_eval", self.task.eval_limit)
                 raise ConfigError(f"--trainer.{option} would count what it leaves out as done; use {instead}")
         if options.trainer.get("accumulate_grad_batches", 1) < 1:
             raise ConfigError("--trainer.accumulate_grad_batches must be at least 1")
         untrained = not (options.get("ckpt_path") or options.init_from)
-        if self.command in ("validate", "test") and untrained:
-            head = self.module_class.head
+        head = self.module_class.head
+        if self.command == "predict" and head == "question_answering" and not options.get("ckpt_path"):
+            raise ConfigError("predict needs a trained run: --ckpt_path=runs/NAME")
+        if self.command != "fit" and untrained:
             if resolve_preset(options.backbone.name, head):
                 raise ConfigError(
                     f"{self.command} needs trained weights: --ckpt_path=runs/NAME, --init_from=runs/NAME, or a "
@@ -176,8 +179,6 @@ class CLI(LightningCLI):
                 f"--trainer.accelerator={options.trainer.accelerator}: torch sees no GPU here (astbench doctor says "
                 "what it sees); leave the option out to run on the CPU"
             )
-        if self.command == "predict" and not options.get("ckpt_path"):
-            raise ConfigError("predict needs a trained run: --ckpt_path=runs/NAME")
 
     @property
     def options(self) -> Namespace:

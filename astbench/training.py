@@ -51,6 +51,11 @@ class TaskModule(pl.LightningModule):
         self.model: PreTrainedModel | None = None
         self.handle: SwapHandle | None = None
 
+    @classmethod
+    def needs(cls, command: str, data: Any) -> dict[str, bool]:
+        """What a command asks of the attention with these data options, as :meth:`Capabilities.problems` takes it."""
+        return {}
+
     def configure_model(self) -> None:
         """Build the backbone and swap its attention, once; the data module knows the tokenizer by now."""
         if self.model is not None:
@@ -63,6 +68,12 @@ class TaskModule(pl.LightningModule):
         # A generator of its own for the variant's parameters: the backbone's are the same for every variant.
         torch.manual_seed(self.seed + 1)
         self.handle = swap_attention(self.model, self.attention["name"], options)
+        if self.backbone.gradient_checkpointing:
+            # transformers 5.23 calls it by another name and warns of the old one.
+            name = "activation_checkpointing_enable"
+            enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
+            # Not the reentrant kind, which would lose the gradients of the attention's own losses.
+            enable({"use_reentrant": False})
         if self.init_from:
             self._load_trained_backbone(self.init_from)
         if self.optim.train == "attention":

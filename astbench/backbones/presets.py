@@ -22,6 +22,8 @@ class BackboneConfig:
         max_positions: Longest input in tokens. Above the length of a pretrained position table, the table is
             extended by copying it (as Longformer did); default: what the model has.
         trust_weights_only: Refuse weights that are not safetensors or GGUF.
+        gradient_checkpointing: Keep only each layer's input while training and compute the rest again in the
+            backward pass: less memory, about a third more time, the same gradients.
     """
 
     name: str = "tiny"
@@ -29,6 +31,7 @@ class BackboneConfig:
     gguf_file: str | None = None
     max_positions: int | None = None
     trust_weights_only: bool = True
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.max_positions is not None and self.max_positions < 1:
@@ -43,6 +46,8 @@ _ENCODER_SIZES = {
 _DECODER_SIZES = {
     # hidden, layers, heads, kv heads, feed-forward
     "tiny": (64, 2, 4, 2, 176),
+    # As many key as query heads: every causal attention can serve it.
+    "mini": (128, 4, 4, 4, 352),
     "small": (256, 4, 4, 2, 704),
 }
 

@@ -296,6 +296,8 @@ class RunCallback(Callback):
             doubt = "" if answer["above_null"] > 0 else ", below 'not in this document'"
             rows["answer"] = answer["text"]
             rows["score"] = f"{answer['above_null']:.2f} above no answer, over {answer['windows']} windows{doubt}"
+        if written := self.record.get("continuation"):
+            rows["prompt"], rows["continuation"] = (written[part].replace("\n", "\\n") for part in ("prompt", "text"))
         for name, value in self.record.get("metrics", {}).items():
             rows[name] = f"{value:.2f}" if isinstance(value, float) else value
         if (density := self.record.get("density", {}).get("mean")) is not None:
@@ -324,7 +326,10 @@ class RunCallback(Callback):
 
 
 def _source(data: dict[str, Any]) -> str:
-    counts = ", ".join(f"{n} {split}" for split, n in data.get("questions", {}).items())
+    counts = ", ".join(
+        [f"{n} {split}" for split, n in data.get("questions", {}).items()]
+        + [f"{n:,} {split} tokens" for split, n in data.get("split_tokens", {}).items()]
+    )
     what = {"demo": "demo (generated, not the real data set)"}.get(data["source"], data["source"])
     return f"{what}{' ' + data['path'] if data['path'] else ''}{': ' + counts if counts else ''}"
 

@@ -24,6 +24,7 @@ class Task:
         real: How to run it on the real data set.
         metric: The headline metric's name.
         commands: Which of fit, validate, test and predict it can do.
+        eval_limit: The option under `--data.` that evaluates on less.
         demo: Defaults that were measured for the `demo` source, for options that exist with the attention.
     """
 
@@ -36,6 +37,7 @@ class Task:
     real: str
     metric: str
     commands: tuple[str, ...] = ("fit", "validate", "test", "predict")
+    eval_limit: str = "max_eval"
     demo: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> tuple[Any, Any, Any]:
@@ -103,14 +105,23 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="wikitext103",
-            summary="WikiText-103 language modelling (perplexity); so far `astbench test` on local files",
+            summary="WikiText-103 language modelling (perplexity per token and word)",
             module="astbench.tasks.lm:LanguageModel",
             data="astbench.tasks.lm_data:WikiTextData",
             config="astbench.tasks.lm_config:LanguageModelConfig",
-            sources=("local",),
-            real="--data.source=local --data.path=FOLDER",
+            sources=("demo", "hub", "local"),
+            real="--data.source=hub --backbone=small",
             metric="perplexity",
-            commands=("test",),
+            eval_limit="windows",
+            demo={
+                "data.documents": "separate",
+                "data.context": 384,
+                "data.batch_size": 16,
+                "data.vocab_size": 1024,
+                "trainer.max_steps": 600,
+                "optim.lr": 3e-3,
+                "optim.beta2": 0.98,
+            },
         ),
     )
 }

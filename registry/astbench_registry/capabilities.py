@@ -68,6 +68,7 @@ class Capabilities:
         length: int | None = None,
         length_flag: str = "the length",
         padded: bool = False,
+        decode: bool = False,
     ) -> list[str]:
         """Every reason why the variant cannot serve such a layer; empty when it can.
 
@@ -80,6 +81,7 @@ class Capabilities:
             length: Longest input in tokens.
             length_flag: What to call it in a reason.
             padded: Inputs may hold padding.
+            decode: It will be called one step at a time with a KV cache.
         """
         reasons = []
         if pattern not in self.patterns:
@@ -93,6 +95,8 @@ class Capabilities:
         remedy = f" ({self.remedy})" if self.remedy else ""
         if padded and not self.padding:
             reasons.append(f"takes no padding, and the task's batches hold some{remedy}")
+        if decode and not self.decode:
+            reasons.append("cannot decode: a step with a KV cache is not what one full pass gives")
         if length is not None and self.max_length is not None and length > self.max_length:
             reasons.append(f"takes at most {self.max_length} tokens, {length_flag} is {length}{remedy}")
         if length is not None and length % self.length_multiple:

@@ -366,7 +366,6 @@ REFUSALS = {
     "missing checkpoint": (["test", "--ckpt_path=nothing"], 6, "--ckpt_path=nothing does not exist"),
     "missing init": ([*FIT, "--init_from=nothing"], 6, "nothing"),
     "class_path": ([*FIT, "--trainer.callbacks=os.system"], 2, "a config may not name os.system"),
-    "task cannot fit": (["fit", "--attention=ast", "--task=wikitext103"], 2, "has only `astbench test`"),
     # Code 2 and not 3: said before the data, which is not there, is looked for.
     "no padding": (
         ["fit", "--task=squad", *PACKAGE],
