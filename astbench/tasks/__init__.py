@@ -112,6 +112,16 @@ TASKS: dict[str, Task] = {
             metric="perplexity",
             commands=("test",),
         ),
+        Task(
+            name="wmt14",
+            summary="WMT14 English-German translation, either direction (BLEU, chrF)",
+            module="astbench.tasks.mt:Translation",
+            data="astbench.tasks.mt_data:TranslationData",
+            config="astbench.tasks.mt_config:TranslationConfig",
+            sources=("demo", "hub", "local"),
+            real="--data.source=hub --backbone=small",
+            metric="bleu",
+        ),
     )
 }
 
