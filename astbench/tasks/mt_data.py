@@ -267,7 +267,7 @@ class TranslationData(pl.LightningDataModule):
         sampler = StepBatchSampler(
             len(dataset), self.batch_size, self.seed, self.trainer, lengths=dataset.lengths.tolist()
         )
-        return self._loader(dataset, sampler)
+        return self._loader(dataset, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation sentence."""
@@ -283,23 +283,24 @@ class TranslationData(pl.LightningDataModule):
 
     def _evaluation(self, split: str) -> DataLoader[Any]:
         """This process's share of the batches; one that is dealt twice to fill up changes no translation."""
-        dataset, trainer = self.sets[split], self.trainer
+        dataset, trainer, size = self.sets[split], self.trainer, self.eval_batch_size
         assert trainer is not None
-        batches = length_batches(dataset.lengths, self.eval_batch_size)
+        order = by_length(dataset.lengths)
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
         share = -(-len(batches) // trainer.world_size)
         mine = [batches[(trainer.global_rank + i * trainer.world_size) % len(batches)] for i in range(share)]
-        return self._loader(dataset, mine)
+        return self._loader(dataset, sampler=[index for batch in mine for index in batch], batch_size=size)
 
-    def _loader(self, dataset: PairDataset, batches: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: PairDataset, **arguments: Any) -> DataLoader[Any]:
         pad = self.tokenizer.pad_token_id
         if pad is None:
             raise ConfigError(f"--backbone.name={self.backbone.name} has a tokenizer without a padding token")
         return DataLoader(
             dataset,
-            batch_sampler=batches,
             collate_fn=Collate(pad),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            **arguments,
         )
 
     # -- what the record says ---------------------------------------------------------------------------
@@ -396,9 +397,8 @@ class Collate:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def length_batches(lengths: np.ndarray, size: int) -> list[list[int]]:
-    """Batches of similar length, the middle one first: what it shows of the attention is what is usual."""
-    order = np.argsort(lengths, kind="stable").tolist()
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    middle = len(batches) // 2
-    return batches[middle:] + batches[:middle]
+def by_length(lengths: np.ndarray) -> list[int]:
+    """Sentences by length, from the middle on: the first batch's attention is looked at, and should be ordinary."""
+    order: list[int] = np.argsort(lengths, kind="stable").tolist()
+    middle = len(order) // 2
+    return order[middle:] + order[:middle]

@@ -1,7 +1,6 @@
 """Translation: readers, the demo grammar, tokens and batches, the mean of weights, attention in an encoder-decoder."""
 
 import gzip
-import hashlib
 import random
 import re
 import subprocess
@@ -21,7 +20,7 @@ from astbench.errors import ConfigError, DataError
 from astbench.tasks import mt_demo
 from astbench.tasks.mt import Translation, score_sentences
 from astbench.tasks.mt_config import TranslationConfig
-from astbench.tasks.mt_data import IGNORED, Collate, PairDataset, TokenRows, TranslationData, length_batches
+from astbench.tasks.mt_data import IGNORED, Collate, PairDataset, TokenRows, TranslationData, by_length
 from astbench.tasks.mt_sources import HUB, Pair, fingerprint, read_parallel, read_sentences, read_table, split_of
 from astbench.tokenizers import train_bpe
 from tests.astbench.conftest import VOCABULARY, tiny_model
@@ -299,20 +298,14 @@ def test_batches_are_padded_rows():
     assert "labels" not in Collate(7)([PairDataset(rows(3), None)[0]])
 
 
-@pytest.mark.parametrize("size", [1, 4, 7, 50])
-def test_evaluation_batches_hold_every_sentence_once_and_begin_with_the_middle(size):
-    lengths = np.array(random.Random(size).choices(range(1, 60), k=23))
-    batches = length_batches(lengths, size)
-    assert sorted(i for batch in batches for i in batch) == list(range(23))
-    assert max(map(len, batches)) <= size
-    for batch in batches:
-        shorter = sum(lengths[j] < lengths[batch].min() for j in range(23) if j not in batch)
-        longer = sum(lengths[j] > lengths[batch].max() for j in range(23) if j not in batch)
-        equal = 23 - len(batch) - shorter - longer
-        assert equal <= sum(lengths == lengths[batch].min()) + sum(lengths == lengths[batch].max())
-    if len(batches) > 2:
-        first = lengths[batches[0]].mean()
-        assert lengths.min() < first < lengths.max()
+@pytest.mark.parametrize("count", [1, 2, 23, 24])
+def test_evaluation_goes_by_length_from_the_middle(count):
+    lengths = np.array(random.Random(count).choices(range(1, 60), k=count))
+    order = by_length(lengths)
+    assert sorted(order) == list(range(count))
+    turn = count - count // 2
+    assert (np.diff(lengths[order[:turn]]) >= 0).all() and (np.diff(lengths[order[turn:]]) >= 0).all()
+    assert lengths[order[0]] == np.sort(lengths)[count // 2]
 
 
 def test_processes_share_the_evaluation(demo, tokenizer):
