@@ -305,6 +305,8 @@ class RunCallback(Callback):
             short = f", of {wanted} asked for" if train["steps"] < wanted else ""
             rows["training"] = f"{train['steps']} steps in {train['wall_seconds']:.0f} s{short}"
         rows["record"] = self.folder / RECORD
+        if (self.folder / "items.json").exists():
+            rows["items"] = self.folder / "items.json"
         if (self.folder / LAST).exists():
             rows["checkpoint"] = self.folder / LAST
         if self.record.get("picture"):

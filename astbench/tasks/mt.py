@@ -18,7 +18,7 @@ from astbench_registry import Pattern
 from astbench_registry.registry import make_config
 
 SHOWN = 5
-"""Translations that `predict` prints; all are in `items.json`."""
+"""Lines of a file whose translation `predict` prints; all are in `items.json`."""
 
 
 class Translation(TaskModule):
@@ -166,9 +166,8 @@ class Translation(TaskModule):
                 for number, sentence in enumerate(sentences, 1)
             },
         }
-        self.answers = {
-            row["source"]: row["prediction"] for row in list(self.results["items"].values())[:SHOWN] if row["source"]
-        }
+        shown = [found.get(index, "") for index in range(len(sentences))][:SHOWN]
+        self.answers = {"translation": shown[0]} if self.data.text else {f"line {n}": t for n, t in enumerate(shown, 1)}
 
     def _finish(self, stage: str, split: str) -> None:
         found, references = self._all_translations(), self.data.references(split)

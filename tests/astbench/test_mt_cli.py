@@ -105,7 +105,7 @@ def test_predict_translates_a_sentence_and_a_file(astbench, here, trained):
     assert done.code == 0, done.err
     items = json.loads((here / "p" / "items.json").read_text())
     assert items.keys() == {"1"} and items["1"]["source"] == sentence
-    assert f"{sentence}  {items['1']['prediction']}".rstrip() in done.out
+    assert f"\n  translation  {items['1']['prediction']}" in done.out
     record = record_of(here / "p")
     assert 0 < record["density"]["mean"] <= 1 and len(record["density"]["layers"]) == 6
     assert record["data"]["source"] == "text" and (here / "p" / "pattern.png").exists()
@@ -115,7 +115,8 @@ def test_predict_translates_a_sentence_and_a_file(astbench, here, trained):
     found = json.loads((here / "f" / "items.json").read_text())
     assert [row["source"] for row in found.values()] == ["The king.", "", sentence]
     assert found["2"]["prediction"] == "" and found["3"] == items["1"]
-    assert "items" in done.out and "source      file in.txt" in done.out
+    for part in ("source      file in.txt", f"line 3   {items['1']['prediction']}", "items    f/items.json"):
+        assert part in done.out
 
 
 @pytest.mark.parametrize(
