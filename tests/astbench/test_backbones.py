@@ -18,7 +18,7 @@ from astbench.backbones.load import (
 from astbench.backbones.presets import DEFAULT_FAMILY, PRESETS, BackboneConfig, resolve_preset
 from astbench.errors import CheckpointError, ConfigError, DataError, NameOrPluginError
 from astbench.tasks import qa_demo
-from astbench.tokenizers import load_tokenizer, train_tokenizer
+from astbench.tokenizers import load_tokenizer, train_bpe, train_tokenizer
 from tests.astbench.conftest import tiny_model
 
 TEXTS = ["Ada Vintar was born in Rookwell.", "The Silent Orchard is a work of Bram Oster.", "In 1873 the guild met."]
@@ -33,8 +33,8 @@ def heads_of(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_builds_and_takes_every_pattern_of_its_head(preset):
-    tokenizer = train_tokenizer(TEXTS, 90)
     for head in heads_of(preset):
+        tokenizer = train_bpe(TEXTS, 300) if head == "seq2seq" else train_tokenizer(TEXTS, 90)
         model = load_backbone(BackboneConfig(preset), head, tokenizer=tokenizer)
         assert model.dtype == torch.float32
         assert model.config.vocab_size % 8 == 0
@@ -145,8 +145,10 @@ def test_rotary_positions_have_no_table(family):
 def test_presets_take_any_length(preset):
     model = load_backbone(BackboneConfig(preset, max_positions=3000), heads_of(preset)[0])
     assert max_positions(model) == 3000
+    ids = torch.ones(1, 3000, dtype=torch.long)
+    targets = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        assert model.base_model(torch.ones(1, 3000, dtype=torch.long)).last_hidden_state.isfinite().all()
+        assert model.base_model(ids, **targets).last_hidden_state.isfinite().all()
 
 
 def test_rope_bert_starts_with_heads_that_find_equal_tokens_and_heads_that_look_around():
