@@ -31,7 +31,8 @@ from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, default_run
 from astbench.runs.progress import build_loggers, progress_bar
 from astbench.selection import Selection
 from astbench.tasks import Task, find_task
-from astbench_registry import Pattern
+from astbench.tasks.mt_config import PLACES
+from astbench_registry import AttentionConfig, Pattern
 from astbench_registry.registry import config_class, make_config
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
@@ -58,7 +59,7 @@ _CUT_SHORT = {
     "limit_train_batches": "--data.max_train=N",
     "limit_val_batches": "--data.max_eval=N",
     "limit_test_batches": "--data.max_eval=N",
-    "limit_predict_batches": "a shorter --data.document",
+    "limit_predict_batches": "a shorter input",
     "overfit_batches": "--data.max_train=N",
     "fast_dev_run": "--trainer.max_steps=3 --data.max_eval=8",
 }
@@ -134,17 +135,10 @@ class CLI(LightningCLI):
         options = self.options
         attention = {k: v for k, v in vars(options.attention).items() if k != "name"}
         config = make_config(self.attention, attention)
-        option = self.data_class.length_option
-        config.can.check(
-            self.attention,
-            _PATTERN[self.module_class.head],
-            length=options.data[option],
-            length_flag=f"--data.{option}",
-            **{"padded": self.data_class.pads, **self.module_class.needs(self.command, options.data)},
-        )
+        task = self.task_config(**_without_name(options.task))
+        self._check_attention(config, task)
         BackboneConfig(**vars(options.backbone))
         OptimConfig(**vars(options.optim))
-        self.task_config(**_without_name(options.task))
         if options.checkpoint_every < 1:
             raise ConfigError(f"--checkpoint_every must be at least 1 step, got {options.checkpoint_every}")
         if self.command == "fit" and options.trainer.max_steps < 1:
@@ -179,6 +173,27 @@ class CLI(LightningCLI):
                 f"--trainer.accelerator={options.trainer.accelerator}: torch sees no GPU here (astbench doctor says "
                 "what it sees); leave the option out to run on the CPU"
             )
+
+    def _check_attention(self, config: AttentionConfig, task: Any) -> None:
+        """Refuse an attention that cannot do what the task asks of it, and say where it could be used."""
+        option, head = self.data_class.length_option, self.module_class.head
+        layer = {
+            "length": self.options.data[option],
+            "length_flag": f"--data.{option}",
+            **{"padded": self.data_class.pads, **self.module_class.needs(self.command, self.options.data)},
+        }
+        if head != "seq2seq":
+            config.can.check(self.attention, _PATTERN[head], **layer)
+            return
+        able = [place for place in task.places if PLACES[place] in config.can.patterns]
+        if able and able != list(task.places):
+            lacking = ", ".join(place for place in task.places if place not in able)
+            raise ConfigError(
+                f"attention '{self.attention}' cannot serve {lacking} (it has: {', '.join(config.can.patterns)}); "
+                f"--task.where={','.join(able)} leaves the rest dense"
+            )
+        for place in task.places:
+            config.can.check(self.attention, PLACES[place], **layer)
 
     @property
     def options(self) -> Namespace:
@@ -247,9 +262,10 @@ class CLI(LightningCLI):
             return None
         file = checkpoint_file(options.ckpt_path)
         trained = read_checkpoint(file)["hyper_parameters"]
-        for group in ("attention", "backbone"):
+        fixed = {k: (trained["task"] or {}).get(k) for k in self.module_class.fixed_task_options}
+        for group in ("attention", "backbone", "task"):
             now = _as_dict(options[group])
-            before = {k: v for k, v in trained[group].items() if k not in _FREE}
+            before = fixed if group == "task" else {k: v for k, v in trained[group].items() if k not in _FREE}
             differs = {k: (v, now.get(k)) for k, v in before.items() if now.get(k) != v}
             if differs:
                 raise CheckpointError(

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from astbench.backbones.load import locate
 from astbench.backbones.presets import BackboneConfig
-from astbench.errors import DataError
+from astbench.errors import DataError, MissingPackageError
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+SEQ2SEQ_SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 BYTES = 256
 """Tokens that a byte-level vocabulary begins with, beside the one for the end of a text."""
@@ -69,15 +70,53 @@ def _words(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> set[str]:
     return {word for piece in pieces for word, _ in split(normalize(piece))}
 
 
-def load_tokenizer(backbone: BackboneConfig) -> PreTrainedTokenizerBase:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Cased byte-level BPE that ends every text with `</s>`: nothing is unknown, and decoding gives the text back.
+
+    Text that spells a special token is text. The same texts give the same vocabulary: bytes are numbered in
+    order, and ties between merges are broken by these numbers.
+    """
+    trained = tokenizers.Tokenizer(models.BPE())
+    # A space in front: a word is the same tokens at the start of a sentence as inside.
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SEQ2SEQ_SPECIAL.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    end = SEQ2SEQ_SPECIAL["eos_token"]
+    trained.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, trained.token_to_id(end))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+        **SEQ2SEQ_SPECIAL,
+    )
+
+
+def load_tokenizer(backbone: BackboneConfig, *, offsets: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer that comes with pretrained weights.
 
+    Args:
+        backbone: Whose.
+        offsets: Offsets into the text are needed, which only fast tokenizers give.
+
     Raises:
-        DataError: none there, or not a fast one (offsets into the text are needed).
+        DataError: none there, or not a fast one where offsets are needed.
+        MissingPackageError: it needs a package that is not installed.
     """
     where, arguments = locate(backbone)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **arguments)
+    except ImportError as error:  # Marian's need sentencepiece
+        raise MissingPackageError(
+            f"the tokenizer of --backbone.name={backbone.name} needs a package: {' '.join(str(error).split())[:200]}"
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"--backbone.name={backbone.name} has no readable tokenizer: {' '.join(str(error).split())[:200]}"
@@ -85,7 +124,7 @@ def load_tokenizer(backbone: BackboneConfig) -> PreTrainedTokenizerBase:
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # transformers makes an empty one up where the files are missing.
         raise DataError(f"--backbone.name={backbone.name} comes without a tokenizer's files")
-    if not tokenizer.is_fast:
+    if offsets and not tokenizer.is_fast:
         raise DataError(f"--backbone.name={backbone.name} has only a slow tokenizer; a fast one is needed")
     return tokenizer
 

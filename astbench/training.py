@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from astbench.averaging import final_weights
 from astbench.backbones.load import load_backbone
 from astbench.backbones.presets import BackboneConfig, Head
-from astbench.backbones.swap import SwapHandle, swap_attention
+from astbench.backbones.swap import WHERE, SwapHandle, Where, swap_attention
 from astbench.config import OptimConfig
 from astbench.errors import CheckpointError, ConfigError, NumericError
 from astbench.runs.checkpoints import read_checkpoint
+from astbench_registry import Pattern
 
 
 class TaskModule(pl.LightningModule):
@@ -31,6 +34,8 @@ class TaskModule(pl.LightningModule):
     """
 
     head: ClassVar[Head]
+    fixed_task_options: ClassVar[tuple[str, ...]] = ()  # task options that belong to trained weights
+    where: Sequence[Where] = tuple(dict.fromkeys(WHERE.values()))  # which attention is replaced
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class TaskModule(pl.LightningModule):
         self.init_from = init_from
         self.model: PreTrainedModel | None = None
         self.handle: SwapHandle | None = None
+        self.answers: dict[str, str] = {}
 
     @classmethod
     def needs(cls, command: str, data: Any) -> dict[str, bool]:
@@ -67,7 +73,7 @@ class TaskModule(pl.LightningModule):
         options = {key: value for key, value in self.attention.items() if key != "name"}
         # A generator of its own for the variant's parameters: the backbone's are the same for every variant.
         torch.manual_seed(self.seed + 1)
-        self.handle = swap_attention(self.model, self.attention["name"], options)
+        self.handle = swap_attention(self.model, self.attention["name"], options, where=self.where)
         if self.backbone.gradient_checkpointing:
             # transformers 5.23 calls it by another name and warns of the old one.
             name = "activation_checkpointing_enable"
@@ -88,7 +94,7 @@ class TaskModule(pl.LightningModule):
         same_attention = checkpoint["hyper_parameters"]["attention"]["name"] == self.attention["name"]
         weights = {
             name.removeprefix("model."): value
-            for name, value in checkpoint["state_dict"].items()
+            for name, value in final_weights(checkpoint).items()
             if name.startswith("model.")
         }
         own = set(self.handle.state_dict())
@@ -186,6 +192,13 @@ class TaskModule(pl.LightningModule):
             return 1.0
         left = max(0.0, (steps - step) / (steps - optim.warmup_steps))
         return left if optim.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+    def real_lengths(self, batch: dict[str, Any], pattern: Pattern) -> tuple[int, int] | None:
+        """Queries and keys of the first sequence that are no padding, in attention of a pattern; None for all."""
+        if "attention_mask" not in batch:
+            return None
+        real = int(batch["attention_mask"][0].sum())
+        return real, real
 
     def counts(self) -> dict[str, int]:
         """Parameters in all, those that learn, and the attention's own."""

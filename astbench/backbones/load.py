@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,7 +26,11 @@ from astbench.errors import ConfigError, DataError, MissingPackageError, NameOrP
 
 log = logging.getLogger(__name__)
 
-_AUTO = {"question_answering": AutoModelForQuestionAnswering, "causal_lm": AutoModelForCausalLM}
+_AUTO = {
+    "question_answering": AutoModelForQuestionAnswering,
+    "causal_lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
 _TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
@@ -46,27 +51,27 @@ def load_backbone(
     """
     preset = resolve_preset(config.name, head)
     if preset:
-        model = _from_preset(preset, head, tokenizer)
-        if config.max_positions:
-            if has_position_table(model):
-                extend_positions(model, config.max_positions)
-            else:
-                model.config.max_position_embeddings = config.max_positions
-        return model
+        return _from_preset(preset, head, tokenizer, config.max_positions)
     model = _from_pretrained(config, head)
     if config.max_positions and config.max_positions > max_positions(model):
         extend_positions(model, config.max_positions)
     return model
 
 
-def _from_preset(name: str, head: Head, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+def _from_preset(
+    name: str, head: Head, tokenizer: PreTrainedTokenizerBase | None, max_positions: int | None
+) -> PreTrainedModel:
     settings = dict(PRESETS[name])
+    if max_positions:
+        settings["max_position_embeddings"] = max_positions
     model_type, mimetic = settings.pop("model_type"), settings.pop("mimetic", False)
     if tokenizer is not None:
         # Multiples of 8 keep the embedding's matmul on the fast path.
         settings["vocab_size"] = -(-len(tokenizer) // 8) * 8
         for token in ("pad", "bos", "eos", "cls", "sep"):
             settings[f"{token}_token_id"] = getattr(tokenizer, f"{token}_token_id")
+        if head == "seq2seq":
+            settings["decoder_start_token_id"] = tokenizer.bos_token_id
     config = AutoConfig.for_model(model_type, **settings)
     model: PreTrainedModel = _AUTO[head].from_config(config, attn_implementation="sdpa")
     if mimetic:
@@ -191,11 +196,6 @@ def require_positions(model: PreTrainedModel, length: int, flag: str) -> None:
             f"{flag} tokens is longer than the backbone's position table of {limit}; lower it, or set "
             f"--backbone.max_positions={length} to extend a learned table by copying"
         )
-
-
-def has_position_table(model: PreTrainedModel) -> bool:
-    """Whether positions are learned rows of a table (not rotary or relative)."""
-    return bool(_position_tables(model))
 
 
 def extend_positions(model: PreTrainedModel, length: int) -> None:

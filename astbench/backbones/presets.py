@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Head = Literal["question_answering", "causal_lm"]
-"""What stands on the backbone: span extraction, or next-token prediction."""
+Head = Literal["question_answering", "causal_lm", "seq2seq"]
+"""What stands on the backbone: span extraction, next-token prediction, or a decoder that translates."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ _DECODER_SIZES = {
     # As many key as query heads: every causal attention can serve it.
     "mini": (128, 4, 4, 4, 352),
     "small": (256, 4, 4, 2, 704),
+}
+_SEQ2SEQ_SIZES = {
+    # hidden, layers of the encoder and of the decoder, heads, feed-forward, dropout
+    "tiny": (64, 2, 4, 256, 0.0),
+    "small": (256, 3, 4, 1024, 0.1),
 }
 
 
@@ -113,6 +118,27 @@ def _llama(size: str) -> dict[str, Any]:
     }
 
 
+def _marian(size: str) -> dict[str, Any]:
+    hidden, layers, heads, feed_forward, dropout = _SEQ2SEQ_SIZES[size]
+    return {
+        # The Transformer of Vaswani et al. 2017: sinusoidal positions, normalised after each layer, one embedding.
+        "model_type": "marian",
+        "d_model": hidden,
+        "encoder_layers": layers,
+        "decoder_layers": layers,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "encoder_ffn_dim": feed_forward,
+        "decoder_ffn_dim": feed_forward,
+        "activation_function": "relu",
+        "dropout": dropout,
+        "scale_embedding": True,
+        "max_position_embeddings": 1024,
+        # Marian's own defaults are numbers in the vocabulary of its first checkpoint.
+        "forced_eos_token_id": None,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     f"{family}-{size}": make(size)
     for family, make, sizes in (
@@ -120,11 +146,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         ("modernbert", _modernbert, _ENCODER_SIZES),
         ("bert", _bert, _ENCODER_SIZES),
         ("llama", _llama, _DECODER_SIZES),
+        ("marian", _marian, _SEQ2SEQ_SIZES),
     )
     for size in sizes
 }
 
-DEFAULT_FAMILY: dict[Head, str] = {"question_answering": "rope-bert", "causal_lm": "llama"}
+DEFAULT_FAMILY: dict[Head, str] = {"question_answering": "rope-bert", "causal_lm": "llama", "seq2seq": "marian"}
 """What a bare `tiny` or `small` means for a head."""
 
 

@@ -278,9 +278,10 @@ class RunCallback(Callback):
                 "measured_on": "the first evaluation batch",
             }
             self.record["backends"] = sorted({s.backend for s in stats.values()})
-            real = int(batch["attention_mask"][0].sum()) if "attention_mask" in batch else None
+            real = {slot.path: module.real_lengths(batch, slot.pattern) for slot in slots}
+            known = {path: lengths for path, lengths in real.items() if lengths is not None}
             self.record["picture"] = draw_pattern(
-                self.folder / "pattern.png", list(stats.items()), module.swapped.name, real
+                self.folder / "pattern.png", list(stats.items()), module.swapped.name, known or None
             )
 
     def _write_record(self) -> None:
@@ -291,13 +292,7 @@ class RunCallback(Callback):
         write_json(self.folder / RECORD, self.record)
 
     def _last_lines(self, module: TaskModule, data: pl.LightningDataModule) -> None:
-        rows: dict[str, object] = {}
-        if answer := self.record.get("answer"):
-            doubt = "" if answer["above_null"] > 0 else ", below 'not in this document'"
-            rows["answer"] = answer["text"]
-            rows["score"] = f"{answer['above_null']:.2f} above no answer, over {answer['windows']} windows{doubt}"
-        if written := self.record.get("continuation"):
-            rows["prompt"], rows["continuation"] = (written[part].replace("\n", "\\n") for part in ("prompt", "text"))
+        rows: dict[str, object] = dict(module.answers)
         for name, value in self.record.get("metrics", {}).items():
             rows[name] = f"{value:.2f}" if isinstance(value, float) else value
         if (density := self.record.get("density", {}).get("mean")) is not None:
@@ -310,6 +305,8 @@ class RunCallback(Callback):
             short = f", of {wanted} asked for" if train["steps"] < wanted else ""
             rows["training"] = f"{train['steps']} steps in {train['wall_seconds']:.0f} s{short}"
         rows["record"] = self.folder / RECORD
+        if (self.folder / "items.json").exists():
+            rows["items"] = self.folder / "items.json"
         if (self.folder / LAST).exists():
             rows["checkpoint"] = self.folder / LAST
         if self.record.get("picture"):
@@ -326,8 +323,9 @@ class RunCallback(Callback):
 
 
 def _source(data: dict[str, Any]) -> str:
+    pairs = data.get("questions") or data.get("pairs") or {}
     counts = ", ".join(
-        [f"{n} {split}" for split, n in data.get("questions", {}).items()]
+        [f"{n} {split}" for split, n in pairs.items()]
         + [f"{n:,} {split} tokens" for split, n in data.get("split_tokens", {}).items()]
     )
     what = {"demo": "demo (generated, not the real data set)"}.get(data["source"], data["source"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from astbench_registry.interface import AttentionStats
@@ -11,7 +12,10 @@ PANELS = 8
 
 
 def draw_pattern(
-    file: Path, stats: list[tuple[str, AttentionStats]], name: str, length: int | None = None
+    file: Path,
+    stats: list[tuple[str, AttentionStats]],
+    name: str,
+    lengths: Mapping[str, tuple[int, int]] | None = None,
 ) -> str | None:
     """Draw the kept blocks of the first sequence, mean over heads, query groups down and key blocks across.
 
@@ -19,7 +23,8 @@ def draw_pattern(
         file: PNG to write.
         stats: Layer path and statistics.
         name: The attention's name.
-        length: Real tokens of the first sequence; what lies behind is padding and is not drawn.
+        lengths: By path, the real queries and keys of the first sequence; what lies behind is padding and is not
+            drawn.
 
     Returns:
         The file's name, or None for an attention that does not choose blocks.
@@ -40,8 +45,9 @@ def draw_pattern(
         assert s.layout is not None
         axes = figure.add_subplot(1, len(chosen), number + 1)
         share = s.layout.to_mask()[0].float().mean(0)
-        if length is not None:
-            share = share[: -(-length // s.layout.query_group), : -(-length // s.layout.block_size)]
+        if lengths is not None:
+            queries, keys = lengths[path]
+            share = share[: -(-queries // s.layout.query_group), : -(-keys // s.layout.block_size)]
         image = axes.imshow(share.cpu().numpy(), vmin=0, vmax=1, cmap="magma_r", aspect="auto", interpolation="nearest")
         axes.set_title(f"{_layer(path)}, density {float(s.density.mean()):.2f}", fontsize=9)
         axes.set_xlabel(f"key blocks of {s.layout.block_size} tokens", fontsize=8)
@@ -57,4 +63,8 @@ def draw_pattern(
 
 def _layer(path: str) -> str:
     numbers = [part for part in path.split(".") if part.isdigit()]
-    return f"layer {numbers[-1]}" if numbers else path
+    if not numbers:
+        return path
+    stacks = {"encoder_attn": "cross", "encoder.": "encoder", "decoder.": "decoder"}
+    stack = next((f"{name} " for mark, name in stacks.items() if mark in path), "")
+    return f"{stack}layer {numbers[-1]}"

@@ -19,7 +19,7 @@ SCHEMA = 1
 
 _PACKAGES = (
     "astbench torch triton transformers tokenizers lightning jsonargparse numpy safetensors datasets xformers "
-    "flash-attn performer-pytorch reformer-pytorch"
+    "flash-attn performer-pytorch reformer-pytorch sacrebleu"
 ).split()
 
 

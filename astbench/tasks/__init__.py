@@ -123,6 +123,38 @@ TASKS: dict[str, Task] = {
                 "optim.beta2": 0.98,
             },
         ),
+        Task(
+            name="wmt14",
+            summary="WMT14 English-German translation, either direction (BLEU, chrF)",
+            module="astbench.tasks.mt:Translation",
+            data="astbench.tasks.mt_data:TranslationData",
+            config="astbench.tasks.mt_config:TranslationConfig",
+            sources=("demo", "hub", "local"),
+            real="--data.source=hub --backbone=small",
+            metric="bleu",
+            demo={
+                # One token a word: sentences of 9 to 38 tokens.
+                "data.vocab_size": 1000,
+                "data.max_length": 48,
+                "trainer.max_steps": 600,
+                "optim.lr": 3e-3,
+                "optim.beta2": 0.98,
+                "optim.warmup_steps": 100,
+                # Sentences are short: blocks of two words, and a choice for every word.
+                "attention.block_size": 2,
+                "attention.query_group": 1,
+                "attention.density": 0.25,
+                "attention.min_blocks": 2,
+                "attention.first_block": False,
+                # Dense first: which words belong together is learned before choosing among them.
+                "attention.density_start": 1.0,
+                "attention.density_hold": 100,
+                "attention.density_steps": 400,
+                "attention.density_schedule": "mixed",
+                "attention.sample": True,
+                "attention.distill_fraction": 1.0,
+            },
+        ),
     )
 }
 

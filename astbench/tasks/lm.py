@@ -190,14 +190,18 @@ class LanguageModel(TaskModule):
         decode = self.data.tokenizer.decode
         temperature = self.config.temperature
         how = f"sampled at temperature {temperature:g}, seed {self.seed}" if temperature > 0 else "greedy"
+        texts = {
+            "prompt": str(decode(self.data.prompt_ids.tolist())),
+            "text": str(decode(self._written, skip_special_tokens=True)),
+        }
         self.results = {
             "signature": f"{len(self._written)} tokens after a prompt of {len(self.data.prompt_ids)}, {how}",
             "metrics": {},
-            "continuation": {
-                "prompt": decode(self.data.prompt_ids.tolist()),
-                "text": decode(self._written, skip_special_tokens=True),
-                "tokens": self._written,
-            },
+            "continuation": {**texts, "tokens": self._written},
+        }
+        self.answers = {
+            "prompt": texts["prompt"].replace("\n", "\\n"),
+            "continuation": texts["text"].replace("\n", "\\n"),
         }
 
 

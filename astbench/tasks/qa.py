@@ -102,6 +102,9 @@ class SpanQA(TaskModule):
             "metrics": {},
             "answer": {"text": answer, "above_null": value, "windows": len(self.data.sets["predict"])},
         }
+        doubt = "" if value > 0 else ", below 'not in this document'"
+        windows = len(self.data.sets["predict"])
+        self.answers = {"answer": answer, "score": f"{value:.2f} above no answer, over {windows} windows{doubt}"}
 
     def _finish(self, stage: str, split: str) -> None:
         guesses = self._all_guesses()

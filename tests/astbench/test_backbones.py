@@ -11,7 +11,6 @@ from astbench import load_adapter, save_adapter, swap_attention
 from astbench.backbones import adapters
 from astbench.backbones.load import (
     extend_positions,
-    has_position_table,
     load_backbone,
     locate,
     max_positions,
@@ -19,7 +18,7 @@ from astbench.backbones.load import (
 from astbench.backbones.presets import DEFAULT_FAMILY, PRESETS, BackboneConfig, resolve_preset
 from astbench.errors import CheckpointError, ConfigError, DataError, NameOrPluginError
 from astbench.tasks import qa_demo
-from astbench.tokenizers import load_tokenizer, train_tokenizer
+from astbench.tokenizers import load_tokenizer, train_bpe, train_tokenizer
 from tests.astbench.conftest import tiny_model
 
 TEXTS = ["Ada Vintar was born in Rookwell.", "The Silent Orchard is a work of Bram Oster.", "In 1873 the guild met."]
@@ -29,20 +28,21 @@ SMALL_BERT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 
 
 def heads_of(preset):
     family = preset.split("-")[0]
-    return ["causal_lm"] if family == "llama" else ["question_answering"]
+    return {"llama": ["causal_lm"], "marian": ["seq2seq"]}.get(family, ["question_answering"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_builds_and_takes_every_pattern_of_its_head(preset):
-    tokenizer = train_tokenizer(TEXTS, 90)
     for head in heads_of(preset):
+        tokenizer = train_bpe(TEXTS, 300) if head == "seq2seq" else train_tokenizer(TEXTS, 90)
         model = load_backbone(BackboneConfig(preset), head, tokenizer=tokenizer)
         assert model.dtype == torch.float32
         assert model.config.vocab_size % 8 == 0
         assert model.config.vocab_size >= len(tokenizer)
         assert model.config.pad_token_id == tokenizer.pad_token_id
         handle = swap_attention(model, "ast")
-        assert len(handle.slots) == model.config.num_hidden_layers
+        stacks = {"encoder": 1, "decoder": 2} if head == "seq2seq" else {"num_hidden": 1}
+        assert len(handle.slots) == sum(n * getattr(model.config, f"{s}_layers") for s, n in stacks.items())
 
 
 @pytest.mark.parametrize(
@@ -136,16 +136,19 @@ def test_extended_models_save_and_load(tmp_path, family):
 @pytest.mark.parametrize("family", ["llama", "modernbert"])
 def test_rotary_positions_have_no_table(family):
     model = tiny_model(family, max_position_embeddings=64)
-    assert not has_position_table(model)
     assert max_positions(model) == 64
     with pytest.raises(ConfigError, match="no learned position table to extend"):
         extend_positions(model, 100)
 
 
-@pytest.mark.parametrize("preset", ["bert-tiny", "rope-bert-tiny"])
+@pytest.mark.parametrize("preset", ["bert-tiny", "rope-bert-tiny", "marian-tiny"])
 def test_presets_take_any_length(preset):
-    model = load_backbone(BackboneConfig(preset, max_positions=3000), "question_answering")
+    model = load_backbone(BackboneConfig(preset, max_positions=3000), heads_of(preset)[0])
     assert max_positions(model) == 3000
+    ids = torch.ones(1, 3000, dtype=torch.long)
+    targets = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        assert model.base_model(ids, **targets).last_hidden_state.isfinite().all()
 
 
 def test_rope_bert_starts_with_heads_that_find_equal_tokens_and_heads_that_look_around():

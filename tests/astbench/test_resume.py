@@ -81,15 +81,20 @@ def whole(run, tmp_path_factory):
     return folder
 
 
+def assert_same_part(ours, theirs):
+    """Nested plain data and tensors, bit by bit."""
+    ours_flat, theirs_flat = (torch.utils._pytree.tree_flatten(part) for part in (ours, theirs))
+    assert ours_flat[1] == theirs_flat[1]
+    for a, b in zip(ours_flat[0], theirs_flat[0], strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 def assert_same_end(folder, whole):
     """Weights, optimizer, schedule and log bit by bit; the metrics of the record."""
     ours, theirs = read_checkpoint(folder), read_checkpoint(whole)
     assert ours["global_step"] == theirs["global_step"] == STEPS
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-        ours_flat, theirs_flat = (torch.utils._pytree.tree_flatten(c[part]) for c in (ours, theirs))
-        assert ours_flat[1] == theirs_flat[1]
-        for a, b in zip(ours_flat[0], theirs_flat[0], strict=True):
-            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        assert_same_part(ours[part], theirs[part])
     assert (folder / METRICS).read_bytes() == (whole / METRICS).read_bytes()
     records = [json.loads((f / RECORD).read_text()) for f in (folder, whole)]
     assert records[0]["state"] == "done" and (folder / DONE).exists()
