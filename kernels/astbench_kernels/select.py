@@ -53,8 +53,9 @@ def _lowest_kept(ranked: Tensor, budget: Tensor, anywhere: Tensor) -> tuple[Tens
         empty = ranked.new_full(ranked.shape[:-1], torch.inf)
         return empty, empty
     lowest, next_best = [], []
-    for rows in torch.arange(ranked.shape[2], device=ranked.device).split(ROWS_AT_A_TIME):
-        here = slice(int(rows[0]), int(rows[-1]) + 1)
+    step = ROWS_AT_A_TIME if ranked.device.type == "cpu" else ranked.shape[2]  # a GPU would wait at every one
+    for start in range(0, ranked.shape[2], step):
+        here = slice(start, start + step)
         blocks = anywhere[here].any(0).nonzero()
         reach = int(blocks[-1]) + 1 if len(blocks) else 1
         wanted = budget[:, :, here].clamp(1, reach).unsqueeze(-1)

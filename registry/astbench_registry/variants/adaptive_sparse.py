@@ -27,8 +27,9 @@ from astbench_registry.interface import AttentionContext, AttentionMask, Attenti
 
 GOLDEN_RATIO = (1 + 5**0.5) / 2
 
-LOGITS_AT_A_TIME = 2**19
-"""Logits of dense attention held at a time while distilling: 2 MiB, near a core's cache."""
+LOGITS_AT_A_TIME, LOGITS_AT_A_TIME_ON_GPU = 2**19, 2**26
+"""Logits of dense attention held at a time while distilling: 2 MiB, near a core's cache; 256 MiB (not measured) where
+every step is a launch."""
 
 
 class AdaptiveSparseAttention(BlockSelectingAttention):
@@ -330,8 +331,9 @@ def _pooled_attention(
     norm = v.norm(dim=-1, dtype=compute).repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None, :]
     position = torch.arange(k.shape[2], device=q.device)
     missing = selection.num_blocks * selection.block_size - k.shape[2]
+    logits = LOGITS_AT_A_TIME if q.device.type == "cpu" else LOGITS_AT_A_TIME_ON_GPU
     pooled = []
-    for rows in torch.arange(len(index), device=q.device).split(max(1, LOGITS_AT_A_TIME // max(1, norm.numel()))):
+    for rows in torch.arange(len(index), device=q.device).split(max(1, logits // max(1, norm.numel()))):
         weights = block_scores(q[:, :, rows], k).to(compute).mul_(scale)
         if mask.key_valid is not None:
             weights.masked_fill_(~mask.key_valid[:, None, None, :], -torch.inf)
