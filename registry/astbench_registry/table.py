@@ -17,6 +17,7 @@ from astbench_registry.configs.linear import LinearConfig
 from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.local import LocalConfig
 from astbench_registry.configs.longformer import LongformerConfig
+from astbench_registry.configs.moba import MoBAConfig
 from astbench_registry.configs.nystrom import NystromConfig
 from astbench_registry.configs.performer import PerformerConfig
 from astbench_registry.configs.reformer import ReformerConfig
@@ -45,6 +46,7 @@ BUILTIN: dict[str, Row] = {
     "linformer": Row(f"{_VARIANTS}.linformer:LinformerAttention", LinformerConfig),
     "local": Row(f"{_VARIANTS}.local:LocalAttention", LocalConfig),
     "longformer": Row(f"{_VARIANTS}.longformer:LongformerAttention", LongformerConfig),
+    "moba": Row(f"{_VARIANTS}.moba:MoBAttention", MoBAConfig),
     "nystrom": Row(f"{_VARIANTS}.nystrom:NystromAttention", NystromConfig),
     "oracle_topk": Row(f"{_VARIANTS}.oracle_topk:OracleTopKAttention", OracleTopKConfig),
     "performer": Row(f"{_VARIANTS}.performer:PerformerAttention", PerformerConfig),
