@@ -20,6 +20,7 @@ from astbench_registry.configs.longformer import LongformerConfig
 from astbench_registry.configs.moba import MoBAConfig
 from astbench_registry.configs.nystrom import NystromConfig
 from astbench_registry.configs.performer import PerformerConfig
+from astbench_registry.configs.quest import QuestConfig
 from astbench_registry.configs.reformer import ReformerConfig
 from astbench_registry.configs.sinkhorn import SinkhornConfig
 from astbench_registry.configs.sparse import SparseConfig
@@ -51,6 +52,7 @@ BUILTIN: dict[str, Row] = {
     "oracle_topk": Row(f"{_VARIANTS}.oracle_topk:OracleTopKAttention", OracleTopKConfig),
     "performer": Row(f"{_VARIANTS}.performer:PerformerAttention", PerformerConfig),
     "pooled_topk": Row(f"{_VARIANTS}.pooled_topk:PooledTopKAttention", PooledTopKConfig),
+    "quest": Row(f"{_VARIANTS}.quest:QuestAttention", QuestConfig),
     "random_topk": Row(f"{_VARIANTS}.random_topk:RandomTopKAttention", RandomTopKConfig),
     "reformer": Row(f"{_VARIANTS}.reformer:ReformerAttention", ReformerConfig),
     "sinkhorn": Row(f"{_VARIANTS}.sinkhorn:SinkhornAttention", SinkhornConfig),
