@@ -22,6 +22,7 @@ from astbench_registry.configs.nystrom import NystromConfig
 from astbench_registry.configs.performer import PerformerConfig
 from astbench_registry.configs.quest import QuestConfig
 from astbench_registry.configs.reformer import ReformerConfig
+from astbench_registry.configs.seer import SeerConfig
 from astbench_registry.configs.sinkhorn import SinkhornConfig
 from astbench_registry.configs.sparse import SparseConfig
 from astbench_registry.configs.sqa import SQAConfig
@@ -55,6 +56,7 @@ BUILTIN: dict[str, Row] = {
     "quest": Row(f"{_VARIANTS}.quest:QuestAttention", QuestConfig),
     "random_topk": Row(f"{_VARIANTS}.random_topk:RandomTopKAttention", RandomTopKConfig),
     "reformer": Row(f"{_VARIANTS}.reformer:ReformerAttention", ReformerConfig),
+    "seer": Row(f"{_VARIANTS}.seer:SeerAttention", SeerConfig),
     "sinkhorn": Row(f"{_VARIANTS}.sinkhorn:SinkhornAttention", SinkhornConfig),
     "sparse": Row(f"{_VARIANTS}.sparse:SparseAttention", SparseConfig),
     "sqa": Row(f"{_VARIANTS}.sqa:SQAttention", SQAConfig),
