@@ -18,6 +18,7 @@ from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.local import LocalConfig
 from astbench_registry.configs.longformer import LongformerConfig
 from astbench_registry.configs.moba import MoBAConfig
+from astbench_registry.configs.nsa import NSAConfig
 from astbench_registry.configs.nystrom import NystromConfig
 from astbench_registry.configs.performer import PerformerConfig
 from astbench_registry.configs.quest import QuestConfig
@@ -49,6 +50,7 @@ BUILTIN: dict[str, Row] = {
     "local": Row(f"{_VARIANTS}.local:LocalAttention", LocalConfig),
     "longformer": Row(f"{_VARIANTS}.longformer:LongformerAttention", LongformerConfig),
     "moba": Row(f"{_VARIANTS}.moba:MoBAttention", MoBAConfig),
+    "nsa": Row(f"{_VARIANTS}.nsa:NativeSparseAttention", NSAConfig),
     "nystrom": Row(f"{_VARIANTS}.nystrom:NystromAttention", NystromConfig),
     "oracle_topk": Row(f"{_VARIANTS}.oracle_topk:OracleTopKAttention", OracleTopKConfig),
     "performer": Row(f"{_VARIANTS}.performer:PerformerAttention", PerformerConfig),
