@@ -17,6 +17,7 @@ from astbench_registry.configs.linear import LinearConfig
 from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.local import LocalConfig
 from astbench_registry.configs.longformer import LongformerConfig
+from astbench_registry.configs.minference import MInferenceConfig
 from astbench_registry.configs.moba import MoBAConfig
 from astbench_registry.configs.nsa import NSAConfig
 from astbench_registry.configs.nystrom import NystromConfig
@@ -49,6 +50,7 @@ BUILTIN: dict[str, Row] = {
     "linformer": Row(f"{_VARIANTS}.linformer:LinformerAttention", LinformerConfig),
     "local": Row(f"{_VARIANTS}.local:LocalAttention", LocalConfig),
     "longformer": Row(f"{_VARIANTS}.longformer:LongformerAttention", LongformerConfig),
+    "minference": Row(f"{_VARIANTS}.minference:MInferenceAttention", MInferenceConfig),
     "moba": Row(f"{_VARIANTS}.moba:MoBAttention", MoBAConfig),
     "nsa": Row(f"{_VARIANTS}.nsa:NativeSparseAttention", NSAConfig),
     "nystrom": Row(f"{_VARIANTS}.nystrom:NystromAttention", NystromConfig),
