@@ -23,6 +23,8 @@ class Capabilities:
     Attributes:
         patterns: Which of the four patterns it computes.
         gqa: Accepts fewer key/value heads than query heads.
+        joint_choice: Query heads that share a key/value head choose keys together, so grouped heads are another
+            method than the same heads repeated.
         padding: Honours a key padding mask.
         decode: One step at a time with a KV cache equals one full pass (query offset > 0).
         strictly_causal: Under a causal mask no output depends on the future, nor does any choice of keys.
@@ -39,6 +41,7 @@ class Capabilities:
 
     patterns: tuple[Pattern, ...]
     gqa: bool = True
+    joint_choice: bool = False
     padding: bool = True
     decode: bool = False
     strictly_causal: bool = True

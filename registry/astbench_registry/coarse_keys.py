@@ -67,7 +67,7 @@ class CoarseKeys(nn.Module):
         valid = None
         if mask.key_valid is not None:
             valid = mask.key_valid[:, : windows * self.stride].unflatten(1, (windows, self.stride)).all(-1)
-        layout = self._everything(q, windows, mask)
+        layout = every_coarse_block(q, windows, self.stride, mask)
         out, lse = block_sparse_attention(
             q, key, value, layout, scale=scale, causal=mask.causal, key_valid=valid, backend=backend
         )
@@ -79,35 +79,44 @@ class CoarseKeys(nn.Module):
         weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1).to(x.dtype)
         return torch.einsum("bhwsd,hs->bhwd", x, weights)
 
-    def _everything(self, q: Tensor, windows: int, mask: AttentionMask) -> BlockLayout:
-        """Lists of all coarse blocks that some row of a group may see."""
-        batch, length = q.shape[0], q.shape[2]
-        counts = self._listed(length, windows, mask).to(q.device)
-        blocks, groups = ceil_div(windows, COARSE_BLOCK), len(counts)
-        return BlockLayout(
-            indices=torch.arange(blocks, dtype=torch.int32, device=q.device).expand(batch, 1, groups, blocks),
-            counts=counts.expand(batch, 1, groups),
-            block_size=COARSE_BLOCK,
-            query_group=COARSE_GROUP,
-            query_length=length,
-            key_length=windows,
-            query_offset=mask.query_offset,
-            key_stride=self.stride,
-        )
-
-    def _listed(self, query_length: int, windows: int, mask: AttentionMask) -> Tensor:
-        """int32 `(groups,)`: coarse blocks that the last row of each group sees a token of."""
-        first, blocks = mask.query_offset // COARSE_GROUP, ceil_div(windows, COARSE_BLOCK)
-        rows = mask.query_offset + query_length
-        stop = (torch.arange(first, ceil_div(rows, COARSE_GROUP)) + 1) * COARSE_GROUP
-        seen = stop.clamp(max=rows) // self.stride if mask.causal else torch.full_like(stop, windows)
-        return (-(-seen // COARSE_BLOCK)).clamp(max=blocks).to(torch.int32)
-
     def flops(
         self, batch: int, num_heads: int, query_length: int, key_length: int, head_dim: int, mask: AttentionMask
     ) -> int:
         """Two matmuls over the listed blocks, and the pooling."""
         windows, kv_heads = key_length // self.stride, self.key_pooling.shape[0]
-        keys = int(self._listed(query_length, windows, mask).sum()) * COARSE_BLOCK
+        keys = int(listed_coarse_blocks(query_length, windows, self.stride, mask).sum()) * COARSE_BLOCK
         pooling = 4 * kv_heads * windows * self.stride * head_dim
         return batch * (4 * num_heads * keys * COARSE_GROUP * head_dim + pooling)
+
+
+def every_coarse_block(q: Tensor, windows: int, stride: int, mask: AttentionMask) -> BlockLayout:
+    """Lists of all coarse blocks that some row of a group may see.
+
+    Args:
+        q: Queries, `(batch, num_heads, query_length, head_dim)`.
+        windows: Coarse keys, of which number `j` stands at position `(j + 1) * stride - 1`.
+        stride: Tokens from one to the next.
+        mask: What the queries see of the single keys.
+    """
+    batch, length = q.shape[0], q.shape[2]
+    counts = listed_coarse_blocks(length, windows, stride, mask).to(q.device)
+    blocks, groups = ceil_div(windows, COARSE_BLOCK), len(counts)
+    return BlockLayout(
+        indices=torch.arange(blocks, dtype=torch.int32, device=q.device).expand(batch, 1, groups, blocks),
+        counts=counts.expand(batch, 1, groups),
+        block_size=COARSE_BLOCK,
+        query_group=COARSE_GROUP,
+        query_length=length,
+        key_length=windows,
+        query_offset=mask.query_offset,
+        key_stride=stride,
+    )
+
+
+def listed_coarse_blocks(query_length: int, windows: int, stride: int, mask: AttentionMask) -> Tensor:
+    """int32 `(groups,)`: coarse blocks that the last row of each group sees a token of."""
+    first, blocks = mask.query_offset // COARSE_GROUP, ceil_div(windows, COARSE_BLOCK)
+    rows = mask.query_offset + query_length
+    stop = (torch.arange(first, ceil_div(rows, COARSE_GROUP)) + 1) * COARSE_GROUP
+    seen = stop.clamp(max=rows) // stride if mask.causal else torch.full_like(stop, windows)
+    return (-(-seen // COARSE_BLOCK)).clamp(max=blocks).to(torch.int32)

@@ -135,6 +135,7 @@ def decode(subject: Subject) -> None:
 def gqa(subject: Subject) -> None:
     """Fewer key/value heads equal the same heads repeated."""
     need(subject.can.gqa, "no grouped queries")
+    need(not subject.can.joint_choice, "grouped heads choose together")
     case = subject.case(holes=0.2)
     grouped, single = subject.build(), subject.build(kv_heads=HEADS)
     state = grouped.state_dict()
@@ -231,7 +232,7 @@ def scale(subject: Subject) -> None:
 
 @holds_for()
 def statistics(subject: Subject) -> None:
-    """What is reported as attended is what was: with value = identity, output > 0 is the layout."""
+    """What is reported as attended is what was: with value = identity, where the output is not 0 is the layout."""
     size = subject.head_dim if subject.can.head_dims else subject.length(LENGTH)
     need(size % subject.can.length_multiple == 0, "no length equals a head size")
     # head_dim = key length, so that the values can be the identity matrix
@@ -255,7 +256,7 @@ def statistics(subject: Subject) -> None:
     within = bool(((stats.density > 0) & (stats.density <= most)).all())
     demand(within, f"density {stats.density} is not within (0, {most}]")
     if subject.can.yields_layout:
-        support, pattern = got.context > 0, _attended(got, case)
+        support, pattern = got.context != 0, _attended(got, case)  # learned mixtures may be negative
         if stats.coarse is not None:
             support &= pattern  # the pooled keys' part lies outside the layout too
         demand(torch.equal(support, pattern.expand_as(support)), "the layout is not what was attended to")

@@ -149,7 +149,8 @@ class AttentionStats:
         visible: float64 `(batch,)`: pairs a dense attention would compute.
         backend: The kernel that ran.
         layout: The chosen blocks, for variants that choose blocks.
-        coarse: float64 `(batch, heads)`: pairs computed with pooled keys beside those; None where there are none.
+        coarse: float64 `(batch, heads)`: pairs computed beside those, with pooled keys or in another branch; None where
+            there are none.
     """
 
     attended: Tensor
@@ -160,7 +161,7 @@ class AttentionStats:
 
     @property
     def density(self) -> Tensor:
-        """float64 `(heads,)`: computed pairs, those with pooled keys included, over visible pairs, over the batch."""
+        """float64 `(heads,)`: computed pairs, those in `coarse` included, over visible pairs, over the batch."""
         computed = self.attended if self.coarse is None else self.attended + self.coarse
         return computed.sum(0) / self.visible.sum().clamp(min=1)
 

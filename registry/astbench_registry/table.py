@@ -17,9 +17,14 @@ from astbench_registry.configs.linear import LinearConfig
 from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.local import LocalConfig
 from astbench_registry.configs.longformer import LongformerConfig
+from astbench_registry.configs.minference import MInferenceConfig
+from astbench_registry.configs.moba import MoBAConfig
+from astbench_registry.configs.nsa import NSAConfig
 from astbench_registry.configs.nystrom import NystromConfig
 from astbench_registry.configs.performer import PerformerConfig
+from astbench_registry.configs.quest import QuestConfig
 from astbench_registry.configs.reformer import ReformerConfig
+from astbench_registry.configs.seer import SeerConfig
 from astbench_registry.configs.sinkhorn import SinkhornConfig
 from astbench_registry.configs.sparse import SparseConfig
 from astbench_registry.configs.sqa import SQAConfig
@@ -45,12 +50,17 @@ BUILTIN: dict[str, Row] = {
     "linformer": Row(f"{_VARIANTS}.linformer:LinformerAttention", LinformerConfig),
     "local": Row(f"{_VARIANTS}.local:LocalAttention", LocalConfig),
     "longformer": Row(f"{_VARIANTS}.longformer:LongformerAttention", LongformerConfig),
+    "minference": Row(f"{_VARIANTS}.minference:MInferenceAttention", MInferenceConfig),
+    "moba": Row(f"{_VARIANTS}.moba:MoBAttention", MoBAConfig),
+    "nsa": Row(f"{_VARIANTS}.nsa:NativeSparseAttention", NSAConfig),
     "nystrom": Row(f"{_VARIANTS}.nystrom:NystromAttention", NystromConfig),
     "oracle_topk": Row(f"{_VARIANTS}.oracle_topk:OracleTopKAttention", OracleTopKConfig),
     "performer": Row(f"{_VARIANTS}.performer:PerformerAttention", PerformerConfig),
     "pooled_topk": Row(f"{_VARIANTS}.pooled_topk:PooledTopKAttention", PooledTopKConfig),
+    "quest": Row(f"{_VARIANTS}.quest:QuestAttention", QuestConfig),
     "random_topk": Row(f"{_VARIANTS}.random_topk:RandomTopKAttention", RandomTopKConfig),
     "reformer": Row(f"{_VARIANTS}.reformer:ReformerAttention", ReformerConfig),
+    "seer": Row(f"{_VARIANTS}.seer:SeerAttention", SeerConfig),
     "sinkhorn": Row(f"{_VARIANTS}.sinkhorn:SinkhornAttention", SinkhornConfig),
     "sparse": Row(f"{_VARIANTS}.sparse:SparseAttention", SparseConfig),
     "sqa": Row(f"{_VARIANTS}.sqa:SQAttention", SQAConfig),

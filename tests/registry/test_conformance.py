@@ -31,6 +31,9 @@ CONTROL_OPTIONS = [
     ("oracle_topk", {"query_group": 4}),
     ("pooled_topk", {"query_group": 4}),
     ("local", {"window": 50}),
+    ("quest", {"dense_layers": 2}),
+    ("seer", {"query_group": 4}),
+    ("seer", {"threshold": 0.2}),
     ("sparse", {"pattern": "strided", "stride": 6}),
     ("sparse", {"pattern": "strided", "stride": 6, "heads": "split"}),
 ]

@@ -92,3 +92,26 @@ class OracleTopKConfig(BlockSelectionConfig):
     def can(self) -> Capabilities:
         """One query a group looks at nothing but itself."""
         return replace(super().can, strictly_causal=self.query_group in (None, 1))
+
+
+@dataclass(frozen=True)
+class TokenTopKConfig(BlockSelectionConfig):
+    """Base of methods in which every token keeps a fixed number of blocks and nothing else is open.
+
+    Their papers fix what the controls leave as options, so those are none here.
+
+    Args:
+        top_k: Blocks each token keeps, its own included; all of them where it sees fewer.
+    """
+
+    top_k: int = 8
+
+    query_group: ClassVar[int | None] = 1  # type: ignore[misc]
+    density: ClassVar[float] = 1.0  # type: ignore[misc]
+    min_blocks: ClassVar[int] = 1  # type: ignore[misc]
+    local_blocks: ClassVar[int] = 0  # type: ignore[misc]
+    first_block: ClassVar[bool] = False  # type: ignore[misc]
+
+    complexity: ClassVar = "N top_k block_size + N M / block_size"
+    conformance_options: ClassVar = {"block_size": 4, "top_k": 4}
+    full_density_options: ClassVar = {"top_k": 2**20}

@@ -1,0 +1,46 @@
+"""Dense attention weights, some rows at a time: what selectors are taught by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from astbench_registry.block_selection import block_scores
+from astbench_registry.interface import AttentionMask
+
+LOGITS_AT_A_TIME = 2**19
+"""Weights held at a time: 2 MiB, near a core's cache."""
+
+
+@torch.no_grad()
+def dense_weights(q: Tensor, k: Tensor, mask: AttentionMask, scale: float, rows: Tensor) -> Tensor:
+    """Softmax attention of some query rows over all keys that they see.
+
+    Args:
+        q: Queries, `(batch, num_heads, query_length, head_dim)`.
+        k: Keys, `(batch, num_kv_heads, key_length, head_dim)`, finite in padding too.
+        mask: What may be seen.
+        scale: Factor on `q . k`.
+        rows: int64 `(rows,)`: which of the queries, the same of every sequence.
+
+    Returns:
+        `(batch, num_heads, rows, key_length)`, float32 or more, without gradient; zero in rows that see nothing and
+        in rows of padding.
+
+    Cost: O(rows x key_length) time and memory.
+    """
+    compute = torch.promote_types(q.dtype, torch.float32)
+    weights = block_scores(q[:, :, rows].to(compute), k.to(compute)).mul_(scale)
+    if mask.key_valid is not None:
+        weights.masked_fill_(~mask.key_valid[:, None, None, :], -torch.inf)
+    if mask.causal:
+        position = torch.arange(k.shape[2], device=q.device)
+        weights.masked_fill_(position > (rows + mask.query_offset)[:, None], -torch.inf)
+    weights = weights.softmax(-1).nan_to_num_(0.0)
+    valid = mask.valid_queries(q.shape[2])
+    return weights if valid is None else weights.mul_(valid[:, None, rows, None])
+
+
+def rows_at_a_time(q: Tensor, k: Tensor) -> int:
+    """Query rows whose dense weights may be held together."""
+    return max(1, LOGITS_AT_A_TIME // max(1, q.shape[0] * q.shape[1] * k.shape[2]))

@@ -1,0 +1,40 @@
+"""Dense attention for layers or steps in which a block-selecting variant chooses nothing."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from astbench_kernels import BlockLayout
+from astbench_registry.all_keys import attend_to_all
+from astbench_registry.block_selection import Selection
+from astbench_registry.interface import AttentionContext, AttentionMask, AttentionOutput, AttentionStats
+
+
+def attend_densely(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    selection: Selection,
+    *,
+    scale: float | None,
+    context: AttentionContext,
+) -> AttentionOutput:
+    """Everything visible by torch's fused kernels; the list of all blocks only for those who listen.
+
+    Arguments as :meth:`astbench_registry.interface.Attention.forward`, and the blocks to report.
+    """
+    out = attend_to_all(q, k, v, mask, scale=scale)
+    if not context.listen:
+        return AttentionOutput(out)
+    layout = BlockLayout.from_mask(
+        selection.visible.expand(q.shape[0], -1, -1, -1),
+        block_size=selection.block_size,
+        query_group=selection.query_group,
+        query_length=q.shape[2],
+        key_length=k.shape[2],
+        query_offset=mask.query_offset,
+    )
+    visible = mask.visible_pairs(q, k)
+    attended = visible[:, None].expand(-1, q.shape[1])
+    return AttentionOutput(out, stats=AttentionStats(attended, visible, f"sdpa-{q.device.type}", layout))

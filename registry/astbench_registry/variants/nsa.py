@@ -1,0 +1,198 @@
+"""Native sparse attention: compression, selection and a window (Yuan et al. 2025, arXiv 2502.11089)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear, pad
+
+from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend
+from astbench_kernels.layout import last_key
+from astbench_registry.block_selection import BlockSelectingAttention, Selection, block_scores
+from astbench_registry.coarse_keys import COARSE_BLOCK, COARSE_GROUP, every_coarse_block, listed_coarse_blocks
+from astbench_registry.configs.nsa import NSAConfig
+from astbench_registry.dense_weights import rows_at_a_time
+from astbench_registry.interface import (
+    AttentionContext,
+    AttentionMask,
+    AttentionOutput,
+    AttentionShape,
+    AttentionStats,
+)
+from astbench_registry.registry import build_attention
+
+
+class Compression(nn.Module):
+    """phi: `size` consecutive keys or values to one, every `stride` tokens; the plain mean at first.
+
+    phi(x) = mean(x) + W_2 gelu(W_1 [x_1 + p_1; ...; x_l + p_l]), weights per key/value head, W_2 and p zero at first.
+    """
+
+    def __init__(self, num_kv_heads: int, head_dim: int, size: int, stride: int) -> None:
+        super().__init__()
+        self.size, self.stride = size, stride
+        self.position = nn.Parameter(torch.zeros(num_kv_heads, size, head_dim))
+        self.inner = nn.Parameter(torch.empty(num_kv_heads, size * head_dim, head_dim))
+        self.outer = nn.Parameter(torch.zeros(num_kv_heads, head_dim, head_dim))
+        nn.init.normal_(self.inner, std=(size * head_dim) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, kv_heads, length, d)` to `(batch, kv_heads, windows, d)`, float32 or more.
+
+        In front stand `size / stride - 1` windows of zeros, so that number `j` ends at position
+        `(j + 1) * stride - 1`. A sequence shorter than a window has none at all.
+        """
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if x.shape[2] < self.size:
+            return x[:, :, :0]
+        windows = x.unfold(2, self.size, self.stride).transpose(-1, -2)  # (batch, kv_heads, windows, size, d)
+        moved = (windows + self.position.to(x.dtype)[:, None]).flatten(3)
+        mixed = torch.matmul(gelu(torch.matmul(moved, self.inner.to(x.dtype))), self.outer.to(x.dtype))
+        return pad(windows.mean(3) + mixed, (0, 0, self.size // self.stride - 1, 0))
+
+
+class NativeSparseAttention(BlockSelectingAttention):
+    """Three attentions per query head, summed with gates that are read from the layer's input x.
+
+        o = sum over c in (cmp, slc, win) of g_c Attn(q, K_c, V_c),   g = sigmoid(W_g x + b)            (eq. 5)
+        K_cmp = phi(k[i d : i d + l]) for all i,   V_cmp likewise                                       (eq. 7)
+        p_cmp = softmax(q K_cmp^T / sqrt(head_dim))                                                     (eq. 8)
+        p_slc[j] = sum_m sum_n p_cmp[j l'/d + m - n],   m < l'/d,  n < l/d                              (eq. 9)
+        p'_slc = sum of p_slc over the query heads that share a key/value head                         (eq. 10)
+        K_slc = the blocks of l' keys with the `top_k` largest p'_slc                              (eqs. 11, 12)
+        K_win = the last `window` keys
+
+    with l = `compress_size`, d = `compress_stride`, l' = `block_size`. Causal: a compressed token is seen once its last
+    token is, and only completed blocks compete; the first block, the token's own and the one before are always
+    selected and count in `top_k`. So no choice depends on the future, and decoding equals one full pass.
+
+    Differences from the paper:
+
+    * One set of keys and values, the backbone's, serves all branches; the paper projects three. phi and the gates are
+      all that is new, so the method can be put into a model that is there.
+    * Equation 9 is written there with p_cmp[j l'/d - m - n], which for j = 0 names no window: here a window counts once
+      for every d tokens that it shares with the block, what the text says.
+    * phi is the paper's perceptron with positions inside the window, plus the mean, so that it starts as the mean.
+    * The gates are one linear map, zero at the start: every gate 1/2.
+    * Keys carry the backbone's rotary encoding, if it has one, when phi reads them.
+    * Windows that hold padding are left out, as are those that the end cuts short.
+    * Without a causal mask everything may be chosen, the window has both sides, and the block behind is kept too.
+    * p_cmp is computed twice, in the kernel for the output and a few rows at a time for the choice, as in the paper's
+      training; its decoding need not, and it keeps compressed tokens in a cache where each call here makes them anew.
+    * The paper's kernel reads a selected block once for all heads of a group; here as the chosen backend does it.
+    """
+
+    config: NSAConfig
+
+    def __init__(self, config: NSAConfig, shape: AttentionShape) -> None:
+        super().__init__(config, shape)
+        sizes = (shape.num_kv_heads, shape.head_dim, config.compress_size, config.compress_stride)
+        self.compress_key, self.compress_value = Compression(*sizes), Compression(*sizes)
+        self.gate = nn.Linear(shape.hidden_size, 3 * shape.num_heads)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+        self.window = build_attention("local", {"window": config.window - 1}, shape)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> AttentionOutput:
+        """See the base class. Time O(N (top_k block_size + window) + N M / compress_stride)."""
+        context = context or AttentionContext()
+        scale = self.shape.head_dim**-0.5 if scale is None else scale
+        selection = self.selection(q, k, mask)
+        backend = choose_backend(self.config.backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v = mask.without_padding(q, k, v)
+            gates = self._gates(context.hidden_states, mask)
+            key, value = self.compress_key(k), self.compress_value(v)
+            keep = self.choose(self.scores(q, key, value, mask, selection, scale), selection, context)
+            layout = BlockLayout.from_mask(
+                keep,
+                block_size=selection.block_size,
+                query_group=selection.query_group,
+                query_length=q.shape[2],
+                key_length=k.shape[2],
+                query_offset=mask.query_offset,
+            )
+            real = self._real_windows(key, mask)
+            seen = every_coarse_block(q, key.shape[2], self.config.compress_stride, mask)
+        attend = partial(block_sparse_attention, scale=scale, causal=mask.causal, backend=backend)
+        selected, _ = attend(q, k, v, layout, key_valid=mask.key_valid)
+        near = self.window(q, k, v, mask, scale=scale, context=context)
+        out = gates[..., 1:2] * selected + gates[..., 2:3] * near.context
+        if key.shape[2]:
+            compressed, _ = attend(q, key.to(q.dtype), value.to(q.dtype), seen, key_valid=real)
+            out = out + gates[..., 0:1] * compressed
+        if not context.listen:
+            return AttentionOutput(out.to(q.dtype))
+        layout = layout.expand_heads(self.shape.num_heads)
+        attended = layout.attended_pairs(causal=mask.causal, key_valid=mask.key_valid)
+        beside = near.stats.attended + seen.attended_pairs(causal=mask.causal, key_valid=real)
+        stats = AttentionStats(attended, mask.visible_pairs(q, k), backend, layout, beside)
+        return AttentionOutput(out.to(q.dtype), stats=stats)
+
+    @torch.no_grad()
+    def scores(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
+    ) -> Tensor:
+        """Equations 8 to 10, from the compressed keys `k`: `(batch, num_kv_heads, query_length, blocks)`."""
+        config, shared = self.config, self.shape.num_heads // self.shape.num_kv_heads
+        parts, overlap = config.block_size // config.compress_stride, config.compress_size // config.compress_stride
+        if not k.shape[2]:
+            return k.new_zeros(k.shape[0], k.shape[1], selection.num_groups, selection.num_blocks)
+        behind = selection.num_blocks * parts + overlap - 1 - k.shape[2]
+        real, window = self._real_windows(k, mask), torch.arange(k.shape[2], device=q.device)
+        found = []
+        for rows in torch.arange(q.shape[2], device=q.device).split(rows_at_a_time(q, k)):
+            hidden = ~real[:, None, None, :]
+            if mask.causal:
+                hidden = hidden | (window > last_key(rows + mask.query_offset, config.compress_stride)[:, None])
+            logits = (block_scores(q[:, :, rows].to(k.dtype), k) * scale).masked_fill(hidden, -torch.inf)
+            weights = logits.softmax(-1).nan_to_num(0.0).unflatten(1, (-1, shared)).sum(2)
+            weights = pad(weights, (0, behind)).unfold(-1, overlap, 1).sum(-1)  # of every `compress_stride` tokens
+            found.append(weights.unflatten(-1, (selection.num_blocks, parts)).sum(-1))
+        return torch.cat(found, 2)
+
+    def _real_windows(self, key: Tensor, mask: AttentionMask) -> Tensor:
+        """Bool `(batch, windows)`: windows of real keys only, not those of zeros in front."""
+        config, windows = self.config, key.shape[2]
+        extra = config.compress_size // config.compress_stride - 1
+        real = torch.arange(windows, device=key.device).expand(key.shape[0], -1) >= extra
+        if mask.key_valid is not None and windows:
+            whole = mask.key_valid.unfold(1, config.compress_size, config.compress_stride).all(-1)
+            real = real & pad(whole, (extra, 0))
+        return real
+
+    def _gates(self, hidden: Tensor | None, mask: AttentionMask) -> Tensor:
+        """`(batch, num_heads, query_length, 3)`, float32 or more: compression, selection, window."""
+        assert hidden is not None, "the capability record asks for hidden states"
+        valid = mask.valid_queries(hidden.shape[1])
+        if valid is not None:
+            hidden = hidden.masked_fill(~valid[:, :, None], 0.0)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        gates = linear(hidden.to(wide), self.gate.weight.to(wide), self.gate.bias.to(wide)).sigmoid()
+        return gates.unflatten(-1, (self.shape.num_heads, 3)).transpose(1, 2)
+
+    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
+        """Selected blocks, window, compressed tokens (twice their scores), phi and gates."""
+        shape, config = self.shape, self.config
+        windows = max(0, (key_length - config.compress_size) // config.compress_stride + 1)
+        keys = windows and windows + config.compress_size // config.compress_stride - 1  # those of zeros included
+        listed = int(listed_coarse_blocks(query_length, keys, config.compress_stride, mask).sum())
+        near = self.window.flops(batch, query_length, key_length, mask)
+        assert near is not None, "local attention declares its cost"
+        compressed = (
+            2 * shape.num_heads * shape.head_dim * (2 * listed * COARSE_BLOCK * COARSE_GROUP + query_length * keys)
+        )
+        phi = 4 * shape.num_kv_heads * windows * shape.head_dim**2 * (config.compress_size + 1)
+        gates = 2 * query_length * shape.hidden_size * 3 * shape.num_heads
+        return super().flops(batch, query_length, key_length, mask) + near + batch * (compressed + phi + gates)

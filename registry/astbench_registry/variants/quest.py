@@ -1,0 +1,72 @@
+"""Quest: pages by an upper bound of their keys' logits (Tang et al. 2024, arXiv 2406.10774, section 3.3)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from astbench_registry.block_pooling import extremes_of_blocks
+from astbench_registry.block_selection import BlockSelectingAttention, Selection, block_scores
+from astbench_registry.configs.quest import QuestConfig
+from astbench_registry.densely import attend_densely
+from astbench_registry.interface import AttentionContext, AttentionMask, AttentionOutput
+
+
+class QuestAttention(BlockSelectingAttention):
+    """Each token attends to the `top_k` pages whose score is highest, its own always among them; no parameters.
+
+        U_i = max(q_i m_i, q_i M_i) in channel i,   score of a page = sum_i U_i                 (algorithm 1)
+
+    with m and M the minimum and maximum of each channel over the keys of the page: no key of it has a larger
+    q . k. The sum is two matmuls, relu(q) . M - relu(-q) . m. The first `dense_layers` layers attend to everything.
+    Every query head chooses for itself.
+
+    Differences from the paper:
+
+    * Quest serves decoding after a dense prefill. Here every token chooses under all patterns, in prefill and
+      training too, so that decoding equals one full pass and the method can be trained with. Under a causal mask only
+      completed pages compete, so no choice depends on the future.
+    * The page of the token itself, perhaps incomplete, is always kept and counts in `top_k`, as in the published
+      code; without a causal mask it is kept too, and cross-attention has none.
+    * A page that padding cuts short has the extremes of its real keys.
+    * Extremes are computed anew in each call from the keys in the cache; the paper keeps them beside it. That is one
+      pass over the keys per decoding step which the paper's kernels do not have.
+    """
+
+    config: QuestConfig
+
+    @property
+    def dense(self) -> bool:
+        """This layer attends to everything."""
+        return self.shape.layer_index < self.config.dense_layers
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> AttentionOutput:
+        """See the base class; a dense layer takes O(N M)."""
+        if not self.dense:
+            return super().forward(q, k, v, mask, scale=scale, context=context)
+        selection = self.selection(q, k, mask)
+        return attend_densely(q, k, v, mask, selection, scale=scale, context=context or AttentionContext())
+
+    def scores(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
+    ) -> Tensor:
+        """See the base class. Time O(N M / block_size)."""
+        query = self.speaker(q, mask, selection)
+        high, low = extremes_of_blocks(k, mask, selection)
+        return block_scores(query.clamp(min=0), high) + block_scores(query.clamp(max=0), low)
+
+    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
+        """Kept pages, and two matmuls for the scores; a dense layer's are dense attention's."""
+        per_key = batch * self.shape.num_heads * query_length * self.shape.head_dim
+        if self.dense:
+            return 4 * per_key * key_length
+        pages = -(-key_length // self.config.block_size)
+        return super().flops(batch, query_length, key_length, mask) + 4 * per_key * pages
