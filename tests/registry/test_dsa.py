@@ -106,8 +106,8 @@ def test_training_is_dense_and_the_loss_leaves_the_backbone_alone(pattern):
 def test_distillation_teaches_the_tokens_of_most_mass():
     """Queries and keys are linear in the layer's input, as in a model; the indexer has to find that out.
 
-    One channel is the same for all tokens: without, w(-h) = -w(h) and relu(x) - relu(-x) = x, which makes a dot product of
-    two relus, is out of reach: the indexer learns nothing.
+    One channel is the same for all tokens. Without it w(-h) = -w(h), so a dot product, relu(x) - relu(-x), is out of
+    reach, and the indexer learns nothing.
     """
     g = torch.Generator().manual_seed(1)
     maps = [torch.randn(HIDDEN, HIDDEN, generator=g, dtype=torch.float64) * 0.7 for _ in range(2)]
