@@ -13,6 +13,7 @@ from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.configs.bigbird import BigBirdConfig
 from astbench_registry.configs.block_selection import OracleTopKConfig, PooledTopKConfig, RandomTopKConfig
 from astbench_registry.configs.dense import DenseConfig
+from astbench_registry.configs.dsa import DSAConfig
 from astbench_registry.configs.linear import LinearConfig
 from astbench_registry.configs.linformer import LinformerConfig
 from astbench_registry.configs.local import LocalConfig
@@ -46,6 +47,7 @@ BUILTIN: dict[str, Row] = {
     "ast": Row(f"{_VARIANTS}.adaptive_sparse:AdaptiveSparseAttention", ASTConfig),
     "bigbird": Row(f"{_VARIANTS}.bigbird:BigBirdAttention", BigBirdConfig),
     "dense": Row(f"{_VARIANTS}.dense:DenseAttention", DenseConfig),
+    "dsa": Row(f"{_VARIANTS}.dsa:DeepSeekSparseAttention", DSAConfig),
     "linear": Row(f"{_VARIANTS}.linear:LinearAttention", LinearConfig),
     "linformer": Row(f"{_VARIANTS}.linformer:LinformerAttention", LinformerConfig),
     "local": Row(f"{_VARIANTS}.local:LocalAttention", LocalConfig),
