@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Head = Literal["question_answering", "causal_lm"]
-"""What stands on the backbone: span extraction, or next-token prediction."""
+Head = Literal["question_answering", "causal_lm", "sequence_classification"]
+"""What stands on the backbone: span extraction, next-token prediction, or what the task itself puts there."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,18 @@ _ENCODER_SIZES = {
     # hidden, layers, heads, feed-forward
     "tiny": (64, 3, 2, 128),
     "small": (256, 4, 4, 512),
+    # What the Long Range Arena is usually run with since Xiong et al. 2021 (Nystromformer), arXiv 2102.03902.
+    "lra": (64, 2, 2, 128),
 }
 _DECODER_SIZES = {
     # hidden, layers, heads, kv heads, feed-forward
     "tiny": (64, 2, 4, 2, 176),
     "small": (256, 4, 4, 2, 704),
+}
+_INDUCTION_SIZES = {
+    # as above; as many kv heads as heads
+    "tiny": (128, 2, 2, 2, 352),
+    "small": (256, 2, 4, 4, 704),
 }
 
 
@@ -95,7 +102,21 @@ def _bert(size: str) -> dict[str, Any]:
 
 
 def _llama(size: str) -> dict[str, Any]:
-    hidden, layers, heads, kv_heads, feed_forward = _DECODER_SIZES[size]
+    return _decoder(_DECODER_SIZES[size])
+
+
+def _induction(size: str) -> dict[str, Any]:
+    return {
+        **_decoder(_INDUCTION_SIZES[size]),
+        # A Llama that starts with heads which find what followed an equal token before; they need both.
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "induction": True,
+    }
+
+
+def _decoder(sizes: tuple[int, int, int, int, int]) -> dict[str, Any]:
+    hidden, layers, heads, kv_heads, feed_forward = sizes
     return {
         "model_type": "llama",
         "hidden_size": hidden,
@@ -115,11 +136,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         ("modernbert", _modernbert, _ENCODER_SIZES),
         ("bert", _bert, _ENCODER_SIZES),
         ("llama", _llama, _DECODER_SIZES),
+        ("induction", _induction, _INDUCTION_SIZES),
     )
     for size in sizes
 }
 
-DEFAULT_FAMILY: dict[Head, str] = {"question_answering": "rope-bert", "causal_lm": "llama"}
+DEFAULT_FAMILY: dict[Head, str] = {
+    "question_answering": "rope-bert",
+    "causal_lm": "llama",
+    # Its start favours no kind of head, unlike rope-bert's.
+    "sequence_classification": "modernbert",
+}
 """What a bare `tiny` or `small` means for a head."""
 
 

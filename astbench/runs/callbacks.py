@@ -324,7 +324,7 @@ class RunCallback(Callback):
 
 
 def _source(data: dict[str, Any]) -> str:
-    counts = ", ".join(f"{n} {split}" for split, n in data.get("questions", {}).items())
+    counts = ", ".join(f"{n} {split}" for split, n in data.get("questions", data.get("examples", {})).items())
     what = {"demo": "demo (generated, not the real data set)"}.get(data["source"], data["source"])
     return f"{what}{' ' + data['path'] if data['path'] else ''}{': ' + counts if counts else ''}"
 

@@ -112,6 +112,62 @@ TASKS: dict[str, Task] = {
             metric="perplexity",
             commands=("test",),
         ),
+        Task(
+            name="mqar",
+            summary="Multi-query associative recall: a key asks for the value that stood beside it (accuracy)",
+            module="astbench.tasks.recall:Recall",
+            data="astbench.tasks.mqar_data:MQARData",
+            config="astbench.tasks.recall_config:RecallConfig",
+            sources=("generated",),
+            real="",
+            metric="accuracy",
+            commands=("fit", "validate", "test"),
+            demo={
+                "backbone.name": "induction-tiny",
+                "data.batch_size": 16,
+                "data.num_eval": 200,
+                "trainer.max_steps": 250,
+                "optim.lr": 1e-3,
+                "optim.beta2": 0.98,
+                "optim.warmup_steps": 20,
+                "attention.block_size": 8,
+                "attention.density": 0.125,
+                "attention.min_blocks": 4,
+                "attention.first_block": False,
+                "attention.distill_fraction": 1.0,
+            },
+        ),
+        Task(
+            name="needle",
+            summary="Multi-key needles in a haystack: a secret found again in a long text (accuracy by depth)",
+            module="astbench.tasks.recall:Recall",
+            data="astbench.tasks.needle_data:NeedleData",
+            config="astbench.tasks.recall_config:RecallConfig",
+            sources=("generated",),
+            real="",
+            metric="accuracy",
+            commands=("fit", "validate", "test"),
+        ),
+        *(
+            Task(
+                name=name,
+                summary=f"Long Range Arena: {summary} (accuracy)",
+                module="astbench.tasks.classify:SequenceClassifier",
+                data=f"astbench.tasks.lra_data:{data}",
+                config="astbench.tasks.classify_config:SequenceClassifierConfig",
+                sources=sources,
+                real="--data.source=local --data.path=FOLDER",
+                metric="accuracy",
+                commands=("fit", "validate", "test"),
+            )
+            for name, data, sources, summary in (
+                ("lra_listops", "ListOpsData", ("generated", "local"), "nested list operations, ten classes"),
+                ("lra_text", "TextData", ("local",), "IMDb reviews byte by byte, two classes"),
+                ("lra_retrieval", "RetrievalData", ("local",), "pairs of papers byte by byte, does one cite the other"),
+                ("lra_image", "ImageData", ("local",), "grey CIFAR-10 pixel by pixel, ten classes"),
+                ("lra_pathfinder", "PathfinderData", ("generated", "local"), "are two marked ends those of one curve"),
+            )
+        ),
     )
 }
 
