@@ -130,7 +130,10 @@ FAST_TURN = 0.1
 PREVIOUS_SCORE = 12.0
 """Attention logit of the token before, from each pair of fast dimensions."""
 
-COPY_GAIN = 3.0
+MATCH_SCORE = 16.0
+"""Attention logit of the token after an equal one."""
+
+COPY_GAIN = 5.0
 """How much more a found token weighs in the prediction than the one that asked."""
 
 
@@ -161,7 +164,7 @@ def _induction_init(model: PreTrainedModel) -> None:
             module.get_parameter("q_proj.bias").data = back.repeat(heads)
             o.data = rotation @ v.data.T * hidden**-0.5
         else:
-            std = (EQUAL_SCORE * dim**0.5 / (int(slow.sum()) * hidden)) ** 0.5
+            std = (MATCH_SCORE * dim**0.5 / (int(slow.sum()) * hidden)) ** 0.5
             q.data = torch.randn(hidden, hidden) * std * slow.repeat(heads)[:, None]
             k.data = q.data @ rotation.T
             o.data = COPY_GAIN * hidden**-0.5 * v.data.T

@@ -50,7 +50,7 @@ _DECODER_SIZES = {
 _INDUCTION_SIZES = {
     # as above; as many kv heads as heads
     "tiny": (128, 2, 2, 2, 352),
-    "small": (256, 2, 4, 4, 704),
+    "small": (256, 2, 2, 2, 704),
 }
 
 

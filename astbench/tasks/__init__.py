@@ -126,7 +126,7 @@ TASKS: dict[str, Task] = {
                 "backbone.name": "induction-tiny",
                 "data.batch_size": 16,
                 "data.num_eval": 200,
-                "trainer.max_steps": 250,
+                "trainer.max_steps": 120,
                 "optim.lr": 1e-3,
                 "optim.beta2": 0.98,
                 "optim.warmup_steps": 20,
