@@ -24,7 +24,8 @@ class Task:
         real: How to run it on the real data set.
         metric: The headline metric's name.
         commands: Which of fit, validate, test and predict it can do.
-        demo: Defaults that were measured for the `demo` source, for options that exist with the attention.
+        demo: Defaults that were measured for the first source, which is generated, for options that exist with the
+            attention.
     """
 
     name: str
@@ -123,13 +124,15 @@ TASKS: dict[str, Task] = {
             metric="accuracy",
             commands=("fit", "validate", "test"),
             demo={
+                # What is asked is whether a far key is found, not how long heads that look for keys take to form.
                 "backbone.name": "induction-tiny",
                 "data.batch_size": 16,
                 "data.num_eval": 200,
                 "trainer.max_steps": 120,
-                "optim.lr": 1e-3,
+                "optim.lr": 3e-3,
                 "optim.beta2": 0.98,
                 "optim.warmup_steps": 20,
+                # The pairs fill eight blocks of 32, of which a query may choose three, beside its own.
                 "attention.block_size": 8,
                 "attention.density": 0.125,
                 "attention.min_blocks": 4,

@@ -75,7 +75,7 @@ class ProbeData(pl.LightningDataModule):
         """Tell the data module what it serves; called before the trainer starts.
 
         Args:
-            backbone: Must be a preset: ids of a probe mean nothing to pretrained weights.
+            backbone: A preset, except where a task says otherwise: its ids mean nothing to pretrained weights.
             seed: Of the order of the examples.
             tokenizer_folder: Run folder whose saved tokenizer to use instead of making one.
         """
@@ -275,7 +275,7 @@ def gathered(trainer: pl.Trainer, mine: dict[int, Any]) -> dict[int, Any]:
     if trainer.world_size > 1:
         parts = [{} for _ in range(trainer.world_size)]
         torch.distributed.all_gather_object(parts, mine)
-    return {index: value for part in parts for index, value in part.items()}
+    return dict(sorted((index, value) for part in parts for index, value in part.items()))
 
 
 def share_of(right: Sequence[bool]) -> float:
