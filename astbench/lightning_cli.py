@@ -37,7 +37,11 @@ from astbench_registry.registry import config_class, make_config
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
-_PATTERN: dict[Head, Pattern] = {"question_answering": "bidirectional_self", "causal_lm": "causal_self"}
+_PATTERN: dict[Head, Pattern] = {
+    "question_answering": "bidirectional_self",
+    "causal_lm": "causal_self",
+    "sequence_classification": "bidirectional_self",
+}
 
 _TRAINER = {
     "max_steps": 1000,
@@ -116,8 +120,8 @@ class CLI(LightningCLI):
         parser.set_defaults(self._demo_defaults(parser))
 
     def _demo_defaults(self, parser: LightningArgumentParser) -> dict[str, Any]:
-        """Settings measured for the generated data, where it is used and for options that exist here."""
-        if not self.task.demo or _said(self.found, "data.source") not in (None, "demo"):
+        """Settings measured for the first source, where it is used and for options that exist here."""
+        if not self.task.demo or _said(self.found, "data.source") not in (None, self.task.sources[0]):
             return {}
         known = {a.dest for a in parser._actions}
         return {key: value for key, value in self.task.demo.items() if key in known}

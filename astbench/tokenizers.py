@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -97,6 +97,30 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         split_special_tokens=True,
         **SEQ2SEQ_SPECIAL,
     )
+
+
+def id_tokenizer(size: int, special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A vocabulary for data that are ids already: the numerals from 0, after special tokens such as `[PAD]`.
+
+    Args:
+        size: Ids without the special ones.
+        special: Tokens that come first, out of `SPECIAL`.
+    """
+    vocabulary = {token: number for number, token in enumerate([*special, *map(str, range(size))])}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=""))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {name: token for name, token in SPECIAL.items() if token in special}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A token for each of some words, marks and digits, numbered in order: for generated text."""
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=""))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def load_tokenizer(backbone: BackboneConfig, *, offsets: bool = True) -> PreTrainedTokenizerBase:

@@ -67,9 +67,8 @@ class TaskModule(pl.LightningModule):
         if self.model is not None:
             return
         torch.manual_seed(self.seed)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.model = load_backbone(self.backbone, self.head, tokenizer=data.tokenizer)
-        data.check_model(self.model)
+        self.model = self.build_model()
+        self.trainer.datamodule.check_model(self.model)  # type: ignore[attr-defined]
         options = {key: value for key, value in self.attention.items() if key != "name"}
         # A generator of its own for the variant's parameters: the backbone's are the same for every variant.
         torch.manual_seed(self.seed + 1)
@@ -86,6 +85,11 @@ class TaskModule(pl.LightningModule):
             self._freeze_backbone()
         # Pretrained models come in evaluation mode.
         self.model.train()
+
+    def build_model(self) -> PreTrainedModel:
+        """The backbone, before its attention is swapped."""
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        return load_backbone(self.backbone, self.head, tokenizer=tokenizer)
 
     def _load_trained_backbone(self, folder: str) -> None:
         """Weights of another run; the attention's own parameters only when that run had the same attention."""

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -30,6 +31,7 @@ _AUTO = {
     "question_answering": AutoModelForQuestionAnswering,
     "causal_lm": AutoModelForCausalLM,
     "seq2seq": AutoModelForSeq2SeqLM,
+    "sequence_classification": AutoModel,
 }
 _TABLES = ("position_embeddings", "embed_positions", "wpe")
 
@@ -65,6 +67,7 @@ def _from_preset(
     if max_positions:
         settings["max_position_embeddings"] = max_positions
     model_type, mimetic = settings.pop("model_type"), settings.pop("mimetic", False)
+    induction = settings.pop("induction", False)
     if tokenizer is not None:
         # Multiples of 8 keep the embedding's matmul on the fast path.
         settings["vocab_size"] = -(-len(tokenizer) // 8) * 8
@@ -76,6 +79,8 @@ def _from_preset(
     model: PreTrainedModel = _AUTO[head].from_config(config, attn_implementation="sdpa")
     if mimetic:
         _mimetic_init(model)
+    if induction:
+        _induction_init(model)
     return model.float()
 
 
@@ -119,6 +124,52 @@ def _mimetic_init(model: PreTrainedModel) -> None:
                 parts[name].get_parameter("bias").data[position] = LOCAL_BIAS
             for name in ("v_proj", "o_proj"):
                 nn.init.normal_(parts[name].get_parameter("weight"), std=hidden**-0.5)
+
+
+FAST_TURN = 0.1
+"""Radians a token: faster rotary dimensions tell a token from its neighbours."""
+
+PREVIOUS_SCORE = 12.0
+"""Attention logit of the token before, from each pair of fast dimensions."""
+
+MATCH_SCORE = 16.0
+"""Attention logit of the token after an equal one."""
+
+COPY_GAIN = 5.0
+"""How much more a found token weighs in the prediction than the one that asked."""
+
+
+def _induction_init(model: PreTrainedModel) -> None:
+    """Start a causal decoder with induction heads (Olsson et al. 2022, arXiv 2209.11895).
+
+    In the first half of the layers every head looks at the token before and writes it, turned by a random rotation,
+    beside the token itself. In the other layers a query's token is compared with that, so the head finds what came
+    after an equal token, and writes it where it is predicted. For probes of recall: they ask whether an attention
+    reaches and picks the right key, and not how many thousand steps it takes until such heads form.
+    """
+    hidden, heads = model.config.hidden_size, model.config.num_attention_heads
+    dim = hidden // heads
+    turn = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
+    fast, slow = (turn > FAST_TURN).repeat(2), (turn < SLOW_TURN).repeat(2)
+    nn.init.normal_(model.get_input_embeddings().get_parameter("weight"), std=hidden**-0.5)
+    attentions = [m for m in model.modules() if {"q_proj", "o_proj"} <= dict(m.named_children()).keys()]
+    rotation = nn.init.orthogonal_(torch.empty(hidden, hidden))
+    for layer, module in enumerate(attentions):
+        q, k, v, o = (module.get_parameter(f"{name}_proj.weight") for name in "qkvo")
+        nn.init.orthogonal_(v)
+        if layer < len(attentions) // 2:
+            key = fast * (PREVIOUS_SCORE * dim**0.5 / 2) ** 0.5
+            # The key's constant as rotary positions turn it one token back.
+            one, two = key.chunk(2)
+            back = torch.cat([one * turn.cos() + two * turn.sin(), two * turn.cos() - one * turn.sin()])
+            module.get_parameter("k_proj.bias").data = key.repeat(heads)
+            module.get_parameter("q_proj.bias").data = back.repeat(heads)
+            o.data = rotation @ v.data.T * hidden**-0.5
+        else:
+            std = (MATCH_SCORE * dim**0.5 / (int(slow.sum()) * hidden)) ** 0.5
+            q.data = torch.randn(hidden, hidden) * std * slow.repeat(heads)[:, None]
+            k.data = q.data @ rotation.T
+            o.data = COPY_GAIN * hidden**-0.5 * v.data.T
 
 
 def locate(config: BackboneConfig) -> tuple[str, dict[str, Any]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Head = Literal["question_answering", "causal_lm", "seq2seq"]
-"""What stands on the backbone: span extraction, next-token prediction, or a decoder that translates."""
+Head = Literal["question_answering", "causal_lm", "seq2seq", "sequence_classification"]
+"""What stands on the backbone: span extraction, next-token prediction, a decoder that translates, or what the task
+itself puts there."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ _ENCODER_SIZES = {
     # hidden, layers, heads, feed-forward
     "tiny": (64, 3, 2, 128),
     "small": (256, 4, 4, 512),
+    # What the Long Range Arena is usually run with since Xiong et al. 2021 (Nystromformer), arXiv 2102.03902.
+    "lra": (64, 2, 2, 128),
 }
 _DECODER_SIZES = {
     # hidden, layers, heads, kv heads, feed-forward
@@ -54,6 +57,11 @@ _SEQ2SEQ_SIZES = {
     # hidden, layers of the encoder and of the decoder, heads, feed-forward, dropout
     "tiny": (64, 2, 4, 256, 0.0),
     "small": (256, 3, 4, 1024, 0.1),
+}
+_INDUCTION_SIZES = {
+    # as above; as many kv heads as heads
+    "tiny": (128, 2, 2, 2, 352),
+    "small": (256, 2, 2, 2, 704),
 }
 
 
@@ -105,7 +113,21 @@ def _bert(size: str) -> dict[str, Any]:
 
 
 def _llama(size: str) -> dict[str, Any]:
-    hidden, layers, heads, kv_heads, feed_forward = _DECODER_SIZES[size]
+    return _decoder(_DECODER_SIZES[size])
+
+
+def _induction(size: str) -> dict[str, Any]:
+    return {
+        **_decoder(_INDUCTION_SIZES[size]),
+        # A Llama that starts with heads which find what followed an equal token before; they need both.
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "induction": True,
+    }
+
+
+def _decoder(sizes: tuple[int, int, int, int, int]) -> dict[str, Any]:
+    hidden, layers, heads, kv_heads, feed_forward = sizes
     return {
         "model_type": "llama",
         "hidden_size": hidden,
@@ -147,11 +169,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         ("bert", _bert, _ENCODER_SIZES),
         ("llama", _llama, _DECODER_SIZES),
         ("marian", _marian, _SEQ2SEQ_SIZES),
+        ("induction", _induction, _INDUCTION_SIZES),
     )
     for size in sizes
 }
 
-DEFAULT_FAMILY: dict[Head, str] = {"question_answering": "rope-bert", "causal_lm": "llama", "seq2seq": "marian"}
+DEFAULT_FAMILY: dict[Head, str] = {
+    "question_answering": "rope-bert",
+    "causal_lm": "llama",
+    "seq2seq": "marian",
+    # Its start favours no kind of head, unlike rope-bert's.
+    "sequence_classification": "modernbert",
+}
 """What a bare `tiny` or `small` means for a head."""
 
 

@@ -323,7 +323,7 @@ class RunCallback(Callback):
 
 
 def _source(data: dict[str, Any]) -> str:
-    pairs = data.get("questions") or data.get("pairs") or {}
+    pairs = data.get("questions") or data.get("pairs") or data.get("examples") or {}
     counts = ", ".join(
         [f"{n} {split}" for split, n in pairs.items()]
         + [f"{n:,} {split} tokens" for split, n in data.get("split_tokens", {}).items()]

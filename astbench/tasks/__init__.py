@@ -25,7 +25,8 @@ class Task:
         metric: The headline metric's name.
         commands: Which of fit, validate, test and predict it can do.
         eval_limit: The option under `--data.` that evaluates on less.
-        demo: Defaults that were measured for the `demo` source, for options that exist with the attention.
+        demo: Defaults that were measured for the first source, which is generated, for options that exist with the
+            attention.
     """
 
     name: str
@@ -154,6 +155,64 @@ TASKS: dict[str, Task] = {
                 "attention.sample": True,
                 "attention.distill_fraction": 1.0,
             },
+        ),
+        Task(
+            name="mqar",
+            summary="Multi-query associative recall: a key asks for the value that stood beside it (accuracy)",
+            module="astbench.tasks.recall:Recall",
+            data="astbench.tasks.mqar_data:MQARData",
+            config="astbench.tasks.recall_config:RecallConfig",
+            sources=("generated",),
+            real="",
+            metric="accuracy",
+            commands=("fit", "validate", "test"),
+            demo={
+                # What is asked is whether a far key is found, not how long heads that look for keys take to form.
+                "backbone.name": "induction-tiny",
+                "data.batch_size": 16,
+                "data.num_eval": 200,
+                "trainer.max_steps": 120,
+                "optim.lr": 3e-3,
+                "optim.beta2": 0.98,
+                "optim.warmup_steps": 20,
+                # The pairs fill eight blocks of 32, of which a query may choose three, beside its own.
+                "attention.block_size": 8,
+                "attention.density": 0.125,
+                "attention.min_blocks": 4,
+                "attention.first_block": False,
+                "attention.distill_fraction": 1.0,
+            },
+        ),
+        Task(
+            name="needle",
+            summary="Multi-key needles in a haystack: a secret found again in a long text (accuracy by depth)",
+            module="astbench.tasks.recall:Recall",
+            data="astbench.tasks.needle_data:NeedleData",
+            config="astbench.tasks.recall_config:RecallConfig",
+            sources=("generated",),
+            real="",
+            metric="accuracy",
+            commands=("fit", "validate", "test"),
+        ),
+        *(
+            Task(
+                name=name,
+                summary=f"Long Range Arena: {summary} (accuracy)",
+                module="astbench.tasks.classify:SequenceClassifier",
+                data=f"astbench.tasks.lra_data:{data}",
+                config="astbench.tasks.classify_config:SequenceClassifierConfig",
+                sources=sources,
+                real="--data.source=local --data.path=FOLDER",
+                metric="accuracy",
+                commands=("fit", "validate", "test"),
+            )
+            for name, data, sources, summary in (
+                ("lra_listops", "ListOpsData", ("generated", "local"), "nested list operations, ten classes"),
+                ("lra_text", "TextData", ("local",), "IMDb reviews byte by byte, two classes"),
+                ("lra_retrieval", "RetrievalData", ("local",), "pairs of papers byte by byte, does one cite the other"),
+                ("lra_image", "ImageData", ("local",), "grey CIFAR-10 pixel by pixel, ten classes"),
+                ("lra_pathfinder", "PathfinderData", ("generated", "local"), "are two marked ends those of one curve"),
+            )
         ),
     )
 }

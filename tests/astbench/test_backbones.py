@@ -18,7 +18,7 @@ from astbench.backbones.load import (
 from astbench.backbones.presets import DEFAULT_FAMILY, PRESETS, BackboneConfig, resolve_preset
 from astbench.errors import CheckpointError, ConfigError, DataError, NameOrPluginError
 from astbench.tasks import qa_demo
-from astbench.tokenizers import load_tokenizer, train_bpe, train_tokenizer
+from astbench.tokenizers import id_tokenizer, load_tokenizer, train_bpe, train_tokenizer
 from tests.astbench.conftest import tiny_model
 
 TEXTS = ["Ada Vintar was born in Rookwell.", "The Silent Orchard is a work of Bram Oster.", "In 1873 the guild met."]
@@ -28,7 +28,8 @@ SMALL_BERT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 
 
 def heads_of(preset):
     family = preset.split("-")[0]
-    return {"llama": ["causal_lm"], "marian": ["seq2seq"]}.get(family, ["question_answering"])
+    heads = {"llama": ["causal_lm"], "induction": ["causal_lm"], "marian": ["seq2seq"]}
+    return heads.get(family, ["question_answering", "sequence_classification"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -45,6 +46,19 @@ def test_every_preset_builds_and_takes_every_pattern_of_its_head(preset):
         assert len(handle.slots) == sum(n * getattr(model.config, f"{s}_layers") for s, n in stacks.items())
 
 
+def test_induction_heads_are_there_from_the_start():
+    """Untrained, the model goes on with a random sequence that comes a second time; a plain one cannot."""
+    tokenizer, right = id_tokenizer(500), {}
+    for preset in ("induction-tiny", "induction-small", "llama-tiny"):
+        torch.manual_seed(3)
+        model = load_backbone(BackboneConfig(preset), "causal_lm", tokenizer=tokenizer).eval()
+        once = torch.stack([torch.randperm(500)[:40] for _ in range(8)])
+        guessed = model(torch.cat([once, once], 1)).logits[:, 40:-1].argmax(-1)
+        right[preset] = float((guessed == once[:, 1:]).float().mean())
+    assert right["llama-tiny"] < 0.1
+    assert right["induction-tiny"] > 0.6 and right["induction-small"] > 0.8
+
+
 @pytest.mark.parametrize(
     ("name", "head", "preset"),
     [
@@ -52,6 +66,7 @@ def test_every_preset_builds_and_takes_every_pattern_of_its_head(preset):
         ("small", "causal_lm", "llama-small"),
         ("bert-tiny", "question_answering", "bert-tiny"),
         ("bert-base-uncased", "question_answering", None),
+        ("lra", "sequence_classification", "modernbert-lra"),
         ("./tiny", "causal_lm", None),
     ],
 )
