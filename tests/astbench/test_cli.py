@@ -117,7 +117,7 @@ def test_describe_explains_a_call(astbench):
         ),
         (["ast", "--explain", "N=9", "M=8", "pattern=causal_self"], ["M must be at least N=9"]),
         (["ast", "--explain", "N=9", "--attention.backend=triton"], ["leave --attention.backend out"]),
-        (["dense", "--explain", "N=9"], ["that pick key blocks (ast, oracle_topk, pooled_topk, random_topk)"]),
+        (["dense", "--explain", "N=9"], ["that pick key blocks (ast, ", ", pooled_topk, quest, random_topk, seer)"]),
         (["ast", "N=9"], ["takes N=9 only with --explain"]),
     ],
     ids=lambda x: "-".join(x[2:] or x[1:]) if x[0] in ("ast", "dense") else "",
