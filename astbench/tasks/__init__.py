@@ -137,7 +137,7 @@ TASKS: dict[str, Task] = {
                 # One token a word: sentences of 9 to 38 tokens.
                 "data.vocab_size": 1000,
                 "data.max_length": 48,
-                "trainer.max_steps": 600,
+                "trainer.max_steps": 800,
                 "optim.lr": 3e-3,
                 "optim.beta2": 0.98,
                 "optim.warmup_steps": 100,
