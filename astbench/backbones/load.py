@@ -61,7 +61,8 @@ def load_backbone(
 
 def _from_preset(name: str, head: Head, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     settings = dict(PRESETS[name])
-    model_type, mimetic = settings.pop("model_type"), settings.pop("mimetic", False)
+    model_type = settings.pop("model_type")
+    mimetic, copying = settings.pop("mimetic", False), settings.pop("copying", False)
     if tokenizer is not None:
         # Multiples of 8 keep the embedding's matmul on the fast path.
         settings["vocab_size"] = -(-len(tokenizer) // 8) * 8
@@ -71,6 +72,8 @@ def _from_preset(name: str, head: Head, tokenizer: PreTrainedTokenizerBase | Non
     model: PreTrainedModel = _AUTO[head].from_config(config, attn_implementation="sdpa")
     if mimetic:
         _mimetic_init(model)
+    if copying:
+        _copying_init(model)
     return model.float()
 
 
@@ -114,6 +117,29 @@ def _mimetic_init(model: PreTrainedModel) -> None:
                 parts[name].get_parameter("bias").data[position] = LOCAL_BIAS
             for name in ("v_proj", "o_proj"):
                 nn.init.normal_(parts[name].get_parameter("weight"), std=hidden**-0.5)
+
+
+def _copying_init(model: PreTrainedModel) -> None:
+    """Start with heads that copy what they look at: W_o is W_v transposed, and W_v's rows are orthonormal.
+
+    Trockman and Kolter 2023 (arXiv 2305.09828) start this product near a multiple of the identity too. With tied
+    embeddings a token that a head looks at becomes likelier, so that looking back pays from the first step on.
+    Without this, the smallest decoder still guesses among 16 names after 400 steps of the language-modelling demo;
+    with it, it has read them after 300.
+    """
+    dim = model.config.hidden_size // model.config.num_attention_heads
+    for module in model.modules():
+        parts = dict(module.named_children())
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.1)  # wide enough for a copied token to stand out
+        elif {"q_proj", "k_proj", "v_proj", "o_proj"} <= parts.keys():
+            value, out = (parts[name].get_parameter("weight").data for name in ("v_proj", "o_proj"))
+            heads = value.view(-1, dim, model.config.hidden_size)  # (key/value heads, head_dim, hidden)
+            for head in heads:
+                nn.init.orthogonal_(head)
+            shared = model.config.num_attention_heads // len(heads)
+            copies = heads.repeat_interleave(shared, 0) / shared  # query heads of one group read the same values
+            out.copy_(copies.flatten(0, 1).T)
 
 
 def locate(config: BackboneConfig) -> tuple[str, dict[str, Any]]:

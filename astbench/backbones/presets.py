@@ -113,6 +113,10 @@ def _llama(size: str) -> dict[str, Any]:
     }
 
 
+def _llama_copying(size: str) -> dict[str, Any]:
+    return {**_llama(size), "copying": True}
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     f"{family}-{size}": make(size)
     for family, make, sizes in (
@@ -120,6 +124,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ("modernbert", _modernbert, _ENCODER_SIZES),
         ("bert", _bert, _ENCODER_SIZES),
         ("llama", _llama, _DECODER_SIZES),
+        ("llama-copying", _llama_copying, _DECODER_SIZES),
     )
     for size in sizes
 }
