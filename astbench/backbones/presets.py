@@ -161,6 +161,10 @@ def _marian(size: str) -> dict[str, Any]:
     }
 
 
+def _llama_copying(size: str) -> dict[str, Any]:
+    return {**_llama(size), "copying": True}
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     f"{family}-{size}": make(size)
     for family, make, sizes in (
@@ -170,6 +174,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ("llama", _llama, _DECODER_SIZES),
         ("marian", _marian, _SEQ2SEQ_SIZES),
         ("induction", _induction, _INDUCTION_SIZES),
+        ("llama-copying", _llama_copying, _DECODER_SIZES),
     )
     for size in sizes
 }

@@ -115,13 +115,20 @@ TASKS: dict[str, Task] = {
             metric="perplexity",
             eval_limit="windows",
             demo={
+                "backbone.name": "llama-copying-tiny",
                 "data.documents": "separate",
                 "data.context": 384,
                 "data.batch_size": 16,
                 "data.vocab_size": 1024,
-                "trainer.max_steps": 600,
-                "optim.lr": 3e-3,
+                "trainer.max_steps": 400,
+                "optim.lr": 5e-3,
                 "optim.beta2": 0.98,
+                # An article's first and last part are at least 48 tokens apart.
+                "attention.window": 16,
+                "attention.stride": 32,
+                "attention.block_size": 16,
+                "attention.density": 0.25,
+                "attention.min_blocks": 4,
             },
         ),
         Task(

@@ -1,4 +1,4 @@
-"""Generated articles that name people early and speak of them again much later. Imports nothing heavy."""
+"""Generated articles that name places and people early and again much later. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,54 +9,53 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-PEOPLE = 10
-"""How many people an article names."""
+TOLD = 3
+"""How often the first part of an article names each thing."""
 
-ASIDES = (9, 13)
-"""How many sentences stand between the first and the second time, smallest and largest number."""
+ASIDES = (6, 9)
+"""How many sentences stand between the first part and the last, smallest and largest number."""
+
+
+def _pairs(starts: str, ends: str) -> list[str]:
+    return [start + end for start in starts.split() for end in ends.split()]
+
 
 _NAMES = (
-    "Ada Alma Amos Anna Anton Arno Basil Bela Berta Bram Cara Carl Cleo Cora Cyril Dara Delia Dora Edda Edgar Egon "
-    "Elias Ella Elmar Emil Enid Erik Esme Ewan Fanny Felix Flora Frida Gerda Greta Hanna Hector Hedda Hugo Ida Igor "
-    "Ilse Ines Iris Ivan Jonas Josef Judith Karin Klara Lara Leo Linus Lotte Magda Mara Marek Mira Nadia Nils Olga "
-    "Otto Petra Rosa"
+    "Ada Alma Amos Anna Anton Arno Basil Bela Berta Bram Cara Carl Cleo Cora Cyril Dara "
+    "Delia Dora Edda Edgar Egon Elias Ella Elmar Emil Enid Erik Esme Ewan Fanny Felix Flora "
+    "Frida Gerda Greta Hanna Hector Hedda Hugo Ida Igor Ilse Ines Iris Ivan Jonas Josef Judith "
+    "Karin Klara Lara Leo Linus Lotte Magda Mara Marek Mira Nadia Nils Olga Otto Petra Rosa"
 ).split()
 
-_CRAFTS = (
-    "archer baker barber brewer butcher carpenter carter clerk cook cooper doctor dyer farmer fiddler fisher gardener "
-    "glazier hatter hunter innkeeper judge mason miller miner painter potter printer sailor shepherd smith tailor "
-    "weaver"
-).split()
+KINDS: dict[str, list[str]] = {
+    "the town of": _pairs("Ash Elm Oak Thorn", "bridge mere stow wick"),
+    "the river": _pairs("Al Bre Cor Dun", "ne wen ra ster"),
+    "the ship": _pairs("Star Sea Moon Wind", "bird rose light wolf"),
+    "the inn": _pairs("Red White Gold Grey", "horse lion oak bear"),
+    "Lord": _NAMES[:16],
+    "Saint": _NAMES[16:32],
+    "the painter": _NAMES[32:48],
+    "the miller": _NAMES[48:],
+}
+"""What an article speaks of, one thing of each kind: how it is called, and the names that there are."""
 
-_REGIONS = "Aldous Brennan Corran Feldane Garth Hallin Ismere Kestor Lunden Mirren Orrest Peverel Rothen Varrow".split()
+_TITLES = ("A history of {town}", "Old {town}", "Life in {town}", "{town} and its people")
 
-_TITLES = ("People of {r}", "The {r} valley", "Lives from {r}", "A history of {r}")
-
-_INTRODUCTIONS = (
-    "The {r} valley was known for its people long before the railway came .",
-    "This page collects what is known of the people of the {r} valley .",
-    "The books of the {r} valley are old , and most of them survive .",
-)
-
-# {c} is the craft, {n} the name; it is first read here, and can only be guessed.
+# {x} is the thing with its name; the first time it can only be guessed.
 _STATEMENTS = (
-    "The {c} {n} came from the coast .",
-    "At the old bridge lived the {c} {n} .",
-    "Of the {c} {n} we know little .",
-    "The {c} {n} kept bees and goats .",
-    "In the last house stood the shop of the {c} {n} .",
-    "Near the mill the {c} {n} had a garden .",
-    "Many came to see the {c} {n} at work .",
+    "We first hear of {x} .",
+    "Many songs praise {x} .",
+    "Old maps show {x} .",
+    "The books speak of {x} .",
+    "People still love {x} .",
 )
 
-# Here it can be known, but only by looking back to the statement.
+# Here it can be known, but only by looking back over what lies between.
 _RETURNS = (
-    "In the end the {c} {n} left the valley .",
-    "The letters of the {c} {n} were lost in the fire .",
-    "Nobody was surprised when the {c} {n} sold the house .",
-    "After the flood the {c} {n} built a new wall .",
-    "Two streets are named after the {c} {n} today .",
-    "A stone in the yard still shows where the {c} {n} worked .",
+    "In the end nothing was left of {x} .",
+    "No letter names {x} again .",
+    "Today a stone recalls {x} .",
+    "The last page is about {x} .",
 )
 
 _ASIDES = (
@@ -89,10 +88,10 @@ class DemoText:
 
 
 def generate(split: str, num_articles: int, seed: int = 0) -> DemoText:
-    """Generate articles about invented people.
+    """Generate articles about invented places.
 
-    Each names its people, one to a craft, in its first part and once more, in another order, in its last. The part
-    between says nothing of them and is longer than a short window of attention: the names of the last part show
+    The first part of each names its things, one of each kind, `TOLD` times; the last part names each once more. What
+    lies between says nothing of them and is longer than a short window of attention: the names of the last part show
     who can look back that far. The same arguments give the same text everywhere, and a larger `num_articles` only
     appends.
 
@@ -118,18 +117,19 @@ def generate(split: str, num_articles: int, seed: int = 0) -> DemoText:
 
 def _article(rng: random.Random) -> tuple[str, list[tuple[int, int]]]:
     """An article and where its names come again."""
-    region = _choose(rng, _REGIONS)
-    people = list(zip(_sample(rng, _CRAFTS, PEOPLE), _sample(rng, _NAMES, PEOPLE), strict=True))
-    text = f" = {_choose(rng, _TITLES).format(r=region)} = \n \n {_choose(rng, _INTRODUCTIONS).format(r=region)} "
-    text += " ".join(_choose(rng, _STATEMENTS).format(c=craft, n=name) for craft, name in people)
+    things = [f"{kind} {_choose(rng, names)}" for kind, names in KINDS.items()]
+    text = f" = {_choose(rng, _TITLES).format(town=things[0].split()[-1])} = \n \n"
+    for _ in range(TOLD):
+        for thing in _shuffled(rng, things):
+            text += f" {_choose(rng, _STATEMENTS).format(x=thing)}"
     asides = ASIDES[0] + _below(rng, ASIDES[1] - ASIDES[0] + 1)
     text += " \n " + " ".join(_choose(rng, _ASIDES) for _ in range(asides)) + " \n"
     recalls = []
-    for craft, name in _sample(rng, people, PEOPLE):
-        before, after = _choose(rng, _RETURNS).split("{n}")
-        text += f" {before.format(c=craft)}"
-        recalls.append((len(text), len(text) + len(name)))
-        text += name + after
+    for thing in _shuffled(rng, things):
+        before, after = _choose(rng, _RETURNS).split("{x}")
+        text += f" {before}{thing}"
+        recalls.append((len(text) - len(thing.split()[-1]), len(text)))
+        text += after
     return f"{text} \n \n", recalls
 
 
@@ -142,7 +142,6 @@ def _choose(rng: random.Random, items: Sequence[_T]) -> _T:
     return items[_below(rng, len(items))]
 
 
-def _sample(rng: random.Random, items: Sequence[_T], count: int) -> list[_T]:
-    """Draw `count` different items, in random order."""
+def _shuffled(rng: random.Random, items: Sequence[_T]) -> list[_T]:
     rest = list(items)
-    return [rest.pop(_below(rng, len(rest))) for _ in range(count)]
+    return [rest.pop(_below(rng, len(rest))) for _ in items]

@@ -59,6 +59,21 @@ def test_induction_heads_are_there_from_the_start():
     assert right["induction-tiny"] > 0.6 and right["induction-small"] > 0.8
 
 
+@pytest.mark.parametrize("size", ["tiny", "mini"])
+def test_heads_that_start_by_copying(size):
+    """What a group of query heads that looks at a token writes back is that token's part in a subspace."""
+    model = load_backbone(BackboneConfig(f"llama-copying-{size}"), "causal_lm").requires_grad_(False)
+    config = model.config
+    groups, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    for layer in model.model.layers:
+        value = layer.self_attn.v_proj.weight.view(groups, dim, -1)
+        out = layer.self_attn.o_proj.weight.T.reshape(groups, -1, dim, config.hidden_size).sum(1)
+        copied = out.transpose(1, 2) @ value
+        torch.testing.assert_close(copied @ copied, copied, atol=1e-5, rtol=0)  # a projection
+        torch.testing.assert_close(copied, copied.transpose(1, 2), atol=1e-6, rtol=0)
+        assert [round(float(c.trace())) for c in copied] == [dim] * groups
+
+
 @pytest.mark.parametrize(
     ("name", "head", "preset"),
     [
