@@ -197,5 +197,6 @@ def rows(cells: list[Cell]) -> Iterator[dict[str, Any]]:
                 "mode": mode,
                 **{k: found.get(k, "") for k in of_mode},
                 "density": cell.get(mode, {}).get("density", cell.get("density", "")),
-                **{k: cell.get(k, "") for k in ("flops", "state_size", "parameters", "backend")},
+                **{k: cell.get(k, "") for k in ("flops", "state_size", "parameters")},
+                "backend": mode.partition("@")[2] or cell.get("backend", ""),
             }

@@ -69,6 +69,11 @@ def chosen(config: BenchConfig, say: Callable[[str], None]) -> list[Entry]:
     stray = sorted(set(config.options) - {*asked, "dense"})
     if stray:
         raise ConfigError(f"--options speaks of {stray[0]}, which --attention={config.attention} does not measure")
+    if config.peers:
+        from astbench_kernels import backends  # imports torch
+
+        if unknown := sorted(set(words(config.peers)) - set(backends())):
+            raise ConfigError(f"--peers has no backend {unknown[0]!r}; choose from {', '.join(backends())}")
     found = _dense(config, say)
     for name in dict.fromkeys(asked):
         if name != "dense":

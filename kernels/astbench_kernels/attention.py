@@ -254,5 +254,18 @@ def _check(
         )
     if key_valid is not None and key_valid.shape != (k.shape[0], k.shape[2]):
         problems.append(f"key_valid must be {(k.shape[0], k.shape[2])}, got {tuple(key_valid.shape)}")
+    if not problems and layout.indices.device.type == "cpu":  # a GPU would have to be waited for
+        problems = _wrong_lists(layout)
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _wrong_lists(layout: BlockLayout) -> list[str]:
+    """What a kernel would read beyond the keys for, in another head's or nobody's memory."""
+    problems = []
+    width, listed = layout.indices.shape[-1], layout.indices.masked_fill(~layout.slots, 0)
+    if layout.counts.numel() and not 0 <= int(layout.counts.min()) <= int(layout.counts.max()) <= width:
+        problems.append(f"layout.counts must be within 0 and the width of the lists, {width}")
+    if listed.numel() and not 0 <= int(listed.min()) <= int(listed.max()) < max(1, layout.num_blocks):
+        problems.append(f"layout.indices must name blocks 0 to {layout.num_blocks - 1}")
+    return problems

@@ -19,6 +19,7 @@ from torch import Tensor
 from astbench_kernels import dispatch
 from astbench_kernels.key_major import KeyMajorAttention
 from astbench_kernels.layout import BlockLayout
+from astbench_kernels.reference import reference_attention
 from astbench_kernels.units import (
     LOG2_E,
     Plan,
@@ -91,6 +92,10 @@ def gather_attention(
     Cost: O(N x width x block_size) time; beside inputs and outputs O(CHUNK_BYTES) memory, in both directions, and for
     lists that few rows share (:mod:`astbench_kernels.key_major`) O(N x width).
     """
+    if 0 in (q.numel(), k.numel(), v.numel(), layout.indices.numel()):  # nothing to gather
+        return reference_attention(
+            q, k, v, layout, block_bias=block_bias, scale=scale, causal=causal, key_valid=key_valid
+        )
     layout = one_list_per_kv_head(layout, q.shape[1], k.shape[1])
     if block_bias is not None and block_bias.shape[1] != layout.indices.shape[1]:
         block_bias = block_bias.repeat_interleave(layout.indices.shape[1] // block_bias.shape[1], 1)

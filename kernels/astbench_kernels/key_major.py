@@ -166,10 +166,10 @@ def _references(queries: Tensor, keys: Tensor, bias: Tensor | None, plan: Plan) 
     reference = (queries * first.unsqueeze(1)).sum(-1)
     if bias is not None:
         reference += bias[:-1].view(len(queries), -1)[:, :1]
-    hidden = plan.hidden(unit, torch.zeros_like(unit))[..., 0].expand(reference.shape)
+    hidden = plan.hidden(unit, torch.zeros_like(unit))[..., 0] | (reference == -torch.inf)  # by a bias
     reference.masked_fill_(hidden, 0.0)
     # Behind padding, or with only blocks of which it sees the end: the highest logit of the first one it sees any of.
-    unit, row = (hidden & plan.slots[:, :1]).nonzero(as_tuple=True)
+    unit, row = (hidden & plan.slots.any(1, keepdim=True)).nonzero(as_tuple=True)
     for slot in range(plan.slots.shape[1]):
         if not len(unit):
             break

@@ -51,8 +51,9 @@ class BlockLayout:
     key_stride: int = 1
 
     def __post_init__(self) -> None:
-        if self.key_stride < 1:
-            raise ValueError(f"key_stride must be at least 1 token, got {self.key_stride}")
+        for name, least in (("key_stride", 1), ("block_size", 1), ("query_group", 1), ("query_offset", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least} token, got {getattr(self, name)}")
         if self.indices.dim() != 4 or self.counts.shape != self.indices.shape[:3]:
             raise ValueError(
                 "indices must be (batch, list_heads, groups, width) and counts (batch, list_heads, groups), "

@@ -13,7 +13,7 @@ def select_blocks(scores: Tensor, *, forced: Tensor, candidates: Tensor, budget:
     """Keep the forced blocks and fill each row up to its budget with the best-scoring candidates.
 
     Args:
-        scores: `(batch, heads, groups, key_blocks)`; compared in float32 (bf16 flips choices).
+        scores: `(batch, heads, groups, key_blocks)`, finite; compared in float32 (bf16 flips choices).
         forced: Bool, broadcastable to `scores`: always kept.
         candidates: Bool, broadcastable: may be kept. A block in neither never is.
         budget: int, broadcastable to `(batch, heads, groups)`: blocks to keep in all, forced ones included.

@@ -70,6 +70,8 @@ def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: b
     starts = (listed * size).reshape(-1, width)
     blocks = (listed + row[:, :, None, None] * layout.num_blocks).reshape(-1, width)
     slots = layout.slots.reshape(-1, width)
+    if causal:  # blocks that nobody sees yet are not there
+        slots = slots & (starts <= last[:, -1].repeat(batch * lists)[:, None])
     masked = ~slots
     if causal:
         masked = masked | (starts + size - 1 > last[:, 0].repeat(batch * lists)[:, None])

@@ -1,5 +1,7 @@
 """Gather and FlexAttention against the float64 oracle; the oracle against masked softmax written out."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -135,6 +137,51 @@ def test_logits_may_lie_far_apart(backend, size, monkeypatch):
     assert bool(raised) == (key_major_runs and size > 1)
 
 
+def test_a_bias_may_hide_a_block(schedule):
+    """-inf on a listed block, the first of its list among them, is as if it were not listed; all of them: zeros."""
+    (q, k, v, _), layout, _ = random_case(64, 64, 8, 1, 0)
+    bias = torch.zeros(layout.indices.shape, dtype=torch.float64)
+    bias[:, :, ::3, 0] = -torch.inf
+    bias[:, :, 7] = -torch.inf
+    out, lse = block_sparse_attention(q, k, v, layout, block_bias=bias, causal=True, backend="gather")
+    expected, _ = block_sparse_attention(q, k, v, layout, block_bias=bias, causal=True, backend="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    assert (out[:, :, 7] == 0).all() and (lse[:, :, 7] == -torch.inf).all()
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+
+
+def test_blocks_of_the_future_cost_nothing(schedule, monkeypatch):
+    """Listed or not, they are not seen; and key by key they make no tiles."""
+    (q, k, v, _), _, _ = random_case(64, 64, 8, 1, 0)
+    made = {"block_size": 8, "query_group": 1, "query_length": 64, "key_length": 64}
+    everything = torch.ones(BATCH, HEADS, 64, 8, dtype=torch.bool)
+    past = everything & (torch.arange(8) * 8 <= torch.arange(64)[:, None])
+    seen = []
+    tiles = key_major._tiles
+    monkeypatch.setattr(
+        key_major, "_tiles", lambda *a, **b: (seen.append(t.units.numel()) or t for t in tiles(*a, **b))
+    )
+    results = []
+    for keep in (everything, past):
+        layout = BlockLayout.from_mask(keep, **made)
+        results.append((block_sparse_attention(q, k, v, layout, causal=True, backend="gather")[0], sum(seen)))
+        seen.clear()
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=1e-12)
+    assert results[0][1] == results[1][1]
+
+
+@pytest.mark.parametrize("empty", ["width", "value_dim", "queries", "keys"])
+def test_nothing_to_attend_to(empty):
+    queries, keys, width, dim = (0 if empty == name else n for name, n in
+                                 (("queries", 5), ("keys", 8), ("width", 2), ("value_dim", 3)))  # fmt: skip
+    q, k, v = torch.randn(2, 3, queries, 4), torch.randn(2, 3, keys, 4), torch.randn(2, 3, keys, dim)
+    indices = torch.zeros(2, 3, queries, width if keys else 0, dtype=torch.int32)
+    layout = BlockLayout(indices, torch.zeros(2, 3, queries, dtype=torch.int32), 4, 1, queries, keys)
+    out, lse = block_sparse_attention(q, k, v, layout, backend="gather")
+    assert out.shape == (2, 3, queries, dim) and (out == 0).all() and (lse == -torch.inf).all()
+
+
 def test_equal_runs_are_bitwise_equal(schedule):
     (q, k, v, bias), layout, valid = random_case(70, 70, 16, 2, 0, dtype=torch.float32)
 
@@ -217,6 +264,13 @@ def test_errors_name_what_to_change():
         block_sparse_attention(q, k[:, :, :7], v[:, :, :7], layout)
     with pytest.raises(ValueError, match="share a dtype"):
         block_sparse_attention(q.float(), k, v, layout)
+    wrong = dataclasses.replace(layout, indices=layout.indices + 2)
+    with pytest.raises(ValueError, match=r"layout.indices must name blocks 0 to 1"):
+        block_sparse_attention(q, k, v, wrong)
+    with pytest.raises(ValueError, match=r"layout.counts must be within 0 and the width of the lists"):
+        block_sparse_attention(q, k, v, dataclasses.replace(layout, counts=layout.counts + 9))
+    with pytest.raises(ValueError, match="block_size must be at least 1 token, got 0"):
+        dataclasses.replace(layout, block_size=0)
     with pytest.raises(ValueError, match="unknown backend 'tritn'"):
         block_sparse_attention(q, k, v, layout, backend="tritn")
 
