@@ -150,6 +150,13 @@ TASKS: dict[str, Task] = {
             real="",
             metric="accuracy",
             commands=("fit", "validate", "test"),
+            demo={
+                "backbone.name": "induction-tiny",
+                "data.num_eval": 110,
+                "trainer.max_steps": 200,
+                "optim.lr": 1e-3,
+                "optim.beta2": 0.98,
+            },
         ),
         *(
             Task(
