@@ -178,14 +178,14 @@ TASKS: dict[str, Task] = {
                 "backbone.name": "induction-tiny",
                 "data.batch_size": 16,
                 "data.num_eval": 200,
-                "trainer.max_steps": 120,
+                "trainer.max_steps": 200,
                 "optim.lr": 3e-3,
                 "optim.beta2": 0.98,
                 "optim.warmup_steps": 20,
-                # The pairs fill eight blocks of 32, of which a query may choose three, beside its own.
-                "attention.block_size": 8,
+                # The pairs fill 16 blocks of 64, of which a query may choose seven, beside its own.
+                "attention.block_size": 4,
                 "attention.density": 0.125,
-                "attention.min_blocks": 4,
+                "attention.min_blocks": 8,
                 "attention.first_block": False,
                 "attention.distill_fraction": 1.0,
             },
@@ -200,6 +200,13 @@ TASKS: dict[str, Task] = {
             real="",
             metric="accuracy",
             commands=("fit", "validate", "test"),
+            demo={
+                "backbone.name": "induction-tiny",
+                "data.num_eval": 110,
+                "trainer.max_steps": 200,
+                "optim.lr": 1e-3,
+                "optim.beta2": 0.98,
+            },
         ),
         *(
             Task(

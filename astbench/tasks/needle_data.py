@@ -41,7 +41,7 @@ class NeedleData(RecallData):
     def __init__(
         self,
         source: Literal["generated"] = "generated",
-        length: int = 256,
+        length: int = 128,
         num_keys: int = 4,
         num_questions: int = 1,
         num_depths: int = 11,
