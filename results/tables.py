@@ -134,9 +134,10 @@ def kernel() -> str:
         for name in dict.fromkeys(cell["attention"] for cell in cells):
             if name == "dense":
                 continue
-            density = {c["length"]: c["density"] for c in cells if c["attention"] == name and "density" in c}
-            row = [f"`{name}`", "causal, a list a token" if causal else "64 tokens share a list"]
-            row += [f"{density[KERNEL_LENGTHS[-1]]:.3f}"]
+            group = record["config"]["options"]["ast"].get("query_group", 64)
+            row = [f"`{name}`", "causal, a list a token" if causal else f"{group} tokens share a list"]
+            at = next(c for c in cells if (c["attention"], c["length"]) == (name, KERNEL_LENGTHS[1]))
+            row += [f"{at['kernel']['density']:.3f}"]
             for mode in (*KERNEL_PASSES, *PASSES):
                 found = analysis.ratio(cells, name, mode)
                 row += [f"{found[n]:.2f}" if n in found else "-" for n in KERNEL_LENGTHS]
@@ -145,7 +146,7 @@ def kernel() -> str:
     ends = ["kernel", "kernel with backward", "layer", "layer with backward"]
     head = [f"{end}: {n:,}" for end in ends for n in KERNEL_LENGTHS]
     verdicts = ["layer: verdict", "layer with backward: verdict"]
-    return markdown(["attention", "lists", "density at 16,384", *head, *verdicts], rows, words=2)
+    return markdown(["attention", "lists", "density at 8,192", *head, *verdicts], rows, words=2)
 
 
 KERNEL_LENGTHS = (2048, 8192, 16384)
