@@ -117,7 +117,7 @@ TASKS: dict[str, Task] = {
             demo={
                 "backbone.name": "llama-copying-tiny",
                 "data.documents": "separate",
-                "data.context": 384,
+                "data.context": 320,
                 "data.batch_size": 16,
                 "data.vocab_size": 1024,
                 "trainer.max_steps": 400,
