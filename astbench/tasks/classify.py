@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from astbench.backbones.load import require_positions
 from astbench.tasks.classify_config import SequenceClassifierConfig
 from astbench.tasks.classify_data import SequenceClassificationData
-from astbench.tasks.probe_data import gathered, share_of
+from astbench.tasks.probe_data import share_of
+from astbench.tasks.task_data import gathered
 from astbench.training import TaskModule
 from astbench_registry.registry import make_config
 

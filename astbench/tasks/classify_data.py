@@ -12,8 +12,8 @@ from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
 from astbench.backbones.presets import Head
-from astbench.errors import ConfigError
 from astbench.tasks.probe_data import ProbeData
+from astbench.tasks.task_data import at_least
 from astbench.tokenizers import id_tokenizer
 
 SPECIAL = ("[PAD]", "[CLS]")
@@ -45,11 +45,9 @@ class SequenceClassificationData(ProbeData):
         self, source: str, path: str = "", max_length: int = 1024, group_by_length: bool = True, **options: Any
     ) -> None:
         super().__init__(source, **options)
-        if max_length < 1:
-            raise ConfigError(f"--data.max_length must be at least 1 token, got {max_length}")
-        if path and source != "local":
-            raise ConfigError(f"--data.path={path} is read with --data.source=local only; --data.source is {source}")
-        self.path, self.length, self.group_by_length = path, max_length, group_by_length
+        at_least(1, "token", max_length=max_length)
+        self.read_from(path)
+        self.length, self.group_by_length = max_length, group_by_length
         self.signature = f"{self.what} accuracy (%), at most {max_length} tokens"
 
     def vocabulary(self) -> PreTrainedTokenizerBase:

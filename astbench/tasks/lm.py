@@ -13,6 +13,7 @@ from astbench.backbones.load import max_positions
 from astbench.errors import ConfigError
 from astbench.tasks.lm_config import LanguageModelConfig
 from astbench.tasks.lm_data import WikiTextData, tokenizer_name
+from astbench.tasks.task_data import gathered
 from astbench.training import TaskModule, derived_seed
 from astbench_registry.registry import make_config
 
@@ -131,7 +132,7 @@ class LanguageModel(TaskModule):
         self._finish("test", "test")
 
     def _finish(self, stage: str, split: str) -> None:
-        windows = self._all_scored()
+        windows: dict[int, Scored] = gathered(self.trainer, self._scored)
         total = Scored(*(sum(part) for part in zip(*windows.values(), strict=True)))
         metrics = perplexities(total)
         self.results = {
@@ -156,14 +157,6 @@ class LanguageModel(TaskModule):
             f"{total.tokens} tokens scored of {file}, articles {data.documents}; per word: the same nll over "
             f"{total.words} words, split at white space and one <eos> a line{recalls}{steps}"
         )
-
-    def _all_scored(self) -> dict[int, Scored]:
-        """Of all processes, in the order of the text."""
-        parts: list[dict[int, Scored]] = [self._scored]
-        if self.trainer.world_size > 1:
-            parts = [{} for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(parts, self._scored)
-        return dict(sorted((index, scored) for part in parts for index, scored in part.items()))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[int]:
         """Continue the prompt with the KV cache; the new tokens."""

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from astbench.backbones.load import require_positions
-from astbench.backbones.presets import BackboneConfig, resolve_preset
+from astbench.backbones.presets import resolve_preset
 from astbench.data import StepBatchSampler
 from astbench.errors import ConfigError, DataError
 from astbench.tasks.lm_sources import Corpus, WikiText, articles, read_demo, read_hub, read_local
 from astbench.tasks.lm_windows import Span, Windows, encode, pad, same_length, spread, tile
+from astbench.tasks.task_data import TaskData, asked_text, at_least
 from astbench.tokenizers import BYTES, load_tokenizer, saved_tokenizer, train_byte_tokenizer
 
 
-class WikiTextData(pl.LightningDataModule):
+class WikiTextData(TaskData):
     """WikiText in windows of tokens.
 
     Args:
@@ -47,8 +46,8 @@ class WikiTextData(pl.LightningDataModule):
         prompt_file: For `predict`: a file with the text to continue, in place of `prompt`.
     """
 
-    length_option: ClassVar[str] = "context"  # the option that says how long inputs can be
-    pads: ClassVar[bool] = False  # a batch holds windows of one length; but see `LanguageModel.needs`
+    length_option: ClassVar[str] = "context"
+    pads: ClassVar[bool] = False  # but see `LanguageModel.needs`
 
     def __init__(
         self,
@@ -68,55 +67,25 @@ class WikiTextData(pl.LightningDataModule):
         prompt: str = "",
         prompt_file: str = "",
     ) -> None:
-        super().__init__()
+        super().__init__(source, path)
         if context < 2:
             raise ConfigError(f"--data.context must be at least 2 tokens, got {context}")
         if stride is not None and not 1 <= stride <= context:
             raise ConfigError(f"--data.stride must be between 1 and context={context}, got {stride}")
-        for name, value, least in (
-            ("windows", windows, 1),
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("max_train", max_train, 1),
-            ("vocab_size", vocab_size, BYTES + 1),
-            ("demo_train", demo_train, 1),
-            ("demo_eval", demo_eval, 1),
-        ):
-            if value is not None and value < least:
-                raise ConfigError(f"--data.{name} must be at least {least}, got {value}")
-        if path and source != "local":
-            raise ConfigError(f"--data.path={path} is read with --data.source=local only; --data.source is {source}")
+        at_least(1, windows=windows, max_train=max_train, demo_train=demo_train, demo_eval=demo_eval)
+        at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        at_least(BYTES + 1, vocab_size=vocab_size)
         if prompt and prompt_file:
             raise ConfigError("--data.prompt and --data.prompt_file are two prompts; give one")
-        self.source, self.path, self.dataset = source, path, dataset
+        self.dataset = dataset
         self.context, self.stride, self.windows, self.documents = context, stride or context, windows, documents
         self.batch_size, self.eval_batch_size, self.max_train = batch_size, eval_batch_size, max_train
         self.vocab_size, self.demo_train, self.demo_eval = vocab_size, demo_train, demo_eval
         self.prompt, self.prompt_file = prompt, prompt_file
-        self.backbone = BackboneConfig()
-        self.seed = 0
-        self.tokenizer_folder: Path | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._corpora: dict[str, Corpus] = {}
         self.sets: dict[str, Windows] = {}
         self.about: dict[str, dict[str, Any]] = {}
         self.prompt_ids: Tensor | None = None
-
-    def prepare(self, backbone: BackboneConfig, seed: int, tokenizer_folder: Path | None) -> None:
-        """Tell the data module what it serves; called before the trainer starts.
-
-        Args:
-            backbone: Whose tokenizer to use.
-            seed: Of the order.
-            tokenizer_folder: Run folder whose saved tokenizer to use instead of making one.
-        """
-        self.backbone, self.seed, self.tokenizer_folder = backbone, seed, tokenizer_folder
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the run; there after `setup`."""
-        assert self._tokenizer is not None, "setup() has not run"
-        return self._tokenizer
 
     def setup(self, stage: str) -> None:
         """Read and cut the splits of a stage.
@@ -195,15 +164,7 @@ class WikiTextData(pl.LightningDataModule):
             if not self.prompt:
                 raise ConfigError("predict needs --data.prompt='...' or --data.prompt_file=FILE")
             return self.prompt
-        try:
-            text = Path(self.prompt_file).expanduser().read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise DataError(f"--data.prompt_file={self.prompt_file} does not exist") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--data.prompt_file={self.prompt_file} cannot be read as UTF-8 text: {error}") from error
-        if not text:
-            raise DataError(f"--data.prompt_file={self.prompt_file} is empty")
-        return text
+        return asked_text("prompt_file", self.prompt_file)
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Refuse windows longer than the model's positions.
@@ -255,7 +216,7 @@ class WikiTextData(pl.LightningDataModule):
             "documents": self.documents,
             "split_tokens": {split: about["tokens"] for split, about in self.about.items()},
             "train": self.about.get("train"),
-            "notes": [],
+            "notes": list(self.notes),
             **next(iter(evaluated.values())),
         }
 

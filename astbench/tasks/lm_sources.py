@@ -8,9 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from astbench.errors import DataError, MissingPackageError
+from astbench.errors import DataError
 from astbench.reading import read_bytes
 from astbench.tasks import lm_demo
+from astbench.tasks.hub import hub_rows
 
 WikiText = Literal["wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1"]
 """The hub's names; `raw` texts have their rare words, the others `<unk>` in their place."""
@@ -82,21 +83,8 @@ def read_hub(dataset: WikiText, split: str) -> Corpus:
         MissingPackageError: without the `datasets` package.
         DataError: the hub cannot be reached and nothing is cached.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingPackageError(
-            "--data.source=hub needs the datasets package: pip install 'astbench[hub]'"
-        ) from error
     name, revision = HUB
-    try:
-        rows = datasets.load_dataset(name, dataset, split=split, revision=revision)
-    except Exception as error:  # the hub's client raises many kinds, its own and requests'
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"{name} ({dataset}, {split}) cannot be had from the hub: {reason}; fetch it once with network access, or "
-            "use --data.source=local"
-        ) from error
+    rows = hub_rows(name, dataset, split, revision)
     return Corpus(join_rows(rows["text"]), f"{dataset}/{split}")
 
 

@@ -10,7 +10,7 @@ from astbench.errors import ConfigError
 from astbench.tasks import lra_listops, lra_pathfinder, lra_sources
 from astbench.tasks.classify_data import Row, SequenceClassificationData
 from astbench.tasks.lra_sources import local_folder
-from astbench.tasks.probe_data import at_least
+from astbench.tasks.task_data import at_least
 
 PIXELS = 32 * 32
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from astbench.errors import ConfigError
-from astbench.tasks.probe_data import Generated, at_least
+from astbench.tasks.probe_data import Generated
 from astbench.tasks.recall_data import IGNORED, RecallData
+from astbench.tasks.task_data import at_least
 from astbench.tokenizers import id_tokenizer
 
 

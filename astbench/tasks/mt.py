@@ -13,6 +13,7 @@ from astbench.averaging import KEY, WeightAverage, final_weights
 from astbench.errors import ConfigError
 from astbench.tasks.mt_config import TranslationConfig
 from astbench.tasks.mt_data import IGNORED, TranslationData
+from astbench.tasks.task_data import gathered
 from astbench.training import TaskModule
 from astbench_registry import Pattern
 from astbench_registry.registry import make_config
@@ -157,7 +158,7 @@ class Translation(TaskModule):
 
     def on_predict_epoch_end(self) -> None:
         """The translation of every line."""
-        found, sentences = self._all_translations(), self.data.sentences
+        found, sentences = gathered(self.trainer, self.translations), self.data.sentences
         self.results = {
             "signature": self._search(),
             "metrics": {},
@@ -170,7 +171,7 @@ class Translation(TaskModule):
         self.answers = {"translation": shown[0]} if self.data.text else {f"line {n}": t for n, t in enumerate(shown, 1)}
 
     def _finish(self, stage: str, split: str) -> None:
-        found, references = self._all_translations(), self.data.references(split)
+        found, references = gathered(self.trainer, self.translations), self.data.references(split)
         hypotheses = [found[index] for index in range(len(references))]
         bleu, chrf = BLEU(), CHRF()
         metrics = {
@@ -191,14 +192,6 @@ class Translation(TaskModule):
         config = self.config
         mean = f", mean of the weights at {config.average} steps" if config.average > 1 else ""
         return f"beam {config.beams}, length penalty {config.length_penalty}{mean}"
-
-    def _all_translations(self) -> dict[int, str]:
-        """Translations of all processes."""
-        if self.trainer.world_size == 1:
-            return self.translations
-        parts: list[dict[int, str]] = [{} for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather_object(parts, self.translations)
-        return {index: text for part in parts for index, text in part.items()}
 
     def real_lengths(self, batch: dict[str, Any], pattern: Pattern) -> tuple[int, int] | None:
         """See the base class: sources and targets have lengths of their own."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,18 +13,19 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from astbench.backbones.load import require_positions
-from astbench.backbones.presets import BackboneConfig, resolve_preset
+from astbench.backbones.presets import resolve_preset
 from astbench.data import Draw, StepBatchSampler
 from astbench.errors import ConfigError, DataError
 from astbench.tasks import mt_demo, mt_sources
 from astbench.tasks.mt_sources import Pair
+from astbench.tasks.task_data import TaskData, at_least
 from astbench.tokenizers import load_tokenizer, saved_tokenizer, train_bpe
 
 IGNORED = -100
 """Label of padding: no loss there."""
 
 
-class TranslationData(pl.LightningDataModule):
+class TranslationData(TaskData):
     """English-German sentence pairs; `demo` is generated from a small grammar, `hub` and `local` are the real thing.
 
     Args:
@@ -52,8 +52,8 @@ class TranslationData(pl.LightningDataModule):
         file: For `predict`: a text file to translate line by line.
     """
 
-    length_option: ClassVar[str] = "max_length"  # the option that says how long inputs can be
-    pads: ClassVar[bool] = True  # sentences of a batch differ in length
+    length_option: ClassVar[str] = "max_length"
+    pads: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -76,57 +76,26 @@ class TranslationData(pl.LightningDataModule):
         text: str = "",
         file: str = "",
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("holdout", holdout, 3),
-            ("demo_train", demo_train, 1),
-            ("demo_eval", demo_eval, 1),
-            ("max_length", max_length, 2),
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("max_train", max_train, 1),
-            ("max_eval", max_eval, 1),
-            ("vocab_size", vocab_size, 300),  # 256 bytes, three special tokens, and something to merge
-            ("num_workers", num_workers, 0),
-        ):
-            if value is not None and value < least:
-                raise ConfigError(f"--data.{name} must be at least {least}, got {value}")
-        if path and source != "local":
-            raise ConfigError(f"--data.path={path} is read with --data.source=local only; --data.source is {source}")
-        self.source, self.path, self.direction = source, path, direction
+        super().__init__(source, path)
+        at_least(1, demo_train=demo_train, demo_eval=demo_eval, max_train=max_train, max_eval=max_eval)
+        at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        at_least(0, num_workers=num_workers)
+        at_least(2, max_length=max_length)
+        at_least(3, holdout=holdout)
+        at_least(300, vocab_size=vocab_size)  # 256 bytes, three special tokens, and something to merge
+        self.direction = direction
         self.names = {"train": train_name, "validation": validation_name, "test": test_name}
         self.holdout, self.demo_train, self.demo_eval = holdout, demo_train, demo_eval
         self.max_length, self.batch_size, self.eval_batch_size = max_length, batch_size, eval_batch_size
         self.max_train, self.max_eval = max_train, max_eval
         self.vocab_size, self.num_workers = vocab_size, num_workers
         self.text, self.file = text, file
-        self.backbone = BackboneConfig()
-        self.seed = 0
-        self.tokenizer_folder: Path | None = None
         self.pairs: dict[str, list[Pair]] = {}
         self.totals: dict[str, int] = {}
         self.sets: dict[str, PairDataset] = {}
         self.fingerprints: dict[str, str] = {}
-        self.notes: list[str] = []
         self.sentences: list[str] = []
         self._table: dict[str, list[Pair]] | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-
-    def prepare(self, backbone: BackboneConfig, seed: int, tokenizer_folder: Path | None) -> None:
-        """Tell the data module what it serves; called before the trainer starts.
-
-        Args:
-            backbone: Whose tokenizer to use.
-            seed: Of the order, and of generated training pairs.
-            tokenizer_folder: Run folder whose saved tokenizer to use instead of making one.
-        """
-        self.backbone, self.seed, self.tokenizer_folder = backbone, seed, tokenizer_folder
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the run; there after `setup`."""
-        assert self._tokenizer is not None, "setup() has not run"
-        return self._tokenizer
 
     # -- reading ----------------------------------------------------------------------------------------
 
@@ -267,7 +236,7 @@ class TranslationData(pl.LightningDataModule):
         sampler = StepBatchSampler(
             len(dataset), self.batch_size, self.seed, self.trainer, lengths=dataset.lengths.tolist()
         )
-        return self._loader(dataset, batch_sampler=sampler)
+        return self.loader(dataset, batch_sampler=sampler, collate_fn=Collate(self.padding_token()))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation sentence."""
@@ -289,19 +258,8 @@ class TranslationData(pl.LightningDataModule):
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         share = -(-len(batches) // trainer.world_size)
         mine = [batches[(trainer.global_rank + i * trainer.world_size) % len(batches)] for i in range(share)]
-        return self._loader(dataset, sampler=[index for batch in mine for index in batch], batch_size=size)
-
-    def _loader(self, dataset: PairDataset, **arguments: Any) -> DataLoader[Any]:
-        pad = self.tokenizer.pad_token_id
-        if pad is None:
-            raise ConfigError(f"--backbone.name={self.backbone.name} has a tokenizer without a padding token")
-        return DataLoader(
-            dataset,
-            collate_fn=Collate(pad),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            **arguments,
-        )
+        sampler = [index for batch in mine for index in batch]
+        return self.loader(dataset, sampler=sampler, batch_size=size, collate_fn=Collate(self.padding_token()))
 
     # -- what the record says ---------------------------------------------------------------------------
 

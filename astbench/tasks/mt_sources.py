@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from astbench.errors import DataError, MissingPackageError
+from astbench.errors import DataError
 from astbench.reading import read_bytes
+from astbench.tasks.hub import hub_rows
 
 HUB = ("wmt/wmt14", "de-en", "b199e406369ec1b7634206d3ded5ba45de2fe696")
 """Data set, configuration and revision on the Hugging Face hub."""
@@ -94,22 +95,8 @@ def read_hub(split: str, limit: int | None) -> list[Pair]:
         MissingPackageError: without the `datasets` package.
         DataError: the hub cannot be reached and nothing is cached.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingPackageError(
-            "--data.source=hub needs the datasets package: pip install 'astbench[hub]'"
-        ) from error
     name, configuration, revision = HUB
-    part = split if limit is None else f"{split}[:{limit}]"
-    try:
-        rows = datasets.load_dataset(name, configuration, split=part, revision=revision)
-    except Exception as error:  # the hub's client raises many kinds, its own and requests'
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"{name} ({configuration}, {split}) cannot be had from the hub: {reason}; fetch it once with network "
-            "access, or use --data.source=local"
-        ) from error
+    rows = hub_rows(name, configuration, split if limit is None else f"{split}[:{limit}]", revision)
     return [Pair(row["translation"]["en"].strip(), row["translation"]["de"].strip()) for row in rows]
 
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from astbench.errors import ConfigError
 from astbench.tasks import needle_text
-from astbench.tasks.probe_data import Generated, at_least
+from astbench.tasks.probe_data import Generated
 from astbench.tasks.recall_data import IGNORED, RecallData
+from astbench.tasks.task_data import at_least
 from astbench.tokenizers import load_tokenizer, word_tokenizer
 from astbench.training import derived_seed
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from astbench.backbones.load import require_positions
-from astbench.backbones.presets import BackboneConfig, Head, resolve_preset
+from astbench.backbones.presets import Head, resolve_preset
 from astbench.data import Draw, StepBatchSampler
 from astbench.errors import ConfigError, DataError
+from astbench.tasks.task_data import TaskData, at_least
 from astbench.tokenizers import saved_tokenizer
 from astbench.training import derived_seed
 
@@ -28,7 +27,7 @@ FINGERPRINTED = 16
 """Generated examples of a split whose content its fingerprint covers: they are made only when asked for."""
 
 
-class ProbeData(pl.LightningDataModule):
+class ProbeData(TaskData):
     """Base of the probes' data modules.
 
     Args:
@@ -43,8 +42,7 @@ class ProbeData(pl.LightningDataModule):
 
     task: ClassVar[str]
     head: ClassVar[Head]
-    length_option: ClassVar[str]  # the option that says how long inputs can be
-    pads: ClassVar[bool] = False  # every input has the full length
+    pads: ClassVar[bool] = False
     length: int  # tokens of the longest input
 
     def __init__(
@@ -57,40 +55,18 @@ class ProbeData(pl.LightningDataModule):
         eval_split: Literal["validation", "test"] = "validation",
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(source)
         at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_train=max_train, max_eval=max_eval)
         at_least(0, num_workers=num_workers)
-        self.source = source
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_train, self.max_eval, self.eval_split = max_train, max_eval, eval_split
         self.num_workers = num_workers
-        self.backbone = BackboneConfig()
-        self.seed = 0
-        self.tokenizer_folder: Path | None = None
         self.sets: dict[str, ProbeSet] = {}
-        self.notes: list[str] = []
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-
-    def prepare(self, backbone: BackboneConfig, seed: int, tokenizer_folder: Path | None) -> None:
-        """Tell the data module what it serves; called before the trainer starts.
-
-        Args:
-            backbone: A preset, except where a task says otherwise: its ids mean nothing to pretrained weights.
-            seed: Of the order of the examples.
-            tokenizer_folder: Run folder whose saved tokenizer to use instead of making one.
-        """
-        self.backbone, self.seed, self.tokenizer_folder = backbone, seed, tokenizer_folder
 
     @property
     def from_scratch(self) -> bool:
         """Whether the backbone is a preset."""
         return resolve_preset(self.backbone.name, self.head) is not None
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Stands for the vocabulary; there after `setup`."""
-        assert self._tokenizer is not None, "setup() has not run"
-        return self._tokenizer
 
     def make_tokenizer(self) -> PreTrainedTokenizerBase:
         """The task's vocabulary.
@@ -164,7 +140,7 @@ class ProbeData(pl.LightningDataModule):
         sampler = StepBatchSampler(
             len(dataset), self.batch_size, self.seed, self.trainer, lengths=self.lengths("train")
         )
-        return self._loader(dataset, batch_sampler=sampler)
+        return self.loader(dataset, batch_sampler=sampler, collate_fn=self.collate())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The evaluation examples in their order."""
@@ -175,28 +151,14 @@ class ProbeData(pl.LightningDataModule):
         return self._evaluation("test")
 
     def _evaluation(self, split: str) -> DataLoader[Any]:
-        """This process's share; an example that is dealt twice to fill up is scored once, by its number."""
-        dataset, trainer = self.sets[split], self.trainer
-        assert trainer is not None
-        share: DistributedSampler[Any] | None = None
-        if trainer.world_size > 1:
-            share = DistributedSampler(dataset, trainer.world_size, trainer.global_rank, shuffle=False)
-        return self._loader(dataset, batch_size=self.eval_batch_size, sampler=share)
-
-    def _loader(self, dataset: ProbeSet, **arguments: Any) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            collate_fn=self.collate(),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            **arguments,
-        )
+        """Examples; one that two processes get is scored once, by its number."""
+        return self.share(self.sets[split], collate_fn=self.collate())
 
     def describe(self) -> dict[str, Any]:
         """What the record says of the data."""
         return {
             "source": self.source,
-            "path": getattr(self, "path", None) or None,
+            "path": self.path or None,
             "examples": {split: len(s) for split, s in self.sets.items()},
             "length": self.length,
             "fingerprints": {
@@ -256,26 +218,6 @@ class Generated(Sequence[Any]):
         if self.keep:
             self.kept[index] = row
         return row
-
-
-def at_least(least: int, **values: int | None) -> None:
-    """Refuse options of the data below `least`.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ConfigError(f"--data.{name} must be at least {least}, got {value}")
-
-
-def gathered(trainer: pl.Trainer, mine: dict[int, Any]) -> dict[int, Any]:
-    """The results of all processes by the number of their example, in that order."""
-    parts = [mine]
-    if trainer.world_size > 1:
-        parts = [{} for _ in range(trainer.world_size)]
-        torch.distributed.all_gather_object(parts, mine)
-    return dict(sorted((index, value) for part in parts for index, value in part.items()))
 
 
 def share_of(right: Sequence[bool]) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from astbench.tasks.qa_config import SpanQAConfig
 from astbench.tasks.qa_data import SpanQAData
 from astbench.tasks.qa_metrics import NORMALIZERS, mean, score
+from astbench.tasks.task_data import of_all_processes
 from astbench.training import TaskModule
 
 
@@ -131,12 +132,8 @@ class SpanQA(TaskModule):
 
     def _all_guesses(self) -> dict[int, tuple[float, str]]:
         """Best guesses over all processes."""
-        if self.trainer.world_size == 1:
-            return self.guesses
-        parts: list[dict[int, tuple[float, str]]] = [{} for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather_object(parts, self.guesses)
         best: dict[int, tuple[float, str]] = {}
-        for part in parts:
+        for part in of_all_processes(self.trainer, self.guesses):
             for index, guess in part.items():
                 best[index] = max(best.get(index, guess), guess)
         return best

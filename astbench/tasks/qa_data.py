@@ -8,22 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import lightning.pytorch as pl
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from astbench.backbones.load import require_positions
-from astbench.backbones.presets import BackboneConfig, resolve_preset
+from astbench.backbones.presets import resolve_preset
 from astbench.data import StepBatchSampler
 from astbench.errors import ConfigError, DataError
 from astbench.tasks import qa_demo, qa_sources
 from astbench.tasks.qa_examples import QAExample
 from astbench.tasks.qa_windows import Collate, QADataset, Windower, find_mentions
+from astbench.tasks.task_data import TaskData, asked_text, at_least
 from astbench.tokenizers import load_tokenizer, saved_tokenizer, train_tokenizer
 from astbench.training import derived_seed
 
 
-class SpanQAData(pl.LightningDataModule):
+class SpanQAData(TaskData):
     """Base of the question-answering data modules.
 
     Args:
@@ -46,8 +46,8 @@ class SpanQAData(pl.LightningDataModule):
     """
 
     task: ClassVar[str]
-    length_option: ClassVar[str] = "max_length"  # the option that says how long inputs can be
-    pads: ClassVar[bool] = True  # windows of a batch differ in length
+    length_option: ClassVar[str] = "max_length"
+    pads: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -68,59 +68,25 @@ class SpanQAData(pl.LightningDataModule):
         question: str = "",
         document: str = "",
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("max_length", max_length, 1),
-            ("stride", stride, 0),
-            ("max_question", max_question, 1),
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("max_train", max_train, 1),
-            ("max_eval", max_eval, 1),
-            ("vocab_size", vocab_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value is not None and value < least:
-                raise ConfigError(f"--data.{name} must be at least {least}, got {value}")
+        super().__init__(source, path)
+        at_least(1, max_length=max_length, max_question=max_question, max_train=max_train, max_eval=max_eval)
+        at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, vocab_size=vocab_size)
+        at_least(0, stride=stride, num_workers=num_workers)
         if not 0 <= negative_share <= 1:
             raise ConfigError(f"--data.negative_share must be between 0 and 1, got {negative_share}")
         if stride >= max_length - max_question - 3:
             raise ConfigError(
                 f"--data.stride={stride} must be below max_length - max_question - 3 = {max_length - max_question - 3}"
             )
-        if path and source != "local":
-            raise ConfigError(f"--data.path={path} is read with --data.source=local only; --data.source is {source}")
-        self.source, self.path = source, path
         self.max_length, self.stride, self.max_question = max_length, stride, max_question
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.group_by_length = group_by_length
         self.negative_share, self.max_train, self.max_eval = negative_share, max_train, max_eval
         self.eval_split, self.vocab_size, self.num_workers = eval_split, vocab_size, num_workers
         self.question, self.document = question, document
-        self.backbone = BackboneConfig()
-        self.seed = 0
-        self.tokenizer_folder: Path | None = None
         self.examples: dict[str, list[QAExample]] = {}
         self.sets: dict[str, QADataset] = {}
         self.fingerprints: dict[str, str] = {}
-        self.notes: list[str] = []
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-
-    def prepare(self, backbone: BackboneConfig, seed: int, tokenizer_folder: Path | None) -> None:
-        """Tell the data module what it serves; called before the trainer starts.
-
-        Args:
-            backbone: Whose tokenizer to use.
-            seed: Of generated data, window draws and order.
-            tokenizer_folder: Run folder whose saved tokenizer to use instead of making one.
-        """
-        self.backbone, self.seed, self.tokenizer_folder = backbone, seed, tokenizer_folder
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the run; there after `setup`."""
-        assert self._tokenizer is not None, "setup() has not run"
-        return self._tokenizer
 
     def read(self, split: str) -> list[QAExample]:
         """The questions of a split: train, validation or test."""
@@ -216,16 +182,8 @@ class SpanQAData(pl.LightningDataModule):
     def _asked(self) -> QAExample:
         if not self.question.strip() or not self.document:
             raise ConfigError("predict needs --data.question='...' and --data.document=FILE")
-        file = Path(self.document).expanduser()
-        try:
-            text = file.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise DataError(f"--data.document={self.document} does not exist") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--data.document={self.document} cannot be read as UTF-8 text: {error}") from error
-        if not text.strip():
-            raise DataError(f"--data.document={self.document} is empty")
-        return QAExample("asked", self.question, ("",), text, title=file.stem, answer_starts=())
+        text = asked_text("document", self.document)
+        return QAExample("asked", self.question, ("",), text, title=Path(self.document).stem, answer_starts=())
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Refuse windows longer than the model's positions.
@@ -247,7 +205,7 @@ class SpanQAData(pl.LightningDataModule):
             first_epoch=self.first_epoch(),
             lengths=[len(e.context) for e in dataset.examples] if self.group_by_length else None,
         )
-        return self._loader(dataset, batch_sampler=sampler)
+        return self.loader(dataset, batch_sampler=sampler, collate_fn=Collate(self.padding_token()))
 
     def first_epoch(self) -> list[int] | None:
         """The order of the first epoch where there is a curriculum."""
@@ -266,25 +224,8 @@ class SpanQAData(pl.LightningDataModule):
         return self._evaluation("predict")
 
     def _evaluation(self, split: str) -> DataLoader[Any]:
-        """This process's share of the windows; one that is dealt twice to fill up changes no best span."""
-        dataset, trainer = self.sets[split], self.trainer
-        assert trainer is not None
-        share: DistributedSampler[Any] | None = None
-        if trainer.world_size > 1:
-            share = DistributedSampler(dataset, trainer.world_size, trainer.global_rank, shuffle=False)
-        return self._loader(dataset, batch_size=self.eval_batch_size, sampler=share)
-
-    def _loader(self, dataset: QADataset, **arguments: Any) -> DataLoader[Any]:
-        pad = self.tokenizer.pad_token_id
-        if pad is None:
-            raise ConfigError(f"--backbone.name={self.backbone.name} has a tokenizer without a padding token")
-        return DataLoader(
-            dataset,
-            collate_fn=Collate(pad),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            **arguments,
-        )
+        """Windows; one that two processes get changes no best span."""
+        return self.share(self.sets[split], collate_fn=Collate(self.padding_token()))
 
     def example(self, split: str, index: int) -> QAExample:
         """The question a window came from."""
@@ -326,9 +267,7 @@ class TriviaQAData(SpanQAData):
         **options: Any,
     ) -> None:
         super().__init__(source, path, **options)
-        for name, value in (("demo_train", demo_train), ("demo_eval", demo_eval)):
-            if value < 1:
-                raise ConfigError(f"--data.{name} must be at least 1 question, got {value}")
+        at_least(1, "question", demo_train=demo_train, demo_eval=demo_eval)
         self.demo_train, self.demo_eval = demo_train, demo_eval
 
     def read(self, split: str) -> list[QAExample]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from astbench.errors import DataError, MissingPackageError
 from astbench.reading import open_bytes, read_bytes
+from astbench.tasks.hub import hub_rows
 from astbench.tasks.qa_examples import QAExample
 
 log = logging.getLogger(__name__)
@@ -143,21 +144,8 @@ def read_hub(task: str, split: str) -> list[QAExample]:
         MissingPackageError: without the `datasets` package.
         DataError: the hub cannot be reached and nothing is cached.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingPackageError(
-            "--data.source=hub needs the datasets package: pip install 'astbench[hub]'"
-        ) from error
     name, configuration, revision = TRIVIAQA_HUB if task == "triviaqa" else SQUAD_HUB
-    try:
-        rows = datasets.load_dataset(name, configuration, split=split, revision=revision)
-    except Exception as error:  # the hub's client raises many kinds, its own and requests'
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"{name} ({configuration}, {split}) cannot be had from the hub: {reason}; fetch it once with network "
-            "access, or use --data.source=local"
-        ) from error
+    rows = hub_rows(name, configuration, split, revision)
     if task == "triviaqa":
         return [triviaqa_row(row, f"{name}/{split}") for row in rows]
     return [

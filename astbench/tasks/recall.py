@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from astbench.tasks.probe_data import by_group, gathered, share_of
+from astbench.tasks.probe_data import by_group, share_of
 from astbench.tasks.recall_data import IGNORED, RecallData
+from astbench.tasks.task_data import gathered
 from astbench.training import TaskModule
 
 
