@@ -31,8 +31,8 @@ def random_lists(
         k: Keys, `(batch, kv_heads, key_length, head_dim)`.
         mask: What is visible.
         uneven: Spread the blocks over a head's lists by log-normal weights (sigma 1: the longest of 256 lists has
-            some ten times the mean, as far as so many blocks are visible) instead of evenly. The clipping makes the
-            total a little smaller: compare times for each pair.
+            some ten times the mean, as far as so many blocks are visible) instead of evenly. What is always kept and
+            what is visible bound every list, so that the total is another one: compare times for each pair.
 
     Cost: O(groups x blocks) memory for one head at a time, beside the lists.
     """
@@ -45,16 +45,7 @@ def random_lists(
             budget = _spread(budget, selection)
         scores = torch.rand(1, 1, selection.num_groups, selection.num_blocks, device=q.device)
         keep = select_blocks(scores, forced=selection.forced, candidates=selection.candidates, budget=budget)
-        lists.append(
-            BlockLayout.from_mask(
-                keep,
-                block_size=selection.block_size,
-                query_group=selection.query_group,
-                query_length=q.shape[2],
-                key_length=k.shape[2],
-                query_offset=mask.query_offset,
-            )
-        )
+        lists.append(selection.layout(keep, q, k, mask))
     width = max(one.indices.shape[-1] for one in lists)
     padded = [torch.nn.functional.pad(one.indices, (0, width - one.indices.shape[-1])) for one in lists]
     return BlockLayout(

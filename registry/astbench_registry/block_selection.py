@@ -57,6 +57,17 @@ class Grid:
     num_groups: int
     first: Tensor
 
+    def layout(self, keep: Tensor, q: Tensor, k: Tensor, mask: AttentionMask) -> BlockLayout:
+        """Lists of the blocks to keep, bool `(batch, list_heads, groups, blocks)`, for these queries and keys."""
+        return BlockLayout.from_mask(
+            keep,
+            block_size=self.block_size,
+            query_group=self.query_group,
+            query_length=q.shape[2],
+            key_length=k.shape[2],
+            query_offset=mask.query_offset,
+        )
+
 
 @dataclass(frozen=True)
 class Selection(Grid):
@@ -175,14 +186,7 @@ class BlockSelectingAttention(Attention):
         selection = self.selection(q, k, mask)
         scores = self.scores(q, k, v, mask, selection, scale)
         keep = self.choose(scores.detach(), selection, context)
-        layout = BlockLayout.from_mask(
-            keep,
-            block_size=selection.block_size,
-            query_group=selection.query_group,
-            query_length=q.shape[2],
-            key_length=k.shape[2],
-            query_offset=mask.query_offset,
-        )
+        layout = selection.layout(keep, q, k, mask)
         return layout, *self.teach(scores, keep, layout, q, k, v, mask, selection, scale, context)
 
     def needs_scores(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from astbench_kernels import BlockLayout
 from astbench_registry.all_keys import attend_to_all
 from astbench_registry.block_selection import Selection
 from astbench_registry.interface import AttentionContext, AttentionMask, AttentionOutput, AttentionStats
@@ -27,14 +26,7 @@ def attend_densely(
     out = attend_to_all(q, k, v, mask, scale=scale)
     if not context.listen:
         return AttentionOutput(out)
-    layout = BlockLayout.from_mask(
-        selection.visible.expand(q.shape[0], -1, -1, -1),
-        block_size=selection.block_size,
-        query_group=selection.query_group,
-        query_length=q.shape[2],
-        key_length=k.shape[2],
-        query_offset=mask.query_offset,
-    )
+    layout = selection.layout(selection.visible.expand(q.shape[0], -1, -1, -1), q, k, mask)
     visible = mask.visible_pairs(q, k)
     attended = visible[:, None].expand(-1, q.shape[1])
     return AttentionOutput(out, stats=AttentionStats(attended, visible, f"sdpa-{q.device.type}", layout))

@@ -9,27 +9,20 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, rms_norm
 
 from astbench_kernels import BlockLayout, select_blocks, soft_top_k
-from astbench_kernels.layout import ceil_div
 from astbench_kernels.triton import pool_blocks
+from astbench_registry.block_pooling import extremes_of_blocks, mean_of_blocks, real_in_blocks
 from astbench_registry.block_selection import (
     BIDIRECTIONAL_GROUP,
     BlockSelectingAttention,
     Grid,
     Selection,
-    block_mean,
-    block_scores,
-    in_blocks,
-    valid_in_blocks,
 )
 from astbench_registry.coarse_keys import CoarseAttention, CoarseKeys
 from astbench_registry.configs.adaptive_sparse import ASTConfig
+from astbench_registry.dense_weights import dense_weights, rows_at_a_time
 from astbench_registry.interface import AttentionContext, AttentionMask, AttentionShape
 
 GOLDEN_RATIO = (1 + 5**0.5) / 2
-
-LOGITS_AT_A_TIME, LOGITS_AT_A_TIME_ON_GPU = 2**19, 2**26
-"""Logits of dense attention held at a time while distilling: 2 MiB, near a core's cache; 256 MiB (not measured) where
-every step is a launch."""
 
 
 class AdaptiveSparseAttention(BlockSelectingAttention):
@@ -74,8 +67,12 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     ) -> tuple[Tensor, Tensor]:
         """See the base class. Time O(M) for the features."""
         compute = torch.promote_types(q.dtype, torch.float32)
-        pooled = (pool_blocks if fused else _pool_blocks)(k, v, mask.key_valid, grid.block_size)
-        mean_key, max_key, min_key, mean_value, counts = pooled
+        if fused:
+            mean_key, max_key, min_key, mean_value, counts = pool_blocks(k, v, mask.key_valid, grid.block_size)
+        else:
+            mean_key, mean_value = mean_of_blocks(k, mask, grid), mean_of_blocks(v, mask, grid)
+            max_key, min_key = extremes_of_blocks(k, mask, grid)
+            counts = real_in_blocks(k, mask, grid).sum(-1)
         local = torch.cat([mean_key, max_key, min_key, mean_value], -1)
         context = _global_context(mean_value, counts, mask, grid)
         context = context.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
@@ -217,7 +214,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         with torch.no_grad():
             position = rows.flatten()
             index = position.clamp(max=q.shape[2] - 1)
-            target = _pooled_attention(q[:, :, index], index, k, v, mask, selection, scale)
+            target = _pooled_attention(q, index, k, v, mask, selection, scale)
             target = target.unflatten(2, rows.shape)  # (batch, heads, sampled groups, rows each, blocks)
             real = (position < q.shape[2]).expand(q.shape[0], -1)
             queries = mask.valid_queries(q.shape[2])
@@ -251,23 +248,6 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
 def _unit(x: Tensor) -> Tensor:
     """Rows of length 1; zero rows stay zero, with finite gradients."""
     return rms_norm(x, x.shape[-1:]) * x.shape[-1] ** -0.5
-
-
-def _pool_blocks(
-    k: Tensor, v: Tensor, key_valid: Tensor | None, block_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What :func:`astbench_kernels.triton.pool_blocks` returns, with a gradient, and in float64 for such inputs."""
-    blocks, compute = ceil_div(k.shape[2], block_size), torch.promote_types(k.dtype, torch.float32)
-    valid = key_valid
-    if valid is None:
-        valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
-    valid = valid_in_blocks(valid, blocks, block_size)
-    key, value = in_blocks(k.to(compute), blocks, block_size), in_blocks(v.to(compute), blocks, block_size)
-    hidden = ~valid[:, None, :, :, None]
-    empty = hidden.all(3)
-    high = key.masked_fill(hidden, -torch.inf).amax(3).masked_fill(empty, 0.0)
-    low = key.masked_fill(hidden, torch.inf).amin(3).masked_fill(empty, 0.0)
-    return block_mean(key, valid), high, low, block_mean(value, valid), valid.sum(-1)
 
 
 def _global_context(mean_value: Tensor, counts: Tensor, mask: AttentionMask, grid: Grid) -> Tensor:
@@ -315,33 +295,17 @@ def _sample_rows(selection: Selection, fraction: float, device: torch.device) ->
 
 
 def _pooled_attention(
-    q: Tensor,
-    index: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: AttentionMask,
-    selection: Selection,
-    scale: float,
+    q: Tensor, index: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
 ) -> Tensor:
-    """Dense attention of rows times value norms, block maximum: `(batch, heads, rows, blocks)`.
+    """Dense attention of the rows `index` times value norms, block maximum: `(batch, heads, rows, blocks)`.
 
     A few rows at a time: all of them together would be a share of the N x M matrix.
     """
-    compute = torch.promote_types(q.dtype, torch.float32)
-    norm = v.norm(dim=-1, dtype=compute).repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None, :]
-    position = torch.arange(k.shape[2], device=q.device)
+    norm = v.norm(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    norm = norm.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None, :]
     missing = selection.num_blocks * selection.block_size - k.shape[2]
-    logits = LOGITS_AT_A_TIME if q.device.type == "cpu" else LOGITS_AT_A_TIME_ON_GPU
     pooled = []
-    for rows in torch.arange(len(index), device=q.device).split(max(1, logits // max(1, norm.numel()))):
-        weights = block_scores(q[:, :, rows], k).to(compute).mul_(scale)
-        if mask.key_valid is not None:
-            weights.masked_fill_(~mask.key_valid[:, None, None, :], -torch.inf)
-        if mask.causal:
-            weights.masked_fill_(position > (index[rows] + mask.query_offset)[:, None], -torch.inf)
-        # Rows that see nothing teach nothing.
-        weights = weights.softmax(-1).nan_to_num_(0.0).mul_(norm)
-        if missing:
-            weights = pad(weights, (0, missing))
+    for rows in index.split(rows_at_a_time(q, k)):
+        weights = pad(dense_weights(q, k, mask, scale, rows).mul_(norm), (0, missing))
         pooled.append(weights.unflatten(-1, (selection.num_blocks, -1)).amax(-1))
     return torch.cat(pooled, 2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend
+from astbench_kernels import block_sparse_attention, choose_backend, what_runs
 from astbench_registry.block_selection import BlockSelectingAttention, Selection, block_scores
 from astbench_registry.configs.dsa import DSAConfig
 from astbench_registry.dense_weights import dense_weights, rows_at_a_time
@@ -78,14 +78,7 @@ class DeepSeekSparseAttention(BlockSelectingAttention):
                     return dense
                 loss = self._divergence(scores, *mask.without_padding(q, k, v)[:2], mask, selection, scale)
                 return dense._replace(losses={"distill": self.config.distill_weight * loss})
-            layout = BlockLayout.from_mask(
-                self.choose(scores, selection, context),
-                block_size=1,
-                query_group=1,
-                query_length=q.shape[2],
-                key_length=k.shape[2],
-                query_offset=mask.query_offset,
-            )
+            layout = selection.layout(self.choose(scores, selection, context), q, k, mask)
         backend = choose_backend(self.config.backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
         q, k, v = mask.without_padding(q, k, v)
         out, _ = block_sparse_attention(
@@ -93,9 +86,10 @@ class DeepSeekSparseAttention(BlockSelectingAttention):
         )
         if not context.listen:
             return AttentionOutput(out)
+        ran = what_runs(backend, q, k, v, layout, causal=mask.causal)
         layout = layout.expand_heads(self.shape.num_heads)
         attended = layout.attended_pairs(causal=mask.causal, key_valid=mask.key_valid)
-        return AttentionOutput(out, stats=AttentionStats(attended, mask.visible_pairs(q, k), backend, layout))
+        return AttentionOutput(out, stats=AttentionStats(attended, mask.visible_pairs(q, k), ran, layout))
 
     def selection(self, q: Tensor, k: Tensor, mask: AttentionMask) -> Selection:
         """Every visible token competes, the token itself too; none is kept for its own sake."""

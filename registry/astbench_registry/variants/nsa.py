@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, pad
 
-from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend
+from astbench_kernels import block_sparse_attention, choose_backend, what_runs
 from astbench_kernels.layout import last_key
 from astbench_registry.block_selection import BlockSelectingAttention, Selection, block_scores
 from astbench_registry.coarse_keys import COARSE_BLOCK, COARSE_GROUP, every_coarse_block, listed_coarse_blocks
@@ -115,14 +115,7 @@ class NativeSparseAttention(BlockSelectingAttention):
             gates = self._gates(context.hidden_states, mask)
             key, value = self.compress_key(k), self.compress_value(v)
             keep = self.choose(self.scores(q, key, value, mask, selection, scale), selection, context)
-            layout = BlockLayout.from_mask(
-                keep,
-                block_size=selection.block_size,
-                query_group=selection.query_group,
-                query_length=q.shape[2],
-                key_length=k.shape[2],
-                query_offset=mask.query_offset,
-            )
+            layout = selection.layout(keep, q, k, mask)
             real = self._real_windows(key, mask)
             seen = every_coarse_block(q, key.shape[2], self.config.compress_stride, mask)
         attend = partial(block_sparse_attention, scale=scale, causal=mask.causal, backend=backend)
@@ -134,10 +127,11 @@ class NativeSparseAttention(BlockSelectingAttention):
             out = out + gates[..., 0:1] * compressed
         if not context.listen:
             return AttentionOutput(out.to(q.dtype))
+        ran = what_runs(backend, q, k, v, layout, causal=mask.causal)
         layout = layout.expand_heads(self.shape.num_heads)
         attended = layout.attended_pairs(causal=mask.causal, key_valid=mask.key_valid)
         beside = near.stats.attended + seen.attended_pairs(causal=mask.causal, key_valid=real)
-        stats = AttentionStats(attended, mask.visible_pairs(q, k), backend, layout, beside)
+        stats = AttentionStats(attended, mask.visible_pairs(q, k), ran, layout, beside)
         return AttentionOutput(out.to(q.dtype), stats=stats)
 
     @torch.no_grad()

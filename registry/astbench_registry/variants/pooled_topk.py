@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from astbench_kernels.triton import pool_blocks
-from astbench_registry.block_selection import (
-    BlockSelectingAttention,
-    Grid,
-    block_mean,
-    in_blocks,
-    valid_in_blocks,
-)
+from astbench_registry.block_pooling import mean_of_blocks
+from astbench_registry.block_selection import BlockSelectingAttention, Grid
 from astbench_registry.interface import AttentionMask
 
 
@@ -30,10 +24,5 @@ class PooledTopKAttention(BlockSelectingAttention):
         if fused:
             pooled = pool_blocks(k, k, mask.key_valid, grid.block_size).mean_key
         else:
-            valid = mask.key_valid
-            if valid is None:
-                valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
-            keys = k.to(torch.promote_types(k.dtype, torch.float32))
-            blocks, size = grid.num_blocks, grid.block_size
-            pooled = block_mean(in_blocks(keys, blocks, size), valid_in_blocks(valid, blocks, size))
+            pooled = mean_of_blocks(k, mask, grid)
         return self.speaker(q, mask, grid) * scale, pooled
