@@ -18,11 +18,11 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from yaml import safe_load
 
 from astbench import console
-from astbench.backbones.presets import BackboneConfig, Head, resolve_preset
+from astbench.backbones.presets import BackboneConfig, resolve_preset
 from astbench.config import OptimConfig
+from astbench.config_files import fit_configs, said
 from astbench.errors import CheckpointError, ConfigError, Interrupted, MissingPackageError
 from astbench.parser import ALLOWED, Parser
 from astbench.runs.callbacks import RunCallback
@@ -31,17 +31,10 @@ from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, default_run
 from astbench.runs.progress import build_loggers, progress_bar
 from astbench.selection import Selection
 from astbench.tasks import Task, find_task
-from astbench.tasks.mt_config import PLACES
-from astbench_registry import AttentionConfig, Pattern
+from astbench_registry import AttentionConfig
 from astbench_registry.registry import config_class, make_config
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
-
-_PATTERN: dict[Head, Pattern] = {
-    "question_answering": "bidirectional_self",
-    "causal_lm": "causal_self",
-    "sequence_classification": "bidirectional_self",
-}
 
 _TRAINER = {
     "max_steps": 1000,
@@ -121,7 +114,7 @@ class CLI(LightningCLI):
 
     def _demo_defaults(self, parser: LightningArgumentParser) -> dict[str, Any]:
         """Settings measured for the first source, where it is used and for options that exist here."""
-        if not self.task.demo or _said(self.found, "data.source") not in (None, self.task.sources[0]):
+        if not self.task.demo or said(self.found, "data.source") not in (None, self.task.sources[0]):
             return {}
         known = {a.dest for a in parser._actions}
         return {key: value for key, value in self.task.demo.items() if key in known}
@@ -180,24 +173,22 @@ class CLI(LightningCLI):
 
     def _check_attention(self, config: AttentionConfig, task: Any) -> None:
         """Refuse an attention that cannot do what the task asks of it, and say where it could be used."""
-        option, head = self.data_class.length_option, self.module_class.head
+        option = self.data_class.length_option
         layer = {
             "length": self.options.data[option],
             "length_flag": f"--data.{option}",
             **{"padded": self.data_class.pads, **self.module_class.needs(self.command, self.options.data)},
         }
-        if head != "seq2seq":
-            config.can.check(self.attention, _PATTERN[head], **layer)
-            return
-        able = [place for place in task.places if PLACES[place] in config.can.patterns]
-        if able and able != list(task.places):
-            lacking = ", ".join(place for place in task.places if place not in able)
+        wanted = self.module_class.patterns(task)
+        able = [place for place, pattern in wanted.items() if pattern in config.can.patterns]
+        if 0 < len(able) < len(wanted):
+            lacking = ", ".join(place for place in wanted if place not in able)
             raise ConfigError(
                 f"attention '{self.attention}' cannot serve {lacking} (it has: {', '.join(config.can.patterns)}); "
                 f"--task.where={','.join(able)} leaves the rest dense"
             )
-        for place in task.places:
-            config.can.check(self.attention, PLACES[place], **layer)
+        for pattern in wanted.values():
+            config.can.check(self.attention, pattern, **layer)
 
     @property
     def options(self) -> Namespace:
@@ -318,74 +309,12 @@ def run(command: str, found: Selection) -> int:
         console.say(f"{found.resume} is done already; nothing to resume")
         return 0
     with tempfile.TemporaryDirectory(prefix="astbench-") as folder:
-        found.argv = _fit_configs(found, task, Path(folder))
+        found.argv = fit_configs(found, task, Path(folder))
         try:
             CLI(command, found, task)
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
     return 0
-
-
-def _fit_configs(found: Selection, task: Task, folder: Path) -> list[str]:
-    """Replace configs by ones, in `folder`, of what the chosen attention and task know, with a note on the rest."""
-    import yaml
-
-    argv = []
-    for word in found.argv:
-        path = word.removeprefix("--config=")
-        if word == path:
-            argv.append(word)
-            continue
-        config = safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        for kind, name in (("attention", found.attention), ("task", task.name)):
-            group = config.get(kind)
-            if isinstance(group, str):
-                config[kind] = group = {"name": group}
-            if isinstance(group, dict) and group.get("name") not in (None, name):
-                console.say(
-                    f"{kind} {name} replaces {group['name']} of {path}: the options of {group['name']} are dropped"
-                )
-                config.pop(kind)
-                if kind == "task":
-                    config.pop("data", None)
-        if isinstance(config.get("backbone"), str):
-            config["backbone"] = {"name": config["backbone"]}
-        if "seed" in config:
-            config["seed_everything"] = config.pop("seed")
-        for key in ("plugins", "run_dir"):
-            config.pop(key, None)
-        fitted = folder / f"{len(argv)}.yaml"
-        fitted.write_text(yaml.safe_dump(config), encoding="utf-8")
-        argv.append(f"--config={fitted}")
-    return argv
-
-
-def _said(found: Selection, key: str) -> str | None:
-    """The value of an option GROUP.OPTION in argv or the configs, the last one."""
-    value = None
-    group, _, option = key.partition(".")
-    for word in found.argv:
-        if word.startswith("--config="):
-            config: Any = safe_load(Path(word.removeprefix("--config=")).read_text(encoding="utf-8"))
-            for part in key.split("."):
-                config = config.get(part) if isinstance(config, dict) else None
-            value = str(config) if config else value
-        elif word.startswith(f"--{key}="):
-            value = word.partition("=")[2]
-        elif word.startswith(f"--{group}="):
-            value = _in_group(word.partition("=")[2], option) or value
-    for flag, following in zip(found.argv, found.argv[1:], strict=False):
-        if flag == f"--{key}":
-            value = following
-        elif flag == f"--{group}":
-            value = _in_group(following, option) or value
-    return value
-
-
-def _in_group(text: str, option: str) -> str | None:
-    """The value of an option in `{option: value, ...}`."""
-    given = safe_load(text)
-    return str(given[option]) if isinstance(given, dict) and given.get(option) else None
 
 
 def _as_dict(group: Any) -> dict[str, Any]:

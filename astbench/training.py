@@ -58,6 +58,11 @@ class TaskModule(pl.LightningModule):
         self.answers: dict[str, str] = {}
 
     @classmethod
+    def patterns(cls, task: Any) -> dict[str, Pattern]:
+        """How attention works at each place where these task options replace it."""
+        return {"encoder_self": "bidirectional_self"} if cls.head != "causal_lm" else {"decoder_self": "causal_self"}
+
+    @classmethod
     def needs(cls, command: str, data: Any) -> dict[str, bool]:
         """What a command asks of the attention with these data options, as :meth:`Capabilities.problems` takes it."""
         return {}

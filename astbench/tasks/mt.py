@@ -11,7 +11,7 @@ from torch import Tensor
 
 from astbench.averaging import KEY, WeightAverage, final_weights
 from astbench.errors import ConfigError
-from astbench.tasks.mt_config import TranslationConfig
+from astbench.tasks.mt_config import PLACES, TranslationConfig
 from astbench.tasks.mt_data import IGNORED, TranslationData
 from astbench.tasks.task_data import gathered
 from astbench.training import TaskModule
@@ -38,6 +38,11 @@ class Translation(TaskModule):
         self.average: WeightAverage | None = None
         self.translations: dict[int, str] = {}
         self.results: dict[str, Any] = {}
+
+    @classmethod
+    def patterns(cls, task: TranslationConfig) -> dict[str, Pattern]:
+        """See the base class."""
+        return {place: PLACES[place] for place in task.places}
 
     @property
     def data(self) -> TranslationData:
