@@ -134,9 +134,17 @@ class TaskModule(pl.LightningModule):
         assert self.handle is not None, "configure_model() has not run"
         return self.handle
 
-    def total_loss(self, task_loss: Tensor) -> Tensor:
-        """The task's loss and the attention's auxiliary ones, each logged; not finite ends the run."""
+    def total_loss(self, task_loss: Tensor, each: Tensor) -> Tensor:
+        """The task's loss and the attention's auxiliary ones, each logged; not finite ends the run.
+
+        Args:
+            task_loss: Of the batch.
+            each: `(batch,)`, of each sequence as the attention met them, for attention that learns by policy gradient.
+        """
         auxiliary = self.swapped.losses()
+        log_prob = self.swapped.log_prob()
+        if log_prob is not None:
+            auxiliary["policy"] = policy_loss(each, log_prob)
         total = task_loss + sum(auxiliary.values()) if auxiliary else task_loss
         if not torch.isfinite(total):
             parts = {
@@ -217,6 +225,28 @@ class TaskModule(pl.LightningModule):
             "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
             "attention": own,
         }
+
+
+def policy_loss(each: Tensor, log_prob: Tensor) -> Tensor:
+    """REINFORCE: the gradient raises the probability of choices whose sequence lost less than the others on average.
+
+    Each sequence's baseline is the mean of the others' losses: Kool, van Hoof and Welling 2019 (Buy 4 REINFORCE
+    Samples, Get a Baseline for Free!), eq. 6, with a batch in the place of samples for one input.
+
+    Args:
+        each: Losses `(batch,)`.
+        log_prob: `(batch,)`.
+
+    Raises:
+        ConfigError: for a batch of one, which nothing can be compared with.
+    """
+    batch = len(each)
+    if batch < 2:
+        raise ConfigError(
+            "--attention.estimator=policy_gradient compares the sequences of a batch; set --data.batch_size=2 or more"
+        )
+    advantage = (each.detach() - each.detach().mean()) * batch / (batch - 1)
+    return (advantage * log_prob).mean()
 
 
 def derived_seed(*parts: int) -> int:

@@ -66,6 +66,7 @@ class AttentionSlot(nn.Module):
         self.global_tokens: Tensor | None = None
         self.losses: Mapping[str, Tensor] = {}
         self.stats: AttentionStats | None = None
+        self.log_prob: Tensor | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None) -> Tensor:
         """Run the variant; keep what it reports for the handle."""
@@ -87,7 +88,7 @@ class AttentionSlot(nn.Module):
                 f"{type(self.attention).__name__} must return an AttentionOutput with a context (batch, num_heads, "
                 f"query_length, head_dim) = {wanted}, got {shape}"
             )
-        out, self.losses, self.stats = output
+        out, self.losses, self.stats, self.log_prob = output
         return out
 
 

@@ -78,6 +78,11 @@ class SwapHandle:
                 total[name] = total[name] + loss if name in total else loss
         return total
 
+    def log_prob(self) -> Tensor | None:
+        """`(batch,)`: log-probability of all that was drawn in the last forward pass, summed over the layers."""
+        drawn = [slot.log_prob for slot in self.slots if slot.log_prob is not None]
+        return torch.stack(drawn).sum(0) if drawn else None
+
     @contextmanager
     def listening(self) -> Iterator[list[AttentionSlot]]:
         """Within, every call leaves its statistics in `slot.stats`."""

@@ -87,7 +87,8 @@ class SequenceClassifier(TaskModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Cross-entropy, and the attention's own losses."""
-        return self.total_loss(cross_entropy(self(batch), batch["label"]))
+        each = cross_entropy(self(batch), batch["label"], reduction="none")
+        return self.total_loss(each.mean(), torch.cat([each, each]) if self.data.paired else each)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the guesses of the evaluation before."""

@@ -99,9 +99,10 @@ class LanguageModel(TaskModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean -log p over the batch's tokens, and the attention's own losses."""
         nll = self(batch)
-        if "attention_mask" in batch:
-            nll = nll[batch["attention_mask"][:, 1:]]
-        return self.total_loss(nll.mean())
+        if "attention_mask" not in batch:
+            return self.total_loss(nll.mean(), nll.mean(1))
+        real = batch["attention_mask"][:, 1:]
+        return self.total_loss(nll[real].mean(), (nll * real).sum(1) / real.sum(1).clamp(min=1))
 
     def on_validation_epoch_start(self) -> None:
         """Forget the sums of the evaluation before."""

@@ -66,13 +66,17 @@ class Translation(TaskModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Cross-entropy per target token, with smoothed labels, and the attention's own losses."""
         logits = self(batch)
-        loss = torch.nn.functional.cross_entropy(
+        labels = batch["labels"]
+        losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1),
-            batch["labels"].flatten(),
+            labels.flatten(),
             ignore_index=IGNORED,
             label_smoothing=self.config.label_smoothing,
+            reduction="none",
         )
-        return self.total_loss(loss)
+        losses = losses.view(labels.shape).sum(1)
+        tokens = (labels != IGNORED).sum(1)
+        return self.total_loss(losses.sum() / tokens.sum(), losses / tokens)
 
     # -- the mean of the last weights -------------------------------------------------------------------
 

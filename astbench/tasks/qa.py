@@ -52,8 +52,8 @@ class SpanQA(TaskModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Marginal likelihood of the mentions, and the attention's own losses."""
         start, end = self(batch)
-        loss = (marginal_nll(start, batch["starts"]) + marginal_nll(end, batch["ends"])) / 2
-        return self.total_loss(loss)
+        each = (marginal_nll(start, batch["starts"]) + marginal_nll(end, batch["ends"])) / 2
+        return self.total_loss(each.mean(), each)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the guesses of the evaluation before."""
@@ -140,13 +140,13 @@ class SpanQA(TaskModule):
 
 
 def marginal_nll(logits: Tensor, right: Tensor) -> Tensor:
-    """-log of the summed probability of the right tokens, mean over the batch.
+    """-log of the summed probability of the right tokens, `(batch,)`.
 
     Args:
         logits: `(batch, length)`, -inf where a token cannot be meant.
         right: Bool `(batch, length)`, at least one True a row.
     """
-    return (torch.logsumexp(logits, -1) - torch.logsumexp(logits.masked_fill(~right, -torch.inf), -1)).mean()
+    return torch.logsumexp(logits, -1) - torch.logsumexp(logits.masked_fill(~right, -torch.inf), -1)
 
 
 def best_spans(start: Tensor, end: Tensor, answerable: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:

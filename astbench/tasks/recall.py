@@ -44,7 +44,10 @@ class Recall(TaskModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Cross-entropy of the answers' tokens, and the attention's own losses."""
         labels = batch["labels"]
-        return self.total_loss(cross_entropy(self(batch), labels[labels != IGNORED]))
+        asked = labels != IGNORED
+        losses = cross_entropy(self(batch), labels[asked], reduction="none")
+        each = losses.new_zeros(asked.shape).masked_scatter(asked, losses).sum(1) / asked.sum(1)
+        return self.total_loss(losses.mean(), each)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the answers of the evaluation before."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +90,20 @@ class Selection(Grid):
         return self.candidates & ~self.forced
 
 
+class Taught(NamedTuple):
+    """How the scores of a choice learn.
+
+    Attributes:
+        bias: `(batch, num_heads, groups, width)`, the kernel's `block_bias`, through which the task's gradient comes.
+        losses: Auxiliary losses.
+        log_prob: As in :class:`AttentionOutput`.
+    """
+
+    bias: Tensor | None = None
+    losses: Mapping[str, Tensor] = MappingProxyType({})
+    log_prob: Tensor | None = None
+
+
 class BlockSelectingAttention(Attention):
     """Scores key blocks per query group, keeps the best within a budget, attends to nothing else.
 
@@ -155,17 +170,16 @@ class BlockSelectingAttention(Attention):
             q, k, v = mask.without_padding(q, k, v)
             fused = backend == "triton" and not self.needs_scores()
             layout = self.fused_layout(q, k, v, mask, scale, context) if fused else None
-            bias: Tensor | None = None
-            losses: Mapping[str, Tensor] = MappingProxyType({})
+            taught = Taught()
             if layout is None:
-                layout, bias, losses = self.taught_layout(q, k, v, mask, scale, context)
+                layout, taught = self.taught_layout(q, k, v, mask, scale, context)
             coarse = self.coarse(q, k, v, mask, scale, backend)
         out, lse = block_sparse_attention(
             q,
             k,
             v,
             layout,
-            block_bias=bias,
+            block_bias=taught.bias,
             scale=scale,
             causal=mask.causal,
             key_valid=mask.key_valid,
@@ -175,19 +189,19 @@ class BlockSelectingAttention(Attention):
             out, _ = merge_attention([(out, lse), (coarse.out, coarse.lse)])
         stats = None
         if context.listen:
-            ran = what_runs(backend, q, k, v, layout, causal=mask.causal, block_bias=bias)
+            ran = what_runs(backend, q, k, v, layout, causal=mask.causal, block_bias=taught.bias)
             stats = self._stats(q, k, mask, layout, coarse, ran)
-        return AttentionOutput(out, losses, stats)
+        return AttentionOutput(out, taught.losses, stats, taught.log_prob)
 
     def taught_layout(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, context: AttentionContext
-    ) -> tuple[BlockLayout, Tensor | None, Mapping[str, Tensor]]:
+    ) -> tuple[BlockLayout, Taught]:
         """The choice by scores that a variant may learn from, and what :meth:`teach` makes of them."""
         selection = self.selection(q, k, mask)
         scores = self.scores(q, k, v, mask, selection, scale)
         keep = self.choose(scores.detach(), selection, context)
         layout = selection.layout(keep, q, k, mask)
-        return layout, *self.teach(scores, keep, layout, q, k, v, mask, selection, scale, context)
+        return layout, self.teach(scores, keep, layout, q, k, v, mask, selection, scale, context)
 
     def needs_scores(self) -> bool:
         """Whether anything but keeping each row's best hangs on the scores.
@@ -305,9 +319,9 @@ class BlockSelectingAttention(Attention):
         selection: Selection,
         scale: float,
         context: AttentionContext,
-    ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
-        """A block bias for the kernel and auxiliary losses, for variants that learn to choose."""
-        return None, MappingProxyType({})
+    ) -> Taught:
+        """How the scores are to learn, for variants that learn to choose."""
+        return Taught()
 
     def coarse(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str

@@ -173,11 +173,14 @@ class AttentionOutput(NamedTuple):
         context: `(batch, heads, query_length, head_dim)`; rows that see nothing are zero.
         losses: Auxiliary losses by name, already weighted, to be added to the task's; only while training.
         stats: Filled when the context listens.
+        log_prob: `(batch,)`, with gradient: log-probability of what was drawn at random for each sequence, of a variant
+            that learns by policy gradient; only while training.
     """
 
     context: Tensor
     losses: Mapping[str, Tensor] = MappingProxyType({})
     stats: AttentionStats | None = None
+    log_prob: Tensor | None = None
 
 
 class Attention(nn.Module):

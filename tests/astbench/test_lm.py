@@ -448,7 +448,7 @@ def test_the_first_loss_is_the_mean_over_real_tokens():
     module.model = LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=40,
                                                 num_hidden_layers=2, num_attention_heads=6))  # fmt: skip
     module.handle = swap_attention(module.model, "dense")
-    module.total_loss = lambda loss: loss
+    module.total_loss = lambda loss, each: loss
     rows = [torch.randint(61, (n,)) for n in (11, 7, 2)]
     loss = module.training_step(pad([{"input_ids": row} for row in rows]), 0)
     alone = torch.cat([module({"input_ids": row[None]})[0] for row in rows])

@@ -12,6 +12,7 @@ AST_OPTIONS = {
         "budget": "adaptive", "mass": 0.6, "lambda_density": 0.1, "lambda_entropy": 0.1, "distill_weight": 0.0
     },
     "soft": {"estimator": "soft"},
+    "policy": {"estimator": "policy_gradient"},
     "distill-only": {"estimator": "none"},
     "straight-through-only": {"distill_weight": 0.0},
     "query-group-4": {"query_group": 4},

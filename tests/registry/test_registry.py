@@ -168,7 +168,7 @@ def test_unknown_option_suggests_the_nearest():
         (
             "ast",
             {"estimator": "hard"},
-            "--attention.estimator must be one of straight_through, soft, none, got 'hard'",
+            "--attention.estimator must be one of straight_through, soft, policy_gradient, none, got 'hard'",
         ),
         (
             "ast",

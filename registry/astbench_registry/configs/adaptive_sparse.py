@@ -19,7 +19,9 @@ class ASTConfig(BlockSelectionConfig):
         mass: Predicted attention mass to reach, for the adaptive budget.
         estimator: How the task loss reaches the predictor. "straight_through": kept blocks carry log p as a
             logit bias whose forward value is zero; "soft": the bias is there in the forward pass too;
-            "none": it does not (distillation only).
+            "policy_gradient": blocks are drawn as with `sample`, and a sequence's choices become more probable the
+            less it lost, compared with the rest of the batch (REINFORCE; two sequences a batch at least); "none": it
+            does not (distillation only).
         temperature: Of the differentiable top-k, in logit units.
         sample: While training, choose by the scores plus logistic noise of `temperature`, so that a block is kept
             about as often as the differentiable top-k says, and blocks that are never kept get their chance.
@@ -43,7 +45,7 @@ class ASTConfig(BlockSelectionConfig):
     rank: int = 32
     budget: Literal["fixed", "adaptive"] = "fixed"
     mass: float = 0.9
-    estimator: Literal["straight_through", "soft", "none"] = "straight_through"
+    estimator: Literal["straight_through", "soft", "policy_gradient", "none"] = "straight_through"
     temperature: float = 0.5
     sample: bool = False
     distill_weight: float = 0.1
@@ -72,7 +74,7 @@ class ASTConfig(BlockSelectionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.budget in ("fixed", "adaptive"), "budget", "fixed or adaptive")
-        estimators = ("straight_through", "soft", "none")
+        estimators = ("straight_through", "soft", "policy_gradient", "none")
         self.require(self.estimator in estimators, "estimator", f"one of {', '.join(estimators)}")
         self.require(self.rank >= 1, "rank", "at least 1")
         self.require(0 < self.mass <= 1, "mass", "above 0 and at most 1")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, rms_norm
@@ -16,6 +14,7 @@ from astbench_registry.block_selection import (
     BlockSelectingAttention,
     Grid,
     Selection,
+    Taught,
 )
 from astbench_registry.coarse_keys import CoarseAttention, CoarseKeys
 from astbench_registry.configs.adaptive_sparse import ASTConfig
@@ -43,8 +42,9 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     runs before any training. With estimator "straight_through" each kept block carries `log p - stop(log p)`
     as a logit bias, p from :func:`astbench_kernels.soft_top_k`: zero in value, it lets the task loss raise
     the scores of blocks that help; with `sample`, p is also how often a block is kept while training, so that
-    those are found that the scores would leave out. While training, a distillation loss moves the scores towards
-    the layer's own dense attention, pooled over blocks, on a sample of query rows.
+    those are found that the scores would leave out. With "policy_gradient" the choice is an action instead, drawn
+    that way, and its log-probability is left to whoever knows how the sequence fared. While training, a distillation
+    loss moves the scores towards the layer's own dense attention, pooled over blocks, on a sample of query rows.
 
     With `coarse_stride`, layers from `coarse_from` on also see every window of s tokens as one coarse token, in the
     same softmax (:class:`astbench_registry.coarse_keys.CoarseKeys`); s doubles every `coarse_every` layers.
@@ -88,8 +88,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     def needs_scores(self) -> bool:
         """Also for the bias of "soft", for sampling, and for the adaptive budget."""
         config = self.config
-        sampling = config.sample and self.training
-        return super().needs_scores() or sampling or config.estimator == "soft" or config.budget == "adaptive"
+        return super().needs_scores() or self._draws() or config.estimator == "soft" or config.budget == "adaptive"
 
     def coarse(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str
@@ -112,7 +111,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
 
     def choose(self, scores: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
         """Fixed budget as the base class; adaptive: the fewest blocks whose predicted mass reaches `mass`."""
-        if self.config.sample and self.training:
+        if self._draws():
             # P(score + logistic noise > tau) is the p of soft_top_k, for noise of the same temperature.
             uniform = torch.rand(scores.shape, device=scores.device, dtype=scores.dtype)
             scores = scores + self.config.temperature * uniform.logit(torch.finfo(scores.dtype).eps)
@@ -141,19 +140,22 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         selection: Selection,
         scale: float,
         context: AttentionContext,
-    ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
-        """The bias that carries the task's gradient, and the losses of distillation and regularisation."""
+    ) -> Taught:
+        """See the base class; the losses are those of distillation and regularisation."""
         config = self.config
-        bias, losses = None, {}
+        bias, log_prob, losses = None, None, {}
         free = selection.free.expand_as(keep)
         learning = self.training and torch.is_grad_enabled()
         wants_bias = config.estimator == "soft" or (config.estimator == "straight_through" and learning)
-        if wants_bias or (learning and config.lambda_entropy):
+        policy = learning and config.estimator == "policy_gradient"
+        if wants_bias or policy or (learning and config.lambda_entropy):
             log_p = soft_top_k(scores, self._gate_budget(keep, selection), free, config.temperature)
             if wants_bias:
                 bias = log_p.gather(-1, layout.indices.long()).masked_fill(~layout.slots, 0.0)
                 if config.estimator == "straight_through":
                     bias = bias - bias.detach()
+            if policy:
+                log_prob = _log_probability(log_p, keep, free)
             if learning and config.lambda_entropy:
                 losses["entropy"] = config.lambda_entropy * _binary_entropy(log_p, free)
         if learning and config.lambda_density:
@@ -161,17 +163,21 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         weight = self._distill_weight(context.step)
         if learning and weight:
             losses["distill"] = weight * self._distill(scores, q, k, v, mask, selection, scale)
-        return bias, losses
+        return Taught(bias, losses, log_prob)
+
+    def _draws(self) -> bool:
+        """Whether this call keeps blocks by scores plus noise."""
+        return self.training and (self.config.sample or self.config.estimator == "policy_gradient")
 
     def _gate_budget(self, keep: Tensor, selection: Selection) -> Tensor:
         """Free blocks that the differentiable top-k counts with: those kept, but no more than the schedule ends with.
 
         So steps at a higher density already teach the last one's choice, dense steps best of all: there the task's
-        gradient says of every block whether more of it would help. A gate that is felt in the forward pass ("soft")
-        has to agree with what is kept.
+        gradient says of every block whether more of it would help. A gate that is felt in the forward pass ("soft"),
+        and the probability of a choice, have to agree with what is kept.
         """
         kept = (keep & selection.free).sum(-1)
-        if self.config.budget == "adaptive" or self.config.estimator == "soft":
+        if self.config.budget == "adaptive" or self.config.estimator in ("soft", "policy_gradient"):
             return kept
         final = self.budget(selection.visible.sum(-1), AttentionContext(step=self.config.density_steps))
         return torch.minimum(kept, (final - selection.forced.sum(-1)).clamp(min=1))
@@ -273,6 +279,17 @@ def _block_probabilities(scores: Tensor, selection: Selection) -> Tensor:
     p = scores.masked_fill(~part, -torch.inf)
     p = p.masked_fill(~part.any(-1, keepdim=True), 0.0).softmax(-1)
     return p.masked_fill(~part, 0.0)
+
+
+def _log_probability(log_p: Tensor, keep: Tensor, free: Tensor) -> Tensor:
+    """`(batch,)`: log-probability of keeping just these free blocks, mean over heads and groups.
+
+    As if each block were drawn by itself. (The fixed number of kept ones is left out: it moves tau, which depends on
+    all scores, far less than a score moves its own block.)
+    """
+    live = free & (log_p < 0)
+    dropped = (-torch.expm1(log_p.masked_fill(~live, -1.0))).clamp(min=torch.finfo(log_p.dtype).eps).log()
+    return torch.where(keep, log_p, dropped).masked_fill(~live, 0.0).sum(-1).mean((1, 2))
 
 
 def _binary_entropy(log_p: Tensor, free: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""AST's policy-gradient estimator: the probability of a choice, the baseline, and that it learns where to look."""
+
+import pytest
+import torch
+
+from astbench.errors import ConfigError
+from astbench.training import policy_loss
+from astbench_kernels import soft_top_k
+from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+
+BLOCK, BLOCKS, DIM = 4, 8, 8
+OPTIONS = {
+    "estimator": "policy_gradient",
+    "block_size": BLOCK,
+    "query_group": BLOCK * BLOCKS,
+    "min_blocks": 1,
+    "top_k": 2,
+    "first_block": False,
+    "distill_weight": 0.0,
+    "rank": 8,
+}
+
+
+def policy_attention(**options):
+    torch.manual_seed(1)
+    attention = build_attention("ast", {**OPTIONS, **options}, AttentionShape(2, 1, DIM))
+    return attention.train()
+
+
+def cross(batch, generator):
+    """Queries of one group, keys and values of eight blocks, a mask that lets all see all."""
+    q = torch.randn(batch, 2, BLOCK * BLOCKS, DIM, generator=generator)
+    k, v = (torch.randn(batch, 1, BLOCK * BLOCKS, DIM, generator=generator) for _ in range(2))
+    return q, k, v, AttentionMask("bidirectional_cross")
+
+
+def test_log_probability_is_that_of_the_drawn_blocks():
+    attention = policy_attention().double()
+    q, k, v, mask = (x.double() if torch.is_tensor(x) else x for x in cross(3, torch.Generator().manual_seed(2)))
+    output = attention(q, k, v, mask, context=AttentionContext(listen=True))
+    selection = attention.selection(q, k, mask)
+    scores = attention.scores(q, k, v, mask, selection, DIM**-0.5)
+    p = soft_top_k(scores, torch.tensor(2).expand(scores.shape[:-1]), torch.ones_like(scores, dtype=torch.bool), 0.5)
+    p = p.exp()
+    kept = torch.zeros_like(p, dtype=torch.bool)
+    layout = output.stats.layout
+    for b in range(3):
+        for h in range(2):
+            kept[b, h, 0, layout.indices[b, h, 0, : layout.counts[b, h, 0]].long()] = True
+    expected = torch.where(kept, p, 1 - p).log().sum(-1).mean((1, 2))
+    torch.testing.assert_close(output.log_prob, expected)
+    assert output.log_prob.requires_grad
+
+
+def test_outside_of_training_nothing_is_drawn():
+    attention = policy_attention().eval()
+    tensors = cross(2, torch.Generator().manual_seed(3))
+    one, two = attention(*tensors), attention(*tensors)
+    assert one.log_prob is None
+    assert torch.equal(one.context, two.context)
+
+
+def test_the_baseline_of_a_sequence_is_the_mean_of_the_others():
+    losses = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
+    log_prob = torch.tensor([0.0, 0.0, 0.0], requires_grad=True)
+    policy_loss(losses, log_prob).backward()
+    assert losses.grad is None
+    expected = torch.tensor([1 - 4.0, 2 - 3.5, 6 - 1.5]) / 3
+    torch.testing.assert_close(log_prob.grad, expected)
+
+
+def test_a_batch_of_one_is_refused():
+    with pytest.raises(ConfigError, match=r"--data\.batch_size=2"):
+        policy_loss(torch.ones(1), torch.zeros(1, requires_grad=True))
+
+
+def test_it_learns_to_keep_the_block_that_pays():
+    """Blocks differ by a mark in their values, and a sequence loses unless the marked one is kept."""
+    attention, generator = policy_attention(), torch.Generator().manual_seed(4)
+    optimizer = torch.optim.Adam(attention.parameters(), lr=0.03)
+
+    def kept_share():
+        q, k, v, mask = cross(64, generator)
+        marked = torch.randint(BLOCKS, (64,), generator=generator)
+        v.view(64, BLOCKS, BLOCK, DIM)[torch.arange(64), marked, :, 0] += 6.0
+        output = attention(q, k, v, mask, context=AttentionContext(listen=True))
+        layout = output.stats.layout
+        has = ((layout.indices == marked[:, None, None, None]) & layout.slots).any(-1).float()
+        return has.mean((1, 2)), output.log_prob
+
+    before = None
+    for _ in range(150):
+        share, log_prob = kept_share()
+        before = share.mean() if before is None else before
+        optimizer.zero_grad()
+        policy_loss(1 - share, log_prob).backward()
+        optimizer.step()
+    with torch.no_grad():
+        after = attention.eval() and kept_share()[0].mean()
+    assert before < 0.45  # two of eight blocks, by chance
+    assert after > 0.95
