@@ -25,6 +25,8 @@ class ASTConfig(BlockSelectionConfig):
         temperature: Of the differentiable top-k, in logit units.
         sample: While training, choose by the scores plus logistic noise of `temperature`, so that a block is kept
             about as often as the differentiable top-k says, and blocks that are never kept get their chance.
+        detach: What teaches the predictor stops at its inputs; off, it moves the backbone's queries, keys and values
+            too. (The gate of "soft" is part of the forward pass, and its gradient stops nowhere.)
         distill_weight: Weight of the loss that teaches the predictor the layer's own dense attention.
         distill_decay_steps: Training steps over which that weight falls linearly to 0; 0 = it stays.
         distill_fraction: Share of the query rows whose dense attention is computed for that loss.
@@ -48,6 +50,7 @@ class ASTConfig(BlockSelectionConfig):
     estimator: Literal["straight_through", "soft", "policy_gradient", "none"] = "straight_through"
     temperature: float = 0.5
     sample: bool = False
+    detach: bool = True
     distill_weight: float = 0.1
     distill_decay_steps: int = 0
     distill_fraction: float = 0.125

@@ -67,6 +67,8 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     ) -> tuple[Tensor, Tensor]:
         """See the base class. Time O(M) for the features."""
         compute = torch.promote_types(q.dtype, torch.float32)
+        if self.config.detach and self.config.estimator != "soft":
+            q, k, v = q.detach(), k.detach(), v.detach()
         if fused:
             mean_key, max_key, min_key, mean_value, counts = pool_blocks(k, v, mask.key_valid, grid.block_size)
         else:
