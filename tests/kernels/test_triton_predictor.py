@@ -293,6 +293,7 @@ def never(*args, **kwargs):
         ("bidirectional_self", 0, {"query_group": 8}),
         ("bidirectional_cross", 0, {"top_k": 3}),
         ("causal_cross", 0, {"first_block": False}),
+        ("causal_self", 0, {"patterns": 3}),
     ],
 )
 def test_fused_layer_chooses_the_same(monkeypatch, pattern, offset, options, name, padding):
@@ -302,6 +303,8 @@ def test_fused_layer_chooses_the_same(monkeypatch, pattern, offset, options, nam
         for x in tensors[1:]:
             x.masked_fill_(~valid[:, None, :, None], torch.nan)
     mask, context = AttentionMask(pattern, offset, valid), AttentionContext(listen=True)
+    if name == "pooled_topk":
+        options = {key: value for key, value in options.items() if key != "patterns"}
     expected = layer(name, "gather", options).eval()(*tensors, mask, context=context).stats.layout
     for method in ("scores", "selection"):
         monkeypatch.setattr(layers.BlockSelectingAttention, method, never)

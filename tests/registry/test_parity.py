@@ -1,5 +1,7 @@
 """Every variant against a witness that shares no code with it."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -257,6 +259,47 @@ def test_straight_through_alone_reaches_the_predictor(pattern):
         optimizer.step()
     for name in ("gain", "key_weight", "query_weight"):
         assert float(module.get_parameter(name).grad.abs().max()) > 1e-6, name
+
+
+def test_patterns_are_cosines_of_the_distance_in_blocks():
+    tensors, _ = draw(131, 131)
+    mask, options = AttentionMask("causal_self"), {**SMALL, "query_group": 4}
+    plain, patterned = build("ast", options), build("ast", {**options, "patterns": 2})
+    patterned.load_state_dict(plain.state_dict(), strict=False)
+    weight = torch.linspace(-1, 2, 2 * patterned.shape.num_heads, dtype=torch.float64).view(-1, 2)
+    with torch.no_grad():
+        patterned.pattern_weight.copy_(weight)
+    grid = plain.selection(tensors[0], tensors[1], mask)
+    before, after = (m.scores(*tensors, mask, grid, 0.3).detach() for m in (plain, patterned))
+    for head, group, block in ((0, 0, 0), (1, 7, 3), (2, 30, 9)):
+        distance = group * 4 / plain.config.block_size - block
+        added = sum(float(w) * math.cos(2 * math.pi * distance / p) for w, p in zip(weight[head], (4, 8), strict=True))
+        assert float((after - before)[0, head, group, block]) == pytest.approx(added, abs=1e-9)
+
+
+def test_heads_learn_which_pattern_to_follow():
+    """One head's attention is near, the other's periodic; content says nothing."""
+    options = {"block_size": 4, "top_k": 5, "min_blocks": 1, "query_group": 1, "first_block": False, "patterns": 5}
+    learner = {**options, "estimator": "none", "distill_weight": 1.0, "distill_fraction": 1.0}
+    module = build_attention("ast", learner, AttentionShape(2, 2, 8)).double().train()
+    torch.manual_seed(0)
+    position = torch.arange(128, dtype=torch.float64)
+    # Rotary-like features: the dot product is cos(2 pi distance / period), period 512 tokens and 16 tokens (4 blocks).
+    angle = 2 * math.pi * position[:, None] / torch.tensor([512.0, 16.0], dtype=torch.float64)
+    waves = torch.stack([angle.cos(), angle.sin()], -1).permute(1, 0, 2)  # (heads, length, 2)
+    q, k, v = (torch.zeros(1, 2, 128, 8, dtype=torch.float64) for _ in range(3))
+    q[0, :, :, :2], k[0, :, :, :2] = 20 * waves, waves
+    v += 1.0
+    optimizer = torch.optim.Adam([module.pattern_weight], lr=0.05)
+    with torch.no_grad():
+        module.gain.fill_(-20.0)  # the pooled score, which knows the answer here, is silent
+    for _ in range(60):
+        optimizer.zero_grad()
+        module(q, k, v, AttentionMask("causal_self")).losses["distill"].backward()
+        optimizer.step()
+    near, periodic = module.pattern_weight.detach()
+    assert float(near[-1]) > 0.5 and float(near[-1]) > 2 * abs(float(near[0]))
+    assert float(periodic[0]) > 0.5 and float(periodic[0]) > 2 * abs(float(periodic[-1]))
 
 
 def planted(batch, seed, *, length=128, block=8):

@@ -14,6 +14,8 @@ class ASTConfig(BlockSelectionConfig):
 
     Args:
         rank: Width of the predictor's learned term.
+        patterns: Predefined patterns that each head may follow beside the content: cosines of the distance with periods
+            of 4, 8, 16, ... blocks (long ones are windows, short ones strides), weighed per head, at first with zero.
         budget: "fixed" keeps `density` (or `top_k`) blocks a row; "adaptive" the fewest blocks whose
             predicted mass reaches `mass`, so that density differs per head, row and input.
         mass: Predicted attention mass to reach, for the adaptive budget.
@@ -45,6 +47,7 @@ class ASTConfig(BlockSelectionConfig):
     """
 
     rank: int = 32
+    patterns: int = 0
     budget: Literal["fixed", "adaptive"] = "fixed"
     mass: float = 0.9
     estimator: Literal["straight_through", "soft", "policy_gradient", "none"] = "straight_through"
@@ -80,6 +83,7 @@ class ASTConfig(BlockSelectionConfig):
         estimators = ("straight_through", "soft", "policy_gradient", "none")
         self.require(self.estimator in estimators, "estimator", f"one of {', '.join(estimators)}")
         self.require(self.rank >= 1, "rank", "at least 1")
+        self.require(0 <= self.patterns <= 16, "patterns", "0 to 16")
         self.require(0 < self.mass <= 1, "mass", "above 0 and at most 1")
         self.require(self.temperature > 0, "temperature", "above 0")
         self.require(self.distill_weight >= 0, "distill_weight", "0 or more")

@@ -38,8 +38,9 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     hidden states: they are linear maps of them, they lie in the KV cache already, and so decoding needs no state of
     its own.
 
-    W_w and g start at zero, so the untrained predictor is `pooled_topk` exactly, and a pretrained dense model
-    runs before any training. With estimator "straight_through" each kept block carries `log p - stop(log p)`
+    With `patterns`, each head adds its own weighted sum of cosines of the distance i - j. W_w, g and those weights
+    start at zero, so the untrained predictor is `pooled_topk` exactly, and a pretrained dense model runs before any
+    training. With estimator "straight_through" each kept block carries `log p - stop(log p)`
     as a logit bias, p from :func:`astbench_kernels.soft_top_k`: zero in value, it lets the task loss raise
     the scores of blocks that help; with `sample`, p is also how often a block is kept while training, so that
     those are found that the scores would leave out. With "policy_gradient" the choice is an action instead, drawn
@@ -59,6 +60,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         self.query_weight = nn.Parameter(torch.empty(shape.num_heads, 2 * dim + 1, rank))
         self.key_weight = nn.Parameter(torch.zeros(shape.num_kv_heads, 4 * dim, rank))
         nn.init.normal_(self.query_weight)
+        self.pattern_weight = nn.Parameter(torch.zeros(shape.num_heads, config.patterns)) if config.patterns else None
         stride = config.coarse_stride_at(shape.layer_index)
         self.coarse_keys = CoarseKeys(stride, shape.num_kv_heads) if stride else None
 
@@ -82,10 +84,15 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         # Of length 1, so that one learning rate serves every layer of every backbone: with features of size 1, a
         # step of Adam moved scores by several units, and the choice flickered.
         w = torch.matmul(_unit(local), self.key_weight.to(compute))
-        query_side = pad(_unit(torch.cat([speaker, context], -1)), (0, 1), value=1.0)
-        u = torch.matmul(query_side, self.query_weight.to(compute)) * self.config.rank**-0.5
+        features = pad(_unit(torch.cat([speaker, context], -1)), (0, 1), value=1.0)
+        u = torch.matmul(features, self.query_weight.to(compute)) * self.config.rank**-0.5
         gain = scale * self.gain.to(compute).exp()[:, None, None]
-        return torch.cat([speaker * gain, u], -1), torch.cat([mean_key, w], -1)
+        query_side, key_side = [speaker * gain, u], [mean_key, w]
+        if self.pattern_weight is not None:
+            rows, columns = _distance_patterns(self.pattern_weight.to(compute), grid)
+            query_side.append(rows.expand(q.shape[0], -1, -1, -1))
+            key_side.append(columns.expand(*k.shape[:2], -1, -1))
+        return torch.cat(query_side, -1), torch.cat(key_side, -1)
 
     def needs_scores(self) -> bool:
         """Also for the bias of "soft", for sampling, and for the adaptive budget."""
@@ -244,7 +251,8 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         shape, rank = self.shape, self.config.rank
         group = self.config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)
         groups, blocks = -(-query_length // group), -(-key_length // self.config.block_size)
-        per_head = 2 * groups * blocks * (shape.head_dim + rank) + 2 * groups * (2 * shape.head_dim + 1) * rank
+        width = shape.head_dim + rank + 2 * self.config.patterns
+        per_head = 2 * groups * blocks * width + 2 * groups * (2 * shape.head_dim + 1) * rank
         features = 2 * blocks * 4 * shape.head_dim * rank
         predictor = batch * (shape.num_heads * per_head + shape.num_kv_heads * features)
         coarse = 0
@@ -256,6 +264,24 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
 def _unit(x: Tensor) -> Tensor:
     """Rows of length 1; zero rows stay zero, with finite gradients."""
     return rms_norm(x, x.shape[-1:]) * x.shape[-1] ** -0.5
+
+
+def _distance_patterns(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Both sides of `sum_p weight_p cos(2 pi (i - j) / period_p)`, i and j in blocks.
+
+    `(num_heads, groups, 2 patterns)` and `(blocks, 2 patterns)`: as cos(a - b) = cos a cos b + sin a sin b, patterns
+    cost a few more columns of the score's product, and the kernel that chooses needs not know of them.
+    """
+    periods = 4.0 * 2.0 ** torch.arange(weight.shape[-1], device=weight.device, dtype=torch.float64)
+
+    def waves(position: Tensor) -> tuple[Tensor, Tensor]:
+        angle = 2 * torch.pi * position.double()[:, None] / periods
+        return angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)
+
+    cos, sin = waves(grid.first / grid.block_size)
+    weight = weight[:, None]
+    columns = torch.cat(waves(torch.arange(grid.num_blocks, device=weight.device)), -1)
+    return torch.cat([weight * cos, weight * sin], -1), columns
 
 
 def _global_context(mean_value: Tensor, counts: Tensor, mask: AttentionMask, grid: Grid) -> Tensor:
