@@ -7,6 +7,7 @@ counter; a test holds that the README's tables are what this prints.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -101,6 +102,101 @@ def wikitext() -> str:
             ]
         )
     return markdown(["attention", "query group", "density asked", "density measured", "perplexity"], rows)
+
+
+def tuned() -> str:
+    """A pretrained causal model: untrained, only the predictors taught, all weights tuned."""
+    found = records("smollm2")
+    dense = {_learned(r): name for name, r in found.items() if attention(r)["name"] == "dense"}
+    rows = []
+    for name, record in sorted(found.items(), key=lambda item: _tuned_order(item[1])):
+        options, learned = attention(record), _learned(record)
+        other = dense["all weights" if learned == "all weights" else "nothing"]
+        rows.append(
+            [
+                _described(options),
+                learned,
+                f"{record['density']['mean']:.3f}",
+                f"{record['metrics']['perplexity']:.2f}",
+                "" if name == other else _over("smollm2", name, other),
+            ]
+        )
+    return markdown(["attention", "what learned", "density", "perplexity", "over dense (95%)"], rows, words=2)
+
+
+def _learned(record: Record) -> str:
+    if record["command"] != "fit":
+        return "nothing"
+    return "predictors" if record["config"]["optim"]["train"] == "attention" else "all weights"
+
+
+def _tuned_order(record: Record) -> tuple[Any, ...]:
+    stage = ("nothing", "predictors", "all weights").index(_learned(record))
+    return stage, record["metrics"]["perplexity"]
+
+
+def _described(options: dict[str, Any]) -> str:
+    """Name and the options that the tables compare; `detach` came later than some records."""
+    name = f"`{options['name']}`"
+    if options["name"] != "ast":
+        return name
+    said = []
+    if options["distill_weight"] and not options.get("detach"):
+        said.append("distillation moves all weights")
+    if options.get("patterns"):
+        said.append("with patterns")
+    if options["coarse_stride"]:
+        said.append("with coarse tokens")
+    return ", ".join([name, *said])
+
+
+def _over(folder: str, name: str, other: str) -> str:
+    """By how much perplexity lies above another run's, with Student's interval over the windows both scored."""
+    from scipy import stats
+
+    nll = [json.loads((HERE / folder / run / "items.json").read_text(encoding="utf-8")) for run in (name, other)]
+    assert nll[0].keys() == nll[1].keys(), f"{name} and {other} scored different windows"
+    gaps = [nll[0][window]["nll"] - nll[1][window]["nll"] for window in nll[0]]
+    low, high = stats.ttest_1samp(gaps, 0.0).confidence_interval()
+    middle, low, high = (100 * math.expm1(x) for x in (sum(gaps) / len(gaps), low, high))
+    return f"{middle:+.1f}% ({low:+.1f} to {high:+.1f})"
+
+
+def scratch() -> str:
+    """Small language models from scratch, all seeds of an attention in one row."""
+    found: dict[str, list[Record]] = {}
+    for record in records("wikitext2-scratch").values():
+        found.setdefault(_described(attention(record)), []).append(record)
+    rows = []
+    for name, runs in found.items():
+        perplexities = [run["metrics"]["perplexity"] for run in runs]
+        spread = f"{min(perplexities):.1f} to {max(perplexities):.1f}" if len(runs) > 1 else "-"
+        density = sum(run["density"]["mean"] for run in runs) / len(runs)
+        own = runs[0]["parameters"]["attention"]
+        mean = sum(perplexities) / len(runs)
+        rows.append([name, f"{density:.3f}", f"{own:,}", f"{len(runs)}", f"{mean:.1f}", spread])
+    rows.sort(key=lambda row: float(row[-2]))
+    return markdown(["attention", "density", "its parameters", "seeds", "perplexity", "over the seeds"], rows)
+
+
+def mqar() -> str:
+    """Associative recall: how AST's predictor learns, and what else there is."""
+    rows = []
+    for record in sorted(records("mqar").values(), key=lambda r: -r["metrics"]["accuracy"]):
+        options = attention(record)
+        ast = options["name"] == "ast"
+        rows.append(
+            [
+                f"`{options['name']}`",
+                options["estimator"].replace("_", " ") if ast else "",
+                ("yes" if options["distill_weight"] else "no") if ast else "",
+                f"{record['density']['mean']:.3f}",
+                f"{record['metrics']['accuracy']:.1f}",
+                f"{list(record['accuracy_by_distance'].values())[-1]:.1f}",
+            ]
+        )
+    head = ["attention", "estimator", "distilled", "density", "accuracy", "at the farthest distance"]
+    return markdown(head, rows, words=3)
 
 
 def cost() -> str:
@@ -217,6 +313,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "triviaqa": triviaqa,
     "wikitext2": wikitext,
+    "smollm2": tuned,
+    "wikitext2-scratch": scratch,
+    "mqar": mqar,
     "attentions": attentions,
     "cost": cost,
     "kernel": kernel,
