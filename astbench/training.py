@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from astbench.averaging import final_weights
 from astbench.backbones.load import load_backbone
@@ -84,6 +86,8 @@ class TaskModule(pl.LightningModule):
             enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
             # Not the reentrant kind, which would lose the gradients of the attention's own losses.
             enable({"use_reentrant": False})
+        if self.backbone.compile and self.trainer.state.fn == TrainerFn.FITTING:
+            self._compile_layers()
         if self.init_from:
             self._load_trained_backbone(self.init_from)
         if self.optim.train == "attention":
@@ -117,6 +121,15 @@ class TaskModule(pl.LightningModule):
             self.handle.notes.append(f"{len(own - fitting)} of the attention's {len(own)} own tensors start anew")
         usable = {n: w for n, w in weights.items() if n in wanted | fitting}
         self.model.load_state_dict(usable, strict=False)
+
+    def _compile_layers(self) -> None:
+        """Layer by layer: one short compilation serves them all, and masks are made outside of it."""
+        assert self.model is not None
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigError(f"--backbone.compile knows no layers in {type(self.model).__name__}; leave it off")
+        for layer in layers:
+            layer.compile()
 
     def _freeze_backbone(self) -> None:
         assert self.model is not None and self.handle is not None

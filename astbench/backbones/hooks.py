@@ -120,6 +120,7 @@ def recorded_calls() -> Iterator[list[Call]]:
         _calls = None
 
 
+@torch.compiler.disable
 def attention_forward(
     module: nn.Module,
     query: Tensor,

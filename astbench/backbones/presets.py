@@ -25,6 +25,8 @@ class BackboneConfig:
         trust_weights_only: Refuse weights that are not safetensors or GGUF.
         gradient_checkpointing: Keep only each layer's input while training and compute the rest again in the
             backward pass: less memory, about a third more time, the same gradients.
+        compile: torch.compile every layer around its attention (which stays as it is) for `fit`. Needs a C++ compiler
+            on a CPU, Triton on a GPU; the first step takes a minute, and results differ in the last digits.
     """
 
     name: str = "tiny"
@@ -33,6 +35,7 @@ class BackboneConfig:
     max_positions: int | None = None
     trust_weights_only: bool = True
     gradient_checkpointing: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.max_positions is not None and self.max_positions < 1:

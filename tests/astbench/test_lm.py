@@ -473,6 +473,31 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(astbench, data, m
     assert losses("saving") == pytest.approx(losses("plain"))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's tracer looks at tensors between graphs
+@pytest.mark.parametrize(("attention", "saving"), [("ast", "true"), ("dense", "false")])
+def test_compiled_layers_learn_the_same(astbench, data, monkeypatch, attention, saving):
+    """Traced as for the real compiler, which would take a minute; its own digits differ by rounding."""
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def traced(module):
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    words = local_words(data, f"--attention={attention}", f"--backbone.gradient_checkpointing={saving}")
+    assert astbench(*words, "--run_dir=eager").code == 0
+    assert not compiled
+    assert astbench(*words, "--run_dir=compiled", "--backbone.compile=true").code == 0
+    assert compiled == ["LlamaDecoderLayer"] * 2
+    eager, traced_weights = (read_checkpoint(folder)["state_dict"] for folder in ("eager", "compiled"))
+    assert eager.keys() == traced_weights.keys()
+    for name in eager:
+        torch.testing.assert_close(traced_weights[name], eager[name])
+    # Evaluation of what was compiled needs no compiler.
+    assert astbench("validate", "--attention", attention, *words[1:], "--ckpt_path=compiled").code == 0
+    assert len(compiled) == 2
+
+
 def test_mixed_precision(astbench, data):
     words = local_words(data, "--attention=ast")
     assert astbench(*words, "--run_dir=full").code == 0
