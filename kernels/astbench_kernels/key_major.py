@@ -162,7 +162,7 @@ def _references(queries: Tensor, keys: Tensor, bias: Tensor | None, plan: Plan) 
     A logit of the row itself: however large or small all of them are, its weights neither vanish nor overflow.
     """
     unit = torch.arange(len(queries), device=queries.device)
-    first = keys[plan.blocks[:, 0], 0, :-1]
+    first = keys[plan.blocks[:, 0].long(), 0, :-1]
     reference = (queries * first.unsqueeze(1)).sum(-1)
     if bias is not None:
         reference += bias[:-1].view(len(queries), -1)[:, :1]
@@ -173,7 +173,7 @@ def _references(queries: Tensor, keys: Tensor, bias: Tensor | None, plan: Plan) 
     for slot in range(plan.slots.shape[1]):
         if not len(unit):
             break
-        logits = (keys[plan.blocks[unit, slot], :, :-1] @ queries[unit, row].unsqueeze(-1)).squeeze(-1)
+        logits = (keys[plan.blocks[unit, slot].long(), :, :-1] @ queries[unit, row].unsqueeze(-1)).squeeze(-1)
         unseen = plan.hidden(unit, torch.full_like(unit, slot)).expand(-1, plan.rows, -1)
         highest = logits.masked_fill(unseen[torch.arange(len(unit)), row], -torch.inf).amax(-1)
         if bias is not None:
@@ -190,10 +190,11 @@ def _tiles(plan: Plan, blocks_at_a_time: int | None = None) -> Iterator[_Tile]:
     blocks = plan.blocks.flatten()[entries]
     masked = plan.masked.flatten()[entries]
     # A counting sort by block; within one, the masked entries first.
-    order = (2 * blocks + ~masked).to(torch.int32).sort(stable=True).indices
+    order = (2 * blocks + ~masked).sort(stable=True).indices
     counts = torch.bincount(blocks, minlength=1)
     masked_counts = torch.bincount(blocks[masked], minlength=len(counts))
     entries, masked = entries[order], masked[order]
+    del blocks, order  # as long as a list of all pairs, each
     # Of each masked entry's rows the last key in its block that causality shows them; behind the end, everything.
     rows = plan.last_keys[entries[masked] // width % plan.layout.num_groups]
     last = pad(rows - plan.starts.flatten()[entries[masked], None], (0, 0, 0, 1), value=plan.layout.block_size)

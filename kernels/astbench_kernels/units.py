@@ -28,10 +28,10 @@ class Plan:
     batch: int
     kv_heads: int
     heads_per_list: int
-    blocks: Tensor  # int64 (units, width): rows of the block table
+    blocks: Tensor  # int32 (units, width): rows of the block table
     slots: Tensor  # bool (units, width): which of them are listed
     masked: Tensor  # bool (units, width): empty slots, and blocks that hold pairs that may not be seen
-    starts: Tensor  # int64 (units, width): each listed block's first key
+    starts: Tensor  # int32 (units, width): each listed block's first key
     last_keys: Tensor  # int64 (groups, rows): the last key that a causal mask shows to each query row of a unit
     keys: Tensor  # int64 (block_size,): 0, 1, ...
     unseen: Tensor | None  # bool (block table, block_size): keys that nobody may see; None where there are none
@@ -45,7 +45,7 @@ class Plan:
         """Bool, broadcastable to `(n, rows, block_size)`: which pairs of listed blocks may not be seen."""
         hidden = ~self.slots[unit, slot, None, None]
         if self.unseen is not None:
-            hidden = hidden | self.unseen[self.blocks[unit, slot]].unsqueeze(1)
+            hidden = hidden | self.unseen.index_select(0, self.blocks[unit, slot]).unsqueeze(1)
         if self.causal:
             last = self.last_keys[unit % self.layout.num_groups] - self.starts[unit, slot, None]
             hidden = hidden | (self.keys > last.unsqueeze(-1))
@@ -62,9 +62,9 @@ def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: b
     batch, num_heads, _, _ = q.shape
     kv_heads, lists, groups = k.shape[1], layout.indices.shape[1], layout.num_groups
     width, size = layout.indices.shape[-1], layout.block_size
-    listed = layout.indices.long().masked_fill(~layout.slots, 0)
+    listed = layout.indices.to(torch.int32).masked_fill(~layout.slots, 0)
     kv_head_of_list = torch.arange(lists, device=q.device) * kv_heads // lists
-    row = torch.arange(batch, device=q.device)[:, None] * kv_heads + kv_head_of_list
+    row = (torch.arange(batch, device=q.device)[:, None] * kv_heads + kv_head_of_list).to(torch.int32)
     first = (layout.first_group + torch.arange(groups, device=q.device)) * layout.query_group
     last = last_key(first[:, None] + torch.arange(layout.query_group, device=q.device), layout.key_stride)
     starts = (listed * size).reshape(-1, width)
@@ -80,7 +80,7 @@ def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: b
         valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if key_valid is None else key_valid
         valid = torch.nn.functional.pad(valid, (0, layout.num_blocks * size - layout.key_length)).expand(batch, -1)
         unseen = ~valid.view(batch, 1, layout.num_blocks, size).expand(-1, kv_heads, -1, -1).reshape(-1, size)
-        masked = masked | unseen.any(-1)[blocks]
+        masked = masked | unseen.any(-1).index_select(0, blocks.flatten()).view_as(masked)
     return Plan(
         layout=layout,
         scale=scale,
