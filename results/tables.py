@@ -110,11 +110,11 @@ def tuned() -> str:
     dense = {_learned(r): name for name, r in found.items() if attention(r)["name"] == "dense"}
     rows = []
     for name, record in sorted(found.items(), key=lambda item: _tuned_order(item[1])):
-        options, learned = attention(record), _learned(record)
+        learned = _learned(record)
         other = dense["all weights" if learned == "all weights" else "nothing"]
         rows.append(
             [
-                _described(options),
+                _described(record),
                 learned,
                 f"{record['density']['mean']:.3f}",
                 f"{record['metrics']['perplexity']:.2f}",
@@ -135,13 +135,14 @@ def _tuned_order(record: Record) -> tuple[Any, ...]:
     return stage, record["metrics"]["perplexity"]
 
 
-def _described(options: dict[str, Any]) -> str:
+def _described(record: Record) -> str:
     """Name and the options that the tables compare; `detach` came later than some records."""
+    options = attention(record)
     name = f"`{options['name']}`"
     if options["name"] != "ast":
         return name
     said = []
-    if options["distill_weight"] and not options.get("detach"):
+    if _learned(record) == "all weights" and options["distill_weight"] and not options.get("detach"):
         said.append("distillation moves all weights")
     if options.get("patterns"):
         said.append("with patterns")
@@ -166,7 +167,7 @@ def scratch() -> str:
     """Small language models from scratch, all seeds of an attention in one row."""
     found: dict[str, list[Record]] = {}
     for record in records("wikitext2-scratch").values():
-        found.setdefault(_described(attention(record)), []).append(record)
+        found.setdefault(_described(record), []).append(record)
     rows = []
     for name, runs in found.items():
         perplexities = [run["metrics"]["perplexity"] for run in runs]

@@ -197,7 +197,7 @@ class BlockSelectingAttention(Attention):
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, context: AttentionContext
     ) -> tuple[BlockLayout, Taught]:
         """The choice by scores that a variant may learn from, and what :meth:`teach` makes of them."""
-        selection = self.selection(q, k, mask)
+        selection = self.with_fixed_blocks(self.selection(q, k, mask), mask, context)
         scores = self.scores(q, k, v, mask, selection, scale)
         keep = self.choose(scores.detach(), selection, context)
         layout = selection.layout(keep, q, k, mask)
@@ -287,6 +287,13 @@ class BlockSelectingAttention(Attention):
             forced=forced & visible,
             candidates=complete & visible,
         )
+
+    def with_fixed_blocks(self, selection: Selection, mask: AttentionMask, context: AttentionContext) -> Selection:
+        """The same with more blocks forced, for variants that fix some by what the task says of the tokens.
+
+        The kernels that choose know nothing of those: such a variant's :meth:`fused_layout` returns None for them.
+        """
+        return selection
 
     def budget(self, visible_blocks: Tensor, context: AttentionContext) -> Tensor:
         """int64, as `visible_blocks`: how many blocks a row with that many visible ones keeps."""

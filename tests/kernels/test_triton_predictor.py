@@ -375,6 +375,16 @@ def test_sampling_needs_scores_even_without_a_gradient():
     assert not module.eval().needs_scores()
 
 
+def test_global_tokens_are_not_fused():
+    tensors, _ = draw(33, 33)
+    mask, named = AttentionMask("bidirectional_self"), torch.arange(33).expand(2, -1) == 20
+    options, context = {"global_tokens": True, "query_group": 8}, AttentionContext(listen=True, global_tokens=named)
+    outs = [layer("ast", backend, options).eval()(*tensors, mask, context=context) for backend in ("gather", "triton")]
+    assert torch.equal(*(out.stats.layout.to_mask() for out in outs))
+    torch.testing.assert_close(outs[0].context, outs[1].context, rtol=1e-5, atol=1e-5)
+    assert layer("ast", "triton", options).eval().fused_layout(*tensors, mask, 0.25, AttentionContext()) is not None
+
+
 def test_a_changed_choice_is_not_fused():
     """Whoever overrides the scores or the selection of a variant with factors gets what was written."""
 

@@ -302,6 +302,33 @@ def test_heads_learn_which_pattern_to_follow():
     assert float(periodic[0]) > 0.5 and float(periodic[0]) > 2 * abs(float(periodic[-1]))
 
 
+def test_global_tokens_see_all_and_are_seen_by_all():
+    tensors, valid = draw(131, 131, padding=0.2)
+    options = {**SMALL, "query_group": 4, "top_k": 4, "min_blocks": 1}
+    named = torch.zeros(2, 131, dtype=torch.bool)
+    tokens = [int(real.nonzero()[n]) for real, n in zip(valid, (40, 9), strict=True)]
+    named[[0, 1], tokens] = True
+    mask = AttentionMask("bidirectional_self", key_valid=valid)
+
+    def chosen(on, pattern="bidirectional_self"):
+        context = AttentionContext(listen=True, global_tokens=named)
+        where = AttentionMask(pattern, key_valid=valid)
+        return build("ast", {**options, "global_tokens": on})(*tensors, where, context=context).stats.layout
+
+    layout = chosen(True)
+    blocks, visible = layout.to_mask(), build("ast", options).selection(tensors[0], tensors[1], mask).visible
+    for row, token in enumerate(tokens):
+        seen = visible[row, 0].any(-1)  # groups of padding alone see their keys' blocks too
+        assert blocks[row, :, seen, token // layout.block_size].all()
+        assert torch.equal(blocks[row, :, token // 4], visible[row, :, 0].expand_as(blocks[row, :, token // 4]))
+    other = torch.tensor([g for g in range(blocks.shape[2]) if g not in [token // 4 for token in tokens]])
+    assert int(layout.counts[:, :, other].max()) == 4  # what is global counts
+    off = chosen(False).to_mask()
+    assert not off[0, :, tokens[0] // 4].all() and not torch.equal(blocks, off)
+    # A task that names tokens means nothing by it where the future must not be seen.
+    assert torch.equal(*(chosen(on, "causal_self").to_mask() for on in (True, False)))
+
+
 def planted(batch, seed, *, length=128, block=8):
     """One key in each query's needle block matches it exactly; the block's other keys cancel it in the mean.
 

@@ -16,6 +16,8 @@ class ASTConfig(BlockSelectionConfig):
         rank: Width of the predictor's learned term.
         patterns: Predefined patterns that each head may follow beside the content: cosines of the distance with periods
             of 4, 8, 16, ... blocks (long ones are windows, short ones strides), weighed per head, at first with zero.
+        global_tokens: Always keep the blocks that hold a token which the task calls global (a question's), as part of
+            the budget, and let groups that hold one see everything, beyond it. Only in bidirectional self-attention.
         budget: "fixed" keeps `density` (or `top_k`) blocks a row; "adaptive" the fewest blocks whose
             predicted mass reaches `mass`, so that density differs per head, row and input.
         mass: Predicted attention mass to reach, for the adaptive budget.
@@ -48,6 +50,7 @@ class ASTConfig(BlockSelectionConfig):
 
     rank: int = 32
     patterns: int = 0
+    global_tokens: bool = False
     budget: Literal["fixed", "adaptive"] = "fixed"
     mass: float = 0.9
     estimator: Literal["straight_through", "soft", "policy_gradient", "none"] = "straight_through"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, rms_norm
@@ -15,6 +17,7 @@ from astbench_registry.block_selection import (
     Grid,
     Selection,
     Taught,
+    valid_in_blocks,
 )
 from astbench_registry.coarse_keys import CoarseAttention, CoarseKeys
 from astbench_registry.configs.adaptive_sparse import ASTConfig
@@ -98,6 +101,30 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         """Also for the bias of "soft", for sampling, and for the adaptive budget."""
         config = self.config
         return super().needs_scores() or self._draws() or config.estimator == "soft" or config.budget == "adaptive"
+
+    @torch.no_grad()
+    def fused_layout(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, context: AttentionContext
+    ) -> BlockLayout | None:
+        """See the base class; None where global tokens add blocks."""
+        if self._global_tokens(mask, context) is not None:
+            return None
+        return super().fused_layout(q, k, v, mask, scale, context)
+
+    def with_fixed_blocks(self, selection: Selection, mask: AttentionMask, context: AttentionContext) -> Selection:
+        """Blocks that hold a global token are kept by all; groups that do keep all, and the others as many as ever."""
+        tokens = self._global_tokens(mask, context)
+        if tokens is None:
+            return selection
+        known = valid_in_blocks(tokens, selection.num_blocks, selection.block_size).any(-1)[:, None, None, :]
+        asking = valid_in_blocks(tokens, selection.num_groups, selection.query_group).any(-1)[:, None, :, None]
+        forced = selection.forced | ((known | asking) & selection.visible)
+        return replace(selection, forced=forced)
+
+    def _global_tokens(self, mask: AttentionMask, context: AttentionContext) -> Tensor | None:
+        if not self.config.global_tokens or mask.pattern != "bidirectional_self":
+            return None
+        return context.global_tokens
 
     def coarse(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str
