@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -20,6 +21,7 @@ from astbench.backbones.swap import WHERE, SwapHandle, Where, swap_attention
 from astbench.config import OptimConfig
 from astbench.errors import CheckpointError, ConfigError, NumericError
 from astbench.runs.checkpoints import read_checkpoint
+from astbench.sharding import FullyShardedStrategy, shard
 from astbench_registry import Pattern
 
 
@@ -94,6 +96,8 @@ class TaskModule(pl.LightningModule):
             self._freeze_backbone()
         # Pretrained models come in evaluation mode.
         self.model.train()
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            shard(self, self._layers("--trainer.strategy=fsdp2"))
 
     def build_model(self) -> PreTrainedModel:
         """The backbone, before its attention is swapped."""
@@ -124,12 +128,15 @@ class TaskModule(pl.LightningModule):
 
     def _compile_layers(self) -> None:
         """Layer by layer: one short compilation serves them all, and masks are made outside of it."""
-        assert self.model is not None
-        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if not layers:
-            raise ConfigError(f"--backbone.compile knows no layers in {type(self.model).__name__}; leave it off")
-        for layer in layers:
+        for layer in self._layers("--backbone.compile"):
             layer.compile()
+
+    def _layers(self, option: str) -> list[nn.Module]:
+        assert self.model is not None
+        layers: list[nn.Module] = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigError(f"{option} knows no layers in {type(self.model).__name__}; leave it off")
+        return layers
 
     def _freeze_backbone(self) -> None:
         assert self.model is not None and self.handle is not None
@@ -186,6 +193,8 @@ class TaskModule(pl.LightningModule):
             return  # its loss scaler meets infinities on purpose, and skips those steps itself
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if not torch.isfinite(norm):
             raise NumericError(
                 f"the gradient is not finite at step {self.global_step}; lower --optim.lr, or "

@@ -20,6 +20,7 @@ from astbench.runs.folder import DONE, LAST, RECORD, RunFolder
 from astbench.runs.metrics_log import MetricsLogger
 from astbench.runs.picture import draw_pattern
 from astbench.runs.record import new_record, peak_memory, read_record
+from astbench.sharding import FullyShardedStrategy
 from astbench.tasks import Task
 from astbench.training import TaskModule
 
@@ -248,9 +249,13 @@ class RunCallback(Callback):
     def finish(self, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
         """Statistics, picture, record, `done.json`, last lines."""
         assert isinstance(module, TaskModule)
+        sharded = isinstance(module.trainer.strategy, FullyShardedStrategy)
+        if sharded:  # a pass needs every process
+            self._first_batch = module.trainer.strategy.broadcast(self._first_batch)
+        if sharded or module.trainer.is_global_zero:
+            self._listen(module)
         if not module.trainer.is_global_zero:
             return
-        self._listen(module)
         self.record.update(getattr(module, "results", {}))
         items = self.record.pop("items", None)
         if items is not None:
@@ -280,6 +285,8 @@ class RunCallback(Callback):
             self.record["backends"] = sorted({s.backend for s in stats.values()})
             real = {slot.path: module.real_lengths(batch, slot.pattern) for slot in slots}
             known = {path: lengths for path, lengths in real.items() if lengths is not None}
+            if not module.trainer.is_global_zero:
+                return
             self.record["picture"] = draw_pattern(
                 self.folder / "pattern.png", list(stats.items()), module.swapped.name, known or None
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from astbench.averaging import KEY, WeightAverage, final_weights
 from astbench.errors import ConfigError
+from astbench.sharding import FullyShardedStrategy
 from astbench.tasks.mt_config import PLACES, TranslationConfig
 from astbench.tasks.mt_data import IGNORED, TranslationData
 from astbench.tasks.task_data import gathered
@@ -90,6 +91,11 @@ class Translation(TaskModule):
             raise ConfigError(
                 f"--task.average={config.average} times --task.average_every={config.average_every} steps begin "
                 f"before the training of --trainer.max_steps={steps}; lower one of them"
+            )
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            raise ConfigError(
+                f"--task.average={config.average} needs whole weights in every process: set --task.average=1, or "
+                "--trainer.strategy=ddp"
             )
         self.average = WeightAverage(config.average, config.average_every, steps)
 

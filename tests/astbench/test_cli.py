@@ -174,8 +174,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     """The same samples, gradients averaged, evaluation shared out, one folder, one record."""
     words = ["fit", "--attention=dense", NAMES[1], *DEMO, "--data.demo_eval=9", "--trainer.accelerator=cpu"]
     records, weights = [], []
-    for name, batch, devices in (("one", 4, 1), ("two", 2, 2)):
-        own = [f"--data.batch_size={batch}", f"--trainer.devices={devices}"]
+    for name, batch, devices, strategy in (("one", 4, 1, "auto"), ("two", 2, 2, "ddp"), ("sharded", 2, 2, "fsdp2")):
+        own = [f"--data.batch_size={batch}", f"--trainer.devices={devices}", f"--trainer.strategy={strategy}"]
         done = subprocess.run(
             [sys.executable, "-m", "astbench", *words, *own],
             capture_output=True,
@@ -191,11 +191,24 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
         assert len(json.loads((folder / "items.json").read_text())) == 9
     # A softmax does not see these: their gradient is rounding, and Adam makes whole steps of it.
     unseen = ("qa_outputs.bias", "key.bias", "k_proj.bias")
-    for key, value in weights[0].items():
-        if key.endswith(unseen):
-            continue
-        torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
-    assert records[0]["data"] == records[1]["data"]
+    for other, record in zip(weights[1:], records[1:], strict=True):
+        assert other.keys() == weights[0].keys()
+        for key, value in weights[0].items():
+            if not key.endswith(unseen):
+                torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5, msg=key)
+        assert record["data"] == records[0]["data"]
+        assert record["metrics"] == records[0]["metrics"]
+
+
+def test_sharding_refuses_a_mean_of_weights(astbench, tmp_path):
+    words = ["--attention=dense", "--task=wmt14", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "astbench", "fit", *words, "--trainer.strategy=fsdp2", "--task.average=2",
+         "--task.average_every=1", "--trainer.max_steps=2", f"--run_dir={tmp_path / 'run'}"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2 and "--task.average=1" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_sigterm_stops_all_processes_at_one_step(tmp_path):
