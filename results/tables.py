@@ -193,7 +193,7 @@ def mqar() -> str:
                 ("yes" if options["distill_weight"] else "no") if ast else "",
                 f"{record['density']['mean']:.3f}",
                 f"{record['metrics']['accuracy']:.1f}",
-                f"{list(record['accuracy_by_distance'].values())[-1]:.1f}",
+                f"{list(record['accuracy_by_distance'].values())[-1]['accuracy']:.1f}",
             ]
         )
     head = ["attention", "estimator", "distilled", "density", "accuracy", "at the farthest distance"]
