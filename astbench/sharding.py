@@ -15,7 +15,7 @@ NAME = "fsdp2"
 class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy with every process in one data-parallel group, and whole checkpoints in one file.
 
-    A run's checkpoint is the same as without it, so that it resumes and is evaluated with any number of processes.
+    A run's checkpoint is the same as without it: it is evaluated in one process as well.
     """
 
     strategy_name = NAME

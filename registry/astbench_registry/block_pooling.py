@@ -1,12 +1,17 @@
-"""What a block of keys is summed up by: the mean, the maximum and the minimum of its real rows."""
+"""Rows by blocks, and what a block is summed up by: the mean, the maximum and the minimum of its real rows."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from astbench_registry.block_selection import Grid, block_mean, in_blocks, valid_in_blocks
 from astbench_registry.interface import AttentionMask
+
+if TYPE_CHECKING:
+    from astbench_registry.block_selection import Grid
 
 
 def mean_of_blocks(x: Tensor, mask: AttentionMask, grid: Grid) -> Tensor:
@@ -43,3 +48,30 @@ def real_in_blocks(x: Tensor, mask: AttentionMask, grid: Grid) -> Tensor:
     if valid is None:
         valid = torch.ones(1, x.shape[2], dtype=torch.bool, device=x.device)
     return valid_in_blocks(valid, grid.num_blocks, grid.block_size)
+
+
+def in_blocks(x: Tensor, blocks: int, size: int) -> Tensor:
+    """`(batch, heads, length, d)` -> `(batch, heads, blocks, size, d)`, zeros behind the end."""
+    missing = blocks * size - x.shape[2]
+    return (pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (blocks, size))
+
+
+def valid_in_blocks(valid: Tensor, blocks: int, size: int) -> Tensor:
+    """Bool `(batch, length)` -> `(batch, blocks, size)`, False behind the end."""
+    return pad(valid, (0, blocks * size - valid.shape[1])).unflatten(1, (blocks, size))
+
+
+def block_mean(x: Tensor, valid: Tensor) -> Tensor:
+    """Mean over each block's valid rows, zero where there is none; `x` is zero on the others.
+
+    Args:
+        x: From :func:`in_blocks`.
+        valid: From :func:`valid_in_blocks`.
+    """
+    return x.sum(3) / valid.sum(-1)[:, None, :, None].clamp(min=1)
+
+
+def first_valid(valid: Tensor, groups: int, size: int) -> Tensor:
+    """int64 `(batch, groups)`: row of each group's first valid query; its first row where there is none."""
+    within = valid_in_blocks(valid, groups, size).to(torch.uint8).argmax(-1)
+    return torch.arange(groups, device=valid.device) * size + within

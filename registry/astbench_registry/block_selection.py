@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from astbench_kernels import (
     BlockLayout,
@@ -26,6 +25,7 @@ from astbench_kernels import (
 from astbench_kernels.layout import ceil_div
 from astbench_kernels.triton import choose_blocks
 from astbench_kernels.triton.rule import BlockRule
+from astbench_registry.block_pooling import block_mean, first_valid, in_blocks, valid_in_blocks
 from astbench_registry.coarse_keys import CoarseAttention
 from astbench_registry.configs.block_selection import BlockSelectionConfig
 from astbench_registry.interface import (
@@ -387,33 +387,6 @@ class BlockSelectingAttention(Attention):
     def state_size(self, key_length: int) -> int:
         """The KV cache: any block may be chosen later."""
         return self.kv_cache_size(key_length)
-
-
-def in_blocks(x: Tensor, blocks: int, size: int) -> Tensor:
-    """`(batch, heads, length, d)` -> `(batch, heads, blocks, size, d)`, zeros behind the end."""
-    missing = blocks * size - x.shape[2]
-    return (pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (blocks, size))
-
-
-def valid_in_blocks(valid: Tensor, blocks: int, size: int) -> Tensor:
-    """Bool `(batch, length)` -> `(batch, blocks, size)`, False behind the end."""
-    return pad(valid, (0, blocks * size - valid.shape[1])).unflatten(1, (blocks, size))
-
-
-def block_mean(x: Tensor, valid: Tensor) -> Tensor:
-    """Mean over each block's valid rows, zero where there is none; `x` is zero on the others.
-
-    Args:
-        x: From :func:`in_blocks`.
-        valid: From :func:`valid_in_blocks`.
-    """
-    return x.sum(3) / valid.sum(-1)[:, None, :, None].clamp(min=1)
-
-
-def first_valid(valid: Tensor, groups: int, size: int) -> Tensor:
-    """int64 `(batch, groups)`: row of each group's first valid query; its first row where there is none."""
-    within = valid_in_blocks(valid, groups, size).to(torch.uint8).argmax(-1)
-    return torch.arange(groups, device=valid.device) * size + within
 
 
 def block_scores(query: Tensor, key: Tensor) -> Tensor:

@@ -448,12 +448,13 @@ def test_the_first_loss_is_the_mean_over_real_tokens():
     module.model = LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=40,
                                                 num_hidden_layers=2, num_attention_heads=6))  # fmt: skip
     module.handle = swap_attention(module.model, "dense")
-    module.total_loss = lambda loss, each: loss
+    module.total_loss = lambda loss, each: (loss, each)
     rows = [torch.randint(61, (n,)) for n in (11, 7, 2)]
-    loss = module.training_step(pad([{"input_ids": row} for row in rows]), 0)
-    alone = torch.cat([module({"input_ids": row[None]})[0] for row in rows])
-    assert len(alone) == 10 + 6 + 1
-    torch.testing.assert_close(loss, alone.mean())
+    loss, each = module.training_step(pad([{"input_ids": row} for row in rows]), 0)
+    alone = [module({"input_ids": row[None]})[0] for row in rows]
+    assert [len(nll) for nll in alone] == [10, 6, 1]
+    torch.testing.assert_close(loss, torch.cat(alone).mean())
+    torch.testing.assert_close(each, torch.stack([nll.mean() for nll in alone]))
 
 
 def test_gradient_checkpointing_changes_nothing_but_the_memory(astbench, data, monkeypatch):

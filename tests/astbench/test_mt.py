@@ -406,14 +406,15 @@ def test_the_loss_is_smoothed_cross_entropy_over_real_targets():
     logits = torch.randn(2, 4, 7, dtype=torch.float64)
     labels = torch.tensor([[1, 6, 2, IGNORED], [5, IGNORED, IGNORED, IGNORED]])
     module = Translation({"name": "dense"}, task={"label_smoothing": 0.2})
-    module.total_loss = lambda loss, each: loss
+    module.total_loss = lambda loss, each: (loss, each)
     module.forward = lambda batch: logits
-    loss = module.training_step({"labels": labels}, 0)
+    loss, each = module.training_step({"labels": labels}, 0)
     terms = []
     for row, column in ((0, 0), (0, 1), (0, 2), (1, 0)):
         log_p = logits[row, column].log_softmax(-1)
         terms.append(-(0.8 * log_p[labels[row, column]] + 0.2 * log_p.mean()))
     torch.testing.assert_close(loss, torch.stack(terms).mean())
+    torch.testing.assert_close(each, torch.stack([torch.stack(terms[:3]).mean(), terms[3]]))
 
 
 # -- attention in an encoder-decoder --------------------------------------------------------------------------

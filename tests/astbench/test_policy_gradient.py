@@ -1,9 +1,14 @@
 """AST's policy-gradient estimator: the probability of a choice, the baseline, and that it learns where to look."""
 
+import csv
+import math
+
 import pytest
 import torch
 
 from astbench.errors import ConfigError
+from astbench.tasks.recall import Recall
+from astbench.tasks.recall_data import IGNORED
 from astbench.training import policy_loss
 from astbench_kernels import soft_top_k
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
@@ -99,3 +104,46 @@ def test_it_learns_to_keep_the_block_that_pays():
         after = attention.eval() and kept_share()[0].mean()
     assert before < 0.45  # two of eight blocks, by chance
     assert after > 0.95
+
+
+def test_each_sequence_of_a_probe_is_judged_by_its_own_answers():
+    module = Recall({"name": "dense"})
+    module.total_loss = lambda loss, each: (loss, each)
+    labels = torch.tensor([[IGNORED, 2, IGNORED, 0], [1, IGNORED, IGNORED, IGNORED]])
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(5))
+    module.forward = lambda batch: logits
+    loss, each = module.training_step({"labels": labels}, 0)
+    nll = -logits.log_softmax(-1)
+    right = torch.stack([nll[0, 2], nll[1, 0], nll[2, 1]])
+    torch.testing.assert_close(loss, right.mean())
+    torch.testing.assert_close(each, torch.stack([right[:2].mean(), right[2]]))
+
+
+WORDS = ["fit", "--attention=ast", "--attention.estimator=policy_gradient", "--trainer.max_steps=2", "--run_dir=run"]
+SPARSE = "--attention.density_start=null"  # some demos start dense, with nothing to draw
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--task=mqar", "--data.num_eval=4"],
+        ["--task=triviaqa", "--data.demo_train=20", "--data.demo_eval=4", "--backbone.gradient_checkpointing=true"],
+        ["--task=lra_listops", "--data.num_train=9", "--data.num_eval=4", "--attention.query_group=16"],
+        ["--task=wmt14", "--data.demo_train=40", "--data.demo_eval=4", "--data.vocab_size=400", "--task.average=1"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_tasks_train_by_policy_gradient(astbench, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    done = astbench(*WORDS, SPARSE, *words, "--data.batch_size=3", "--trainer.log_every_n_steps=1")
+    assert done.code == 0, done.err
+    with open("run/metrics.csv", newline="") as lines:
+        policy = [float(row["train/policy"]) for row in csv.DictReader(lines) if row["train/policy"]]
+    assert len(policy) == 2 and all(map(math.isfinite, policy)) and any(policy)
+
+
+def test_training_with_a_batch_of_one_is_refused(astbench, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    done = astbench(*WORDS, "--task=mqar", "--data.num_eval=4", "--data.batch_size=1")
+    assert done.code == 2
+    assert done.err.count("\n") == 1 and "--data.batch_size=2" in done.err

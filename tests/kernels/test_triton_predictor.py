@@ -293,7 +293,6 @@ def never(*args, **kwargs):
         ("bidirectional_self", 0, {"query_group": 8}),
         ("bidirectional_cross", 0, {"top_k": 3}),
         ("causal_cross", 0, {"first_block": False}),
-        ("causal_self", 0, {"patterns": 3}),
     ],
 )
 def test_fused_layer_chooses_the_same(monkeypatch, pattern, offset, options, name, padding):
@@ -303,8 +302,6 @@ def test_fused_layer_chooses_the_same(monkeypatch, pattern, offset, options, nam
         for x in tensors[1:]:
             x.masked_fill_(~valid[:, None, :, None], torch.nan)
     mask, context = AttentionMask(pattern, offset, valid), AttentionContext(listen=True)
-    if name == "pooled_topk":
-        options = {key: value for key, value in options.items() if key != "patterns"}
     expected = layer(name, "gather", options).eval()(*tensors, mask, context=context).stats.layout
     for method in ("scores", "selection"):
         monkeypatch.setattr(layers.BlockSelectingAttention, method, never)
@@ -373,6 +370,18 @@ def test_sampling_needs_scores_even_without_a_gradient():
     with torch.no_grad():
         assert module.needs_scores()
     assert not module.eval().needs_scores()
+
+
+def test_fused_layer_follows_patterns():
+    tensors, _ = draw(53, 53)
+    mask, context = AttentionMask("causal_self"), AttentionContext(listen=True)
+    expected, plain = (
+        layer("ast", "gather", options).eval()(*tensors, mask, context=context).stats.layout.to_mask()
+        for options in ({"patterns": 3}, {})
+    )
+    got = layer("ast", "triton", {"patterns": 3}).eval().fused_layout(*tensors, mask, 16**-0.5, AttentionContext())
+    assert torch.equal(got.to_mask(), expected)
+    assert not torch.equal(expected, plain)
 
 
 def test_global_tokens_are_not_fused():

@@ -10,14 +10,13 @@ from torch.nn.functional import pad, rms_norm
 
 from astbench_kernels import BlockLayout, select_blocks, soft_top_k
 from astbench_kernels.triton import pool_blocks
-from astbench_registry.block_pooling import extremes_of_blocks, mean_of_blocks, real_in_blocks
+from astbench_registry.block_pooling import extremes_of_blocks, mean_of_blocks, real_in_blocks, valid_in_blocks
 from astbench_registry.block_selection import (
     BIDIRECTIONAL_GROUP,
     BlockSelectingAttention,
     Grid,
     Selection,
     Taught,
-    valid_in_blocks,
 )
 from astbench_registry.coarse_keys import CoarseAttention, CoarseKeys
 from astbench_registry.configs.adaptive_sparse import ASTConfig

@@ -8,15 +8,18 @@ from torch.nn.functional import pad
 
 from astbench_kernels import select_blocks
 from astbench_kernels.layout import ceil_div
-from astbench_registry.block_pooling import extremes_of_blocks, mean_of_blocks
+from astbench_registry.block_pooling import (
+    block_mean,
+    extremes_of_blocks,
+    in_blocks,
+    mean_of_blocks,
+    valid_in_blocks,
+)
 from astbench_registry.block_selection import (
     BIDIRECTIONAL_GROUP,
     BlockSelectingAttention,
     Selection,
-    block_mean,
     block_scores,
-    in_blocks,
-    valid_in_blocks,
 )
 from astbench_registry.configs.seer import SeerConfig
 from astbench_registry.dense_weights import dense_weights, rows_at_a_time
