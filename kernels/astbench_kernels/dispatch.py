@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-GatherSchedule = Literal["query_major", "key_major"]
+GatherSchedule = Literal["query_major", "key_major", "masked"]
 
 CHUNK_BYTES = 2**20
 """gather, query-major: gathered keys held at a time. Measured (docs/cpu-notes.md, the table of changes): 0.5-2 MB is
@@ -25,6 +25,16 @@ KEY_MAJOR_BELOW = 0.5
 SHORTEST_TILE = 16
 """gather: query rows that a block must meet on average for that; a decoding step's one or few rows gather their own
 keys. Not measured."""
+
+QUERY_MAJOR_ROW = 16
+"""gather: what a query row costs with every block that it meets, beside its pairs, in pairs under a mask. This and the
+next two measured (docs/cpu-notes.md, "Short sequences"), forward and backward, heads of 64."""
+
+KEY_MAJOR_PAIR, KEY_MAJOR_ROW, KEY_MAJOR_BLOCK = 0.86, 36, 1200
+"""gather, key block by key block: what a pair costs, a row with every block that it meets, and a block, likewise."""
+
+MASKED_PAIRS = 2**20
+"""gather: most pairs of a list's queries with all keys that are computed under a mask; their logits are held."""
 
 MIN_ROWS_PER_LIST = 16
 """triton: fewer rows than this cannot fill the smallest matrix instruction: they are gathered around their key
@@ -201,7 +211,7 @@ class Row:
 
     Attributes:
         backend: A name from :func:`astbench_kernels.backends`.
-        schedule: "query_major", "key_major" or "decode".
+        schedule: "query_major", "key_major", "masked" or "decode".
         when: The condition in words.
         holds: The condition.
         why: What speaks for it.
@@ -231,12 +241,27 @@ def rows_per_list(heads: int, kv_heads: int, list_heads: int, query_group: int) 
     return heads // max(list_heads, kv_heads) * query_group
 
 
-def gather_schedule(rows: int, block_size: int, rows_met: float) -> GatherSchedule:
-    """How the gather backend goes about lists that `rows` query rows share, blocks meeting `rows_met` of them."""
-    return "key_major" if rows < KEY_MAJOR_BELOW * block_size and rows_met >= SHORTEST_TILE else "query_major"
+def gather_schedule(rows: int, block_size: int, rows_met: float, query_rows: int, list_pairs: int) -> GatherSchedule:
+    """How the gather backend goes about a call.
+
+    Args:
+        rows: Query rows that share a list and its keys.
+        block_size: Keys a block.
+        rows_met: Query rows that a block meets, on average over the blocks.
+        query_rows: Query rows of a key/value head.
+        list_pairs: Pairs of a list head's queries with all keys.
+    """
+    by_key = rows < KEY_MAJOR_BELOW * block_size and rows_met >= SHORTEST_TILE
+    if by_key:
+        cost = rows_met * (KEY_MAJOR_PAIR * block_size + KEY_MAJOR_ROW) + KEY_MAJOR_BLOCK
+    else:
+        cost = rows_met * (block_size + QUERY_MAJOR_ROW)
+    if list_pairs <= MASKED_PAIRS and query_rows * block_size < cost:
+        return "masked"
+    return "key_major" if by_key else "query_major"
 
 
-def triton_schedule(rows: int) -> GatherSchedule:
+def triton_schedule(rows: int) -> Literal["query_major", "key_major"]:
     """The same for the Triton kernels."""
     return "query_major" if rows >= MIN_ROWS_PER_LIST else "key_major"
 
@@ -266,7 +291,11 @@ def triton_refusals(shapes: Shapes) -> list[str]:
 
 
 def _gather(shapes: Shapes) -> GatherSchedule:
-    return gather_schedule(shapes.rows, shapes.block_size, shapes.rows_met)
+    groups = math.ceil(shapes.query_length / shapes.query_group)
+    blocks = math.ceil(shapes.key_length / shapes.block_size)
+    query_rows = groups * shapes.query_group * shapes.heads // shapes.kv_heads
+    list_pairs = groups * shapes.rows * blocks * shapes.block_size
+    return gather_schedule(shapes.rows, shapes.block_size, shapes.rows_met, query_rows, list_pairs)
 
 
 _ON_TRITON = f"CUDA, {', '.join(TRITON_DTYPES)}, heads of at most {TRITON_MAX_HEAD_DIM}"
@@ -296,6 +325,15 @@ TABLE = (
         lambda shapes: not triton_refusals(shapes),
         "each key block gathers the rows that chose it, so that few rows a list still fill matrix instructions",
         "not measured",
+    ),
+    Row(
+        "gather",
+        "masked",
+        f"elsewhere; at most {MASKED_PAIRS:,} pairs of a list head's queries with all keys, which cost less than "
+        "leaving some out",
+        lambda shapes: _gather(shapes) == "masked",
+        "where sequences are short, or most is listed, computing all pairs under a mask is faster than leaving any out",
+        'docs/cpu-notes.md, "Short sequences"',
     ),
     Row(
         "gather",

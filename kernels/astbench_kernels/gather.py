@@ -1,6 +1,7 @@
 """Block-sparse attention by gathering: for each query group, copy its key blocks together, then two matmuls.
 
-Lists that few rows share go the other way round: see :mod:`astbench_kernels.key_major`.
+Lists that few rows share go the other way round: see :mod:`astbench_kernels.key_major`. Where leaving pairs out costs
+more than it saves, none are: see :mod:`astbench_kernels.masked`.
 
 Plain torch on any device, written for the CPU, where a few MB of gathered keys stay in cache. The backward pass
 gathers again instead of saving the copies: autograd through the gather would keep `1/density` times the memory
@@ -19,6 +20,7 @@ from torch import Tensor
 from astbench_kernels import dispatch
 from astbench_kernels.key_major import KeyMajorAttention
 from astbench_kernels.layout import BlockLayout
+from astbench_kernels.masked import MaskedAttention
 from astbench_kernels.reference import reference_attention
 from astbench_kernels.units import (
     LOG2_E,
@@ -33,12 +35,14 @@ from astbench_kernels.units import (
 
 
 def schedule_of(layout: BlockLayout, num_heads: int, num_kv_heads: int) -> dispatch.GatherSchedule:
-    """Which way round a call is computed; see :func:`astbench_kernels.dispatch.gather_schedule`."""
+    """Which way a call is computed; see :func:`astbench_kernels.dispatch.gather_schedule`."""
     layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
+    size = layout.block_size
     rows = dispatch.rows_per_list(num_heads, num_kv_heads, layout.indices.shape[1], layout.query_group)
-    tables = layout.indices.shape[0] * num_kv_heads
-    met = int(layout.counts.sum()) * rows / max(1, tables * layout.num_blocks)
-    return dispatch.gather_schedule(rows, layout.block_size, met)
+    met = int(layout.counts.sum()) * rows / max(1, layout.indices.shape[0] * num_kv_heads * layout.num_blocks)
+    query_rows = layout.num_groups * layout.query_group * num_heads // num_kv_heads
+    list_pairs = layout.num_groups * rows * layout.num_blocks * size
+    return dispatch.gather_schedule(rows, size, met, query_rows, list_pairs)
 
 
 def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, int]]:
@@ -59,7 +63,8 @@ def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, in
 def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes_per_key: int) -> int:
     """(query, key) pairs that :func:`gather_attention` computes.
 
-    Query-major, each chunk's lists are as long as its longest one; key-major, every list has its own length.
+    Query-major, each chunk's lists are as long as its longest one; key-major, every list has its own length; masked,
+    all blocks are computed.
 
     Args:
         layout: The lists.
@@ -69,7 +74,10 @@ def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes
     """
     layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
     rows = num_heads // layout.indices.shape[1] * layout.query_group
-    if schedule_of(layout, num_heads, num_kv_heads) == "key_major":
+    schedule = schedule_of(layout, num_heads, num_kv_heads)
+    if schedule == "masked":
+        return layout.counts.numel() * layout.num_blocks * layout.block_size * rows
+    if schedule == "key_major":
         return int(layout.counts.sum()) * layout.block_size * rows
     chunks = _chunks(layout.counts.flatten().tolist(), layout.block_size * bytes_per_key)
     blocks = sum((units.stop - units.start) * width for units, width in chunks)
@@ -89,8 +97,9 @@ def gather_attention(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`astbench_kernels.block_sparse_attention`.
 
-    Cost: O(N x width x block_size) time; beside inputs and outputs O(CHUNK_BYTES) memory, in both directions, and for
-    lists that few rows share (:mod:`astbench_kernels.key_major`) O(N x width).
+    Cost: O(N x width x block_size) time, or O(N x M) where that is less; beside inputs and outputs O(CHUNK_BYTES +
+    MASKED_PAIRS) memory, in both directions, and for lists that few rows share (:mod:`astbench_kernels.key_major`)
+    O(PIECE_ROWS x width).
     """
     if 0 in (q.numel(), k.numel(), v.numel(), layout.indices.numel()):  # nothing to gather
         return reference_attention(
@@ -99,9 +108,8 @@ def gather_attention(
     layout = one_list_per_kv_head(layout, q.shape[1], k.shape[1])
     if block_bias is not None and block_bias.shape[1] != layout.indices.shape[1]:
         block_bias = block_bias.repeat_interleave(layout.indices.shape[1] // block_bias.shape[1], 1)
-    key_major = schedule_of(layout, q.shape[1], k.shape[1]) == "key_major"
-    schedule = KeyMajorAttention if key_major else _GatherAttention
-    out, lse = schedule.apply(q, k, v, block_bias, layout, scale, causal, key_valid)
+    run = _SCHEDULES[schedule_of(layout, q.shape[1], k.shape[1])]
+    out, lse = run.apply(q, k, v, block_bias, layout, scale, causal, key_valid)
     return out, lse
 
 
@@ -121,7 +129,7 @@ class _GatherAttention(torch.autograd.Function):
         plan = make_plan(q, k, layout, scale, causal, key_valid)
         compute = torch.promote_types(q.dtype, torch.float32)
         queries = to_units(q, plan).to(compute) * (scale * LOG2_E)
-        keys, values = to_blocks(k, key_valid, plan), to_blocks(v, key_valid, plan)
+        keys, values = to_blocks(k, key_valid, layout), to_blocks(v, key_valid, layout)
         bias = None if block_bias is None else block_bias.detach().flatten(0, 2).to(compute) * LOG2_E
         out = queries.new_zeros(len(queries), plan.rows, v.shape[-1])
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=compute, device=q.device)
@@ -150,7 +158,7 @@ class _GatherAttention(torch.autograd.Function):
         compute = lse.dtype
         queries, d_out = to_units(q, plan).to(compute) * (plan.scale * LOG2_E), to_units(grad_out, plan).to(compute)
         d_lse = to_units(grad_lse.unsqueeze(-1), plan)
-        keys, values = to_blocks(k, key_valid, plan), to_blocks(v, key_valid, plan)
+        keys, values = to_blocks(k, key_valid, plan.layout), to_blocks(v, key_valid, plan.layout)
         bias = None if block_bias is None else block_bias.flatten(0, 2).to(compute) * LOG2_E
         d_queries = torch.zeros_like(queries)
         # Many groups add to one block: sum in float32 whatever the inputs are.
@@ -185,6 +193,13 @@ class _GatherAttention(torch.autograd.Function):
             None,
             None,
         )
+
+
+_SCHEDULES: dict[dispatch.GatherSchedule, type[torch.autograd.Function]] = {
+    "query_major": _GatherAttention,
+    "key_major": KeyMajorAttention,
+    "masked": MaskedAttention,
+}
 
 
 def _chunks_of(plan: Plan, k: Tensor) -> Iterator[tuple[slice, int]]:

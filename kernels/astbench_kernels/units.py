@@ -19,27 +19,38 @@ LOG2_E = math.log2(math.e)
 
 
 @dataclass
-class Plan:
-    """Everything about a call but the tensors that need gradients."""
+class Units:
+    """How the query rows of a call, or of a piece of one, belong to lists."""
 
     layout: BlockLayout
-    scale: float
-    causal: bool
     batch: int
-    kv_heads: int
     heads_per_list: int
-    blocks: Tensor  # int32 (units, width): rows of the block table
-    slots: Tensor  # bool (units, width): which of them are listed
-    masked: Tensor  # bool (units, width): empty slots, and blocks that hold pairs that may not be seen
-    starts: Tensor  # int32 (units, width): each listed block's first key
-    last_keys: Tensor  # int64 (groups, rows): the last key that a causal mask shows to each query row of a unit
-    keys: Tensor  # int64 (block_size,): 0, 1, ...
-    unseen: Tensor | None  # bool (block table, block_size): keys that nobody may see; None where there are none
 
     @property
     def rows(self) -> int:
         """Query rows of a unit."""
         return self.heads_per_list * self.layout.query_group
+
+    def last_keys(self, device: torch.device) -> Tensor:
+        """int64 `(groups, query_group)`: the last key that a causal mask shows to each query position."""
+        layout = self.layout
+        first = (layout.first_group + torch.arange(layout.num_groups, device=device)) * layout.query_group
+        return last_key(first[:, None] + torch.arange(layout.query_group, device=device), layout.key_stride)
+
+
+@dataclass
+class Plan(Units):
+    """Everything about a call but the tensors that need gradients."""
+
+    scale: float
+    causal: bool
+    blocks: Tensor  # int32 (units, width): rows of the block table
+    slots: Tensor  # bool (units, width): which of them are listed
+    masked: Tensor  # bool (units, width): empty slots, and blocks that hold pairs that may not be seen
+    starts: Tensor  # int32 (units, width): each listed block's first key
+    last: Tensor  # int64 (groups, rows): the last key that a causal mask shows to each query row of a unit
+    keys: Tensor  # int64 (block_size,): 0, 1, ...
+    unseen: Tensor | None  # bool (block table, block_size): keys that nobody may see; None where there are none
 
     def hidden(self, unit: Tensor, slot: Tensor) -> Tensor:
         """Bool, broadcastable to `(n, rows, block_size)`: which pairs of listed blocks may not be seen."""
@@ -47,7 +58,7 @@ class Plan:
         if self.unseen is not None:
             hidden = hidden | self.unseen.index_select(0, self.blocks[unit, slot]).unsqueeze(1)
         if self.causal:
-            last = self.last_keys[unit % self.layout.num_groups] - self.starts[unit, slot, None]
+            last = self.last[unit % self.layout.num_groups] - self.starts[unit, slot, None]
             hidden = hidden | (self.keys > last.unsqueeze(-1))
         return hidden
 
@@ -57,16 +68,26 @@ def one_list_per_kv_head(layout: BlockLayout, num_heads: int, num_kv_heads: int)
     return layout if layout.indices.shape[1] in (num_kv_heads, num_heads) else layout.expand_heads(num_kv_heads)
 
 
+def unseen_keys(layout: BlockLayout, batch: int, kv_heads: int, key_valid: Tensor | None) -> Tensor | None:
+    """Bool `(block table, block_size)`: keys that nobody may see, padding and what is behind the end; None for none."""
+    size = layout.block_size
+    if key_valid is None and not layout.key_length % size:
+        return None
+    device = layout.indices.device
+    valid = torch.ones(1, layout.key_length, dtype=torch.bool, device=device) if key_valid is None else key_valid
+    valid = torch.nn.functional.pad(valid, (0, layout.num_blocks * size - layout.key_length)).expand(batch, -1)
+    return ~valid.view(batch, 1, layout.num_blocks, size).expand(-1, kv_heads, -1, -1).reshape(-1, size)
+
+
 def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: bool, key_valid: Tensor | None) -> Plan:
     """The plan of a call; the layout has a list per head or per key/value head."""
     batch, num_heads, _, _ = q.shape
-    kv_heads, lists, groups = k.shape[1], layout.indices.shape[1], layout.num_groups
+    kv_heads, lists = k.shape[1], layout.indices.shape[1]
     width, size = layout.indices.shape[-1], layout.block_size
     listed = layout.indices.to(torch.int32).masked_fill(~layout.slots, 0)
     kv_head_of_list = torch.arange(lists, device=q.device) * kv_heads // lists
     row = (torch.arange(batch, device=q.device)[:, None] * kv_heads + kv_head_of_list).to(torch.int32)
-    first = (layout.first_group + torch.arange(groups, device=q.device)) * layout.query_group
-    last = last_key(first[:, None] + torch.arange(layout.query_group, device=q.device), layout.key_stride)
+    last = Units(layout, batch, num_heads // lists).last_keys(q.device)
     starts = (listed * size).reshape(-1, width)
     blocks = (listed + row[:, :, None, None] * layout.num_blocks).reshape(-1, width)
     slots = layout.slots.reshape(-1, width)
@@ -75,30 +96,26 @@ def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: b
     masked = ~slots
     if causal:
         masked = masked | (starts + size - 1 > last[:, 0].repeat(batch * lists)[:, None])
-    unseen = None
-    if key_valid is not None or layout.key_length % size:
-        valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if key_valid is None else key_valid
-        valid = torch.nn.functional.pad(valid, (0, layout.num_blocks * size - layout.key_length)).expand(batch, -1)
-        unseen = ~valid.view(batch, 1, layout.num_blocks, size).expand(-1, kv_heads, -1, -1).reshape(-1, size)
+    unseen = unseen_keys(layout, batch, kv_heads, key_valid)
+    if unseen is not None:
         masked = masked | unseen.any(-1).index_select(0, blocks.flatten()).view_as(masked)
     return Plan(
         layout=layout,
+        batch=batch,
+        heads_per_list=num_heads // lists,
         scale=scale,
         causal=causal,
-        batch=batch,
-        kv_heads=kv_heads,
-        heads_per_list=num_heads // lists,
         blocks=blocks,
         slots=slots,
         masked=masked,
         starts=starts,
-        last_keys=last.repeat(1, num_heads // lists),
+        last=last.repeat(1, num_heads // lists),
         keys=torch.arange(size, device=q.device),
         unseen=unseen,
     )
 
 
-def to_units(x: Tensor, plan: Plan) -> Tensor:
+def to_units(x: Tensor, plan: Units) -> Tensor:
     """`(batch, heads, query_length, d)` -> `(units, rows, d)`, zeros where a group sticks out of the queries."""
     layout, lists = plan.layout, plan.layout.indices.shape[1]
     lead = layout.query_offset % layout.query_group
@@ -109,7 +126,7 @@ def to_units(x: Tensor, plan: Plan) -> Tensor:
     return x.transpose(2, 3).reshape(-1, plan.rows, x.shape[-1])
 
 
-def from_units(x: Tensor, plan: Plan) -> Tensor:
+def from_units(x: Tensor, plan: Units) -> Tensor:
     """The inverse of :func:`to_units`."""
     layout, lists = plan.layout, plan.layout.indices.shape[1]
     lead = layout.query_offset % layout.query_group
@@ -118,9 +135,8 @@ def from_units(x: Tensor, plan: Plan) -> Tensor:
     return x[:, :, lead : lead + layout.query_length]
 
 
-def to_blocks(x: Tensor, key_valid: Tensor | None, plan: Plan) -> Tensor:
+def to_blocks(x: Tensor, key_valid: Tensor | None, layout: BlockLayout) -> Tensor:
     """`(batch, kv_heads, key_length, d)` -> `(block table, block_size * d)`, unseen keys zeroed."""
-    layout = plan.layout
     if key_valid is not None:
         # Padding may hold NaN; a zero weight would keep it.
         x = x.masked_fill(~key_valid[:, None, :, None], 0.0)

@@ -8,7 +8,7 @@ import torch
 from astbench_kernels import (
     BlockLayout,
     block_sparse_attention,
-    dispatch,
+    gather,
     key_major,
     select,
     select_blocks,
@@ -30,20 +30,18 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["query-major", "key-major"])
+@pytest.fixture(params=["query-major", "key-major", "masked"])
 def schedule(request, monkeypatch):
-    """Both ways of the gather backend, whatever the shape."""
-    monkeypatch.setattr(dispatch, "KEY_MAJOR_BELOW", 0 if request.param == "query-major" else 10**9)
-    monkeypatch.setattr(dispatch, "SHORTEST_TILE", 0)
+    """Every way of the gather backend, whatever the shape."""
+    monkeypatch.setattr(gather, "schedule_of", lambda *args: request.param.replace("-", "_"))
     return request.param
 
 
-@pytest.fixture(params=["gather, query-major", "gather, key-major", "flex"])
+@pytest.fixture(params=["gather, query-major", "gather, key-major", "gather, masked", "flex"])
 def backend(request, monkeypatch):
-    """Every backend that runs on the CPU beside the oracle, gather both ways."""
+    """Every backend that runs on the CPU beside the oracle, gather in every way."""
     name, _, way = request.param.partition(", ")
-    monkeypatch.setattr(dispatch, "KEY_MAJOR_BELOW", 10**9 if way == "key-major" else 0)
-    monkeypatch.setattr(dispatch, "SHORTEST_TILE", 0)
+    monkeypatch.setattr(gather, "schedule_of", lambda *args: way.replace("-", "_"))
     return name
 
 
@@ -103,6 +101,8 @@ def test_reference_is_the_definition(lists):
 @pytest.mark.parametrize(("n", "m", "block", "group", "offset", "causal"), CASES)
 def test_backends_match_reference_with_gradients(backend, monkeypatch, n, m, block, group, offset, causal, lists):
     monkeypatch.setattr(key_major, "TILE_ROWS", 50)
+    monkeypatch.setattr(key_major, "PARTS_ROWS", 90)
+    monkeypatch.setattr(key_major, "PIECE_ROWS", 24)
     results = {}
     for name in ("reference", backend):
         inputs, layout, valid = random_case(n, m, block, group, offset, lists)
@@ -133,8 +133,7 @@ def test_logits_may_lie_far_apart(backend, size, monkeypatch):
         results[name] = (out, lse, *grads)
     for got, expected in zip(results[backend], results["reference"], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * size)
-    key_major_runs = backend == "gather" and dispatch.KEY_MAJOR_BELOW > 0
-    assert bool(raised) == (key_major_runs and size > 1)
+    assert bool(raised) == (gather.schedule_of() == "key_major" and size > 1)
 
 
 def test_a_bias_may_hide_a_block(schedule):
@@ -158,9 +157,9 @@ def test_blocks_of_the_future_cost_nothing(schedule, monkeypatch):
     everything = torch.ones(BATCH, HEADS, 64, 8, dtype=torch.bool)
     past = everything & (torch.arange(8) * 8 <= torch.arange(64)[:, None])
     seen = []
-    tiles = key_major._tiles
+    tiles = key_major._Tiles.__iter__
     monkeypatch.setattr(
-        key_major, "_tiles", lambda *a, **b: (seen.append(t.units.numel()) or t for t in tiles(*a, **b))
+        key_major._Tiles, "__iter__", lambda self: (seen.append(t.units.numel()) or t for t in tiles(self))
     )
     results = []
     for keep in (everything, past):

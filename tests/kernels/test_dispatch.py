@@ -39,15 +39,23 @@ def tensors(call):
     return q, k, k, layout
 
 
+LONG = {"query_length": 960, "key_length": 960, "density": 0.25}
+
 CALLS = {
-    "a list a token": (shapes(), "gather (key-major)"),
-    "shared by two heads": (shapes(query_group=4, list_heads=3), "gather (query-major)"),
-    "one list for all heads": (shapes(query_group=3, list_heads=1), "gather (key-major)"),
-    "half as many rows as keys": (shapes(query_group=8), "gather (query-major)"),
-    "one row less": (shapes(query_group=7), "gather (key-major)"),
-    "a decoding step": (shapes(query_length=1, density=1.0), "gather (query-major)"),
-    "a block meets 16 rows": (shapes(query_length=16, density=0.5), "gather (key-major)"),
-    "a block meets 15 rows": (shapes(query_length=15, density=0.5), "gather (query-major)"),
+    "a list a token": (shapes(**LONG), "gather (key-major)"),
+    "a list a token, half of them": (shapes(**LONG | {"density": 0.5}), "gather (masked)"),
+    "a list a token, short": (shapes(), "gather (masked)"),
+    "most pairs under a mask": (shapes(query_length=1024, key_length=1024, density=1.0), "gather (masked)"),
+    "one row more": (shapes(query_length=1025, key_length=1024, density=1.0), "gather (key-major)"),
+    "shared by two heads": (shapes(query_group=4, list_heads=3, density=0.25), "gather (query-major)"),
+    "shared by two heads, most": (shapes(query_group=4, list_heads=3, density=5 / 6), "gather (masked)"),
+    "one list for all heads": (shapes(query_group=3, list_heads=1, **LONG), "gather (key-major)"),
+    "half as many rows as keys": (shapes(query_group=8, **LONG), "gather (query-major)"),
+    "one row less": (shapes(query_group=7, **LONG), "gather (key-major)"),
+    "a decoding step": (shapes(query_length=1, density=0.25), "gather (query-major)"),
+    "a decoding step, all keys": (shapes(query_length=1, density=1.0), "gather (masked)"),
+    "a block meets 16 rows": (shapes(query_length=80, key_length=1600, density=0.1), "gather (key-major)"),
+    "a block meets 15 rows": (shapes(query_length=75, key_length=1600, density=0.1), "gather (query-major)"),
 }
 
 
