@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from astbench_kernels import (
     BlockLayout,
@@ -38,6 +39,9 @@ from astbench_registry.interface import (
 
 BIDIRECTIONAL_GROUP = 64
 """Default queries per choice where a group may be pooled; under sequential masks it is 1."""
+
+SCORES_AT_A_TIME = 2**22
+"""Scores of parts of blocks that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,8 @@ class BlockSelectingAttention(Attention):
     ) -> tuple[Tensor, Tensor] | None:
         """Both sides of scores that are dot products, float32 or float64; None for a variant whose scores are not.
 
-        `(batch, num_heads, groups, d)` for the groups and `(batch, num_kv_heads, blocks, d)` for the blocks.
+        `(batch, num_heads, groups, d)` for the groups and `(batch, num_kv_heads, blocks, d)` for the blocks, or the
+        same number of consecutive rows for every block, whose score is then the log of their summed exponentials.
 
         Args:
             q: Queries, and `k`, `v`, `mask`, `scale` as :meth:`forward` takes them; zeros where there is padding.
@@ -150,7 +155,7 @@ class BlockSelectingAttention(Attention):
         factors = self.factors(q, k, v, mask, selection, scale, fused=False)
         if factors is None:
             raise NotImplementedError(f"{type(self).__name__} has neither factors nor scores")
-        return block_scores(*factors)
+        return block_scores(*factors, selection.num_blocks)
 
     def forward(
         self,
@@ -226,7 +231,7 @@ class BlockSelectingAttention(Attention):
             return None
         grid, config = self.grid(q, k, mask), self.config
         factors = self.factors(q, k, v, mask, grid, scale, fused=True)
-        if factors is None:
+        if factors is None or factors[1].shape[2] != grid.num_blocks:
             return None
         rule = BlockRule(
             block_size=grid.block_size,
@@ -389,8 +394,27 @@ class BlockSelectingAttention(Attention):
         return self.kv_cache_size(key_length)
 
 
-def block_scores(query: Tensor, key: Tensor) -> Tensor:
-    """`(batch, heads, groups, d) . (batch, kv_heads, blocks, d)` -> `(batch, heads, groups, blocks)`."""
+def block_scores(query: Tensor, key: Tensor, blocks: int | None = None) -> Tensor:
+    """`(batch, heads, groups, d) . (batch, kv_heads, rows, d)` -> `(batch, heads, groups, blocks)`.
+
+    Where there are several rows a block (their number is one block's by default), their logsumexp, a few groups at a
+    time: all products at once would be a share of the N x M matrix.
+    """
     batch, heads, groups, _ = query.shape
-    grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1])).flatten(2, 3)
-    return torch.matmul(grouped, key.transpose(-1, -2)).view(batch, heads, groups, key.shape[2])
+    each = heads // key.shape[1]
+    grouped, columns = query.unflatten(1, (key.shape[1], each)), key.transpose(-1, -2)
+    if blocks is None or key.shape[2] == blocks:
+        return torch.matmul(grouped.flatten(2, 3), columns).view(batch, heads, groups, key.shape[2])
+
+    parts = key.shape[2] // blocks
+
+    def some(rows: Tensor) -> Tensor:
+        scores = torch.matmul(rows.flatten(2, 3), columns).unflatten(-1, (blocks, parts)).logsumexp(-1)
+        return scores.view(batch, heads, rows.shape[3], blocks)
+
+    step = max(1, SCORES_AT_A_TIME // max(1, batch * heads * key.shape[2]))
+    learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    scores = [
+        checkpoint(some, rows, use_reentrant=False) if learning else some(rows) for rows in grouped.split(step, 3)
+    ]
+    return torch.cat(scores, 2)

@@ -14,6 +14,7 @@ AST_OPTIONS = {
     "soft": {"estimator": "soft"},
     "policy": {"estimator": "policy_gradient"},
     "patterns": {"patterns": 3},
+    "sub-blocks": {"sub_blocks": 2, "patterns": 1},
     "distill-only": {"estimator": "none"},
     "straight-through-only": {"distill_weight": 0.0},
     "query-group-4": {"query_group": 4},

@@ -14,6 +14,9 @@ class ASTConfig(BlockSelectionConfig):
 
     Args:
         rank: Width of the predictor's learned term.
+        sub_blocks: Means that sum up a block's keys, each of `block_size / sub_blocks` tokens; its score is the
+            logarithm of the summed exponentials of theirs. More of them see more of what one mean hides, and the
+            predictor costs that many times as much.
         patterns: Predefined patterns that each head may follow beside the content: cosines of the distance with periods
             of 4, 8, 16, ... blocks (long ones are windows, short ones strides), weighed per head, at first with zero.
         global_tokens: Always keep the blocks that hold a token which the task calls global (a question's), as part of
@@ -49,6 +52,7 @@ class ASTConfig(BlockSelectionConfig):
     """
 
     rank: int = 32
+    sub_blocks: int = 1
     patterns: int = 0
     global_tokens: bool = False
     budget: Literal["fixed", "adaptive"] = "fixed"
@@ -72,7 +76,7 @@ class ASTConfig(BlockSelectionConfig):
 
     capabilities: ClassVar = replace(BlockSelectionConfig.capabilities, owns_parameters=True)
     paper: ClassVar = "this project"
-    complexity: ClassVar = "N M density + (N / query_group) (M / block_size)"
+    complexity: ClassVar = "N M density + (N / query_group) (M / block_size) sub_blocks"
     full_density_options: ClassVar = {
         **BlockSelectionConfig.full_density_options,
         "budget": "fixed",
@@ -86,6 +90,11 @@ class ASTConfig(BlockSelectionConfig):
         estimators = ("straight_through", "soft", "policy_gradient", "none")
         self.require(self.estimator in estimators, "estimator", f"one of {', '.join(estimators)}")
         self.require(self.rank >= 1, "rank", "at least 1")
+        self.require(
+            self.sub_blocks >= 1 and self.block_size % self.sub_blocks == 0,
+            "sub_blocks",
+            f"a divisor of block_size ({self.block_size})",
+        )
         self.require(0 <= self.patterns <= 16, "patterns", "0 to 16")
         self.require(0 < self.mass <= 1, "mass", "above 0 and at most 1")
         self.require(self.temperature > 0, "temperature", "above 0")

@@ -40,6 +40,9 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     hidden states: they are linear maps of them, they lie in the KV cache already, and so decoding needs no state of
     its own.
 
+    With `sub_blocks` m there are m means a block, and s_ij is the logarithm of their m exponentials' sum: at one token
+    each it would be the block's true mass.
+
     With `patterns`, each head adds its own weighted sum of cosines of the distance i - j. W_w, g and those weights
     start at zero, so the untrained predictor is `pooled_topk` exactly, and a pretrained dense model runs before any
     training. With estimator "straight_through" each kept block carries `log p - stop(log p)`
@@ -90,10 +93,19 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         u = torch.matmul(features, self.query_weight.to(compute)) * self.config.rank**-0.5
         gain = scale * self.gain.to(compute).exp()[:, None, None]
         query_side, key_side = [speaker * gain, u], [mean_key, w]
+        parts = self.config.sub_blocks
+        if parts > 1:
+            fine = replace(grid, block_size=grid.block_size // parts, num_blocks=grid.num_blocks * parts)
+            size = real_in_blocks(k, mask, fine).sum(-1)
+            # Of no tokens, no weight: exp(-1e4) is 0, where -inf would make NaN of blocks that are all padding.
+            weight = size.clamp(min=1).to(compute).log().masked_fill(size == 0, -1e4)
+            key_side = [mean_of_blocks(k, mask, fine), w.repeat_interleave(parts, 2)]
+            key_side.append(weight[:, None, :, None].expand(*k.shape[:2], -1, -1))
+            query_side.append(torch.ones_like(u[..., :1]))
         if self.pattern_weight is not None:
             rows, columns = _distance_patterns(self.pattern_weight.to(compute), grid)
             query_side.append(rows.expand(q.shape[0], -1, -1, -1))
-            key_side.append(columns.expand(*k.shape[:2], -1, -1))
+            key_side.append(columns.repeat_interleave(parts, 0).expand(*k.shape[:2], -1, -1))
         return torch.cat(query_side, -1), torch.cat(key_side, -1)
 
     def needs_scores(self) -> bool:
@@ -105,8 +117,8 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     def fused_layout(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, context: AttentionContext
     ) -> BlockLayout | None:
-        """See the base class; None where global tokens add blocks."""
-        if self._global_tokens(mask, context) is not None:
+        """See the base class; None where global tokens add blocks, or blocks have several means."""
+        if self._global_tokens(mask, context) is not None or self.config.sub_blocks > 1:
             return None
         return super().fused_layout(q, k, v, mask, scale, context)
 
@@ -278,8 +290,10 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         group = self.config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)
         groups, blocks = -(-query_length // group), -(-key_length // self.config.block_size)
         width = shape.head_dim + rank + 2 * self.config.patterns
+        if self.config.sub_blocks > 1:
+            blocks, width = blocks * self.config.sub_blocks, width + 1
         per_head = 2 * groups * blocks * width + 2 * groups * (2 * shape.head_dim + 1) * rank
-        features = 2 * blocks * 4 * shape.head_dim * rank
+        features = 2 * -(-key_length // self.config.block_size) * 4 * shape.head_dim * rank
         predictor = batch * (shape.num_heads * per_head + shape.num_kv_heads * features)
         coarse = 0
         if self.coarse_keys is not None:
