@@ -186,7 +186,11 @@ def _text(name: str, layer: Layer, found: Explanation) -> str:
         "table row": f"{row.when} -> {row.runs}",
         "reason": row.why,
         "threshold": row.measured,
-        "work": f"{found.share:.3g} of dense's (query, key) pairs: the blocks kept, over the visible ones",
+        "work": (
+            f"all (query, key) pairs, of which {found.share:.3g} of the visible ones count"
+            if found.row.schedule == "masked"
+            else f"{found.share:.3g} of dense's (query, key) pairs: the blocks kept, over the visible ones"
+        ),
         **_against_dense(found),
     }
     shown = ", ".join(f"{key}={getattr(layer, key)}" for key in KEYS if key != "density")

@@ -144,6 +144,8 @@ def _described(record: Record) -> str:
     said = []
     if _learned(record) == "all weights" and options["distill_weight"] and not options.get("detach"):
         said.append("distillation moves all weights")
+    if options.get("sub_blocks", 1) > 1:
+        said.append(f"{options['sub_blocks']} means a block")
     if options.get("patterns"):
         said.append("with patterns")
     if options["coarse_stride"]:
@@ -172,12 +174,41 @@ def scratch() -> str:
     for name, runs in found.items():
         perplexities = [run["metrics"]["perplexity"] for run in runs]
         spread = f"{min(perplexities):.1f} to {max(perplexities):.1f}" if len(runs) > 1 else "-"
-        density = sum(run["density"]["mean"] for run in runs) / len(runs)
+        density = _mean(run["density"]["mean"] for run in runs)
         own = runs[0]["parameters"]["attention"]
-        mean = sum(perplexities) / len(runs)
-        rows.append([name, f"{density:.3f}", f"{own:,}", f"{len(runs)}", f"{mean:.1f}", spread])
+        rows.append([name, f"{density:.3f}", f"{own:,}", f"{len(runs)}", f"{_mean(perplexities):.1f}", spread])
     rows.sort(key=lambda row: float(row[-2]))
     return markdown(["attention", "density", "its parameters", "seeds", "perplexity", "over the seeds"], rows)
+
+
+def multi30k() -> str:
+    """Small translation models from scratch, all seeds of an attention in one row."""
+    found: dict[str, list[Record]] = {}
+    for record in records("multi30k").values():
+        found.setdefault(_described(record), []).append(record)
+    rows = []
+    for name, runs in found.items():
+        bleu = [run["metrics"]["bleu"] for run in runs]
+        rows.append(
+            [
+                name,
+                runs[0]["config"]["task"]["where"].replace("_", " ").replace(",", ", "),
+                f"{_mean(run['density']['mean'] for run in runs):.3f}",
+                f"{runs[0]['parameters']['attention']:,}",
+                f"{len(runs)}",
+                f"{_mean(bleu):.1f}",
+                f"{min(bleu):.1f} to {max(bleu):.1f}" if len(runs) > 1 else "-",
+                f"{_mean(run['metrics']['chrf'] for run in runs):.1f}",
+            ]
+        )
+    rows.sort(key=lambda row: -float(row[5]))
+    head = ["attention", "replaced", "density", "its parameters", "seeds", "BLEU", "over the seeds", "chrF"]
+    return markdown(head, rows, words=2)
+
+
+def _mean(numbers: Iterable[float]) -> float:
+    values = list(numbers)
+    return sum(values) / len(values)
 
 
 def mqar() -> str:
@@ -316,6 +347,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "wikitext2": wikitext,
     "smollm2": tuned,
     "wikitext2-scratch": scratch,
+    "multi30k": multi30k,
     "mqar": mqar,
     "attentions": attentions,
     "cost": cost,

@@ -372,7 +372,7 @@ class Explanation:
     Attributes:
         row: The line of the table that decided.
         facts: What it looked at.
-        share: Pairs that the kernel computes, over dense's.
+        share: Pairs attended to, over dense's; masked, the kernel computes all of them.
         measured: The nearest measured R, None where nothing comparable was measured.
         missing: Why not, in that case.
     """
@@ -393,6 +393,8 @@ def explain(shapes: Shapes) -> Explanation:
     if row.backend == "gather":
         facts.append(f"a block meets {shapes.rows_met:,.2f} query rows on average")
     measured, missing = _nearest(shapes)
+    if row.schedule == "masked":  # whatever R others of these shapes have
+        measured, missing = None, "no masked call was measured against dense"
     return Explanation(row, facts, shapes.density, measured, missing)
 
 

@@ -145,7 +145,7 @@ class AttentionStats:
     """What was attended to in one call.
 
     Attributes:
-        attended: float64 `(batch, heads)`: (query, key) pairs computed.
+        attended: float64 `(batch, heads)`: (query, key) pairs attended to; a kernel may compute more, see `backend`.
         visible: float64 `(batch,)`: pairs a dense attention would compute.
         backend: The kernel that ran.
         layout: The chosen blocks, for variants that choose blocks.

@@ -94,6 +94,9 @@ def test_describe_explains_a_call(astbench):
     a_token = facts("--explain", "N=8,192", "density=0.5", "pattern=causal_self", *measured)
     assert "gather (key-major)" in a_token and "not measured (measured: 1,024 to 16,384 tokens at" in a_token
     assert "not measured (measured: float32" in facts("--explain", "N=8192", "density=0.125")
+    short = facts("--explain", "N=256", "density=0.6", "pattern=causal_self")
+    assert "gather (masked)" in short and "all (query, key) pairs, of which 0.765 of the visible ones count" in short
+    assert "no masked call was measured against dense" in short
     decoding = facts("--explain", "N=8192", "mode=decode", *measured)
     assert "gather (query-major)" in decoding and "pattern=causal_self" in decoding
     gpu = facts("--explain", "N=8192", "device=cuda", "dtype=bfloat16", *measured)
@@ -564,7 +567,7 @@ def test_record_fields(run):
     assert record["attached"] == {"layers": 3, "patterns": ["bidirectional_self"]}
     assert record["train"]["steps"] == 3
     assert 0 < record["density"]["mean"] <= 1 and len(record["density"]["layers"]) == 3
-    assert record["backends"] == ["gather (query-major)"]
+    assert record["backends"] == ["gather (masked)"]
     assert record["peak_memory"]["cpu_bytes"] > 0 and record["wall_seconds"] > 0
     assert record["signature"].endswith("8 questions")
     assert json.loads((folder / DONE).read_text()) == {"state": "done", "config_hash": record["config_hash"]}
