@@ -23,12 +23,12 @@ KEY_MAJOR_BELOW = 0.5
 32; at one row the difference is tenfold."""
 
 SHORTEST_TILE = 16
-"""gather: query rows that a block must meet on average for that; a decoding step's one or few rows gather their own
-keys. Not measured."""
+"""gather: query rows that a block must meet on average for that, and a key/value head must have to be computed under a
+mask; a decoding step's one or few rows gather their own keys. Not measured."""
 
-QUERY_MAJOR_ROW = 16
-"""gather: what a query row costs with every block that it meets, beside its pairs, in pairs under a mask. This and the
-next two measured (docs/cpu-notes.md, "Short sequences"), forward and backward, heads of 64."""
+QUERY_MAJOR_COPY = 16
+"""gather: what copying a block for a list costs, over computing its pairs with one query row. This and the next ones
+measured (docs/cpu-notes.md, "Short sequences"), forward and backward, heads of 64; in pairs under a mask."""
 
 KEY_MAJOR_PAIR, KEY_MAJOR_ROW, KEY_MAJOR_BLOCK = 0.86, 36, 1200
 """gather, key block by key block: what a pair costs, a row with every block that it meets, and a block, likewise."""
@@ -255,8 +255,8 @@ def gather_schedule(rows: int, block_size: int, rows_met: float, query_rows: int
     if by_key:
         cost = rows_met * (KEY_MAJOR_PAIR * block_size + KEY_MAJOR_ROW) + KEY_MAJOR_BLOCK
     else:
-        cost = rows_met * (block_size + QUERY_MAJOR_ROW)
-    if list_pairs <= MASKED_PAIRS and query_rows * block_size < cost:
+        cost = rows_met * block_size * (1 + QUERY_MAJOR_COPY / rows)
+    if query_rows >= SHORTEST_TILE and list_pairs <= MASKED_PAIRS and query_rows * block_size < cost:
         return "masked"
     return "key_major" if by_key else "query_major"
 
@@ -329,8 +329,8 @@ TABLE = (
     Row(
         "gather",
         "masked",
-        f"elsewhere; at most {MASKED_PAIRS:,} pairs of a list head's queries with all keys, which cost less than "
-        "leaving some out",
+        f"elsewhere; at least {SHORTEST_TILE} query rows, and at most {MASKED_PAIRS:,} pairs of a list head's queries "
+        "with all keys, which cost less than leaving some out",
         lambda shapes: _gather(shapes) == "masked",
         "where sequences are short, or most is listed, computing all pairs under a mask is faster than leaving any out",
         'docs/cpu-notes.md, "Short sequences"',

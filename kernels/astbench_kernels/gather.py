@@ -97,9 +97,9 @@ def gather_attention(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`astbench_kernels.block_sparse_attention`.
 
-    Cost: O(N x width x block_size) time, or O(N x M) where that is less; beside inputs and outputs O(CHUNK_BYTES +
-    MASKED_PAIRS) memory, in both directions, and for lists that few rows share (:mod:`astbench_kernels.key_major`)
-    O(PIECE_ROWS x width).
+    Cost: O(N x width x block_size) time, or O(N x M) where that is less; beside inputs and outputs, and copies as large
+    as those, O(CHUNK_BYTES + MASKED_PAIRS) memory, in both directions, and for lists that few rows share
+    (:mod:`astbench_kernels.key_major`) O(PIECE_ROWS x width), for short sequences times the key/value heads.
     """
     if 0 in (q.numel(), k.numel(), v.numel(), layout.indices.numel()):  # nothing to gather
         return reference_attention(

@@ -143,10 +143,9 @@ class KeyMajorAttention(torch.autograd.Function):
             keys, values = tables.of(piece)
             d_keys, d_values = (x[piece.tables].flatten(0, 2) for x in (d_k, d_v))
             bias = _bias(block_bias, piece, compute)
-            d_out, d_lse, known_lse = (
-                to_units(x[piece.queries].to(compute), piece)
-                for x in (grads[0], grads[1].unsqueeze(-1), lse.unsqueeze(-1))
-            )
+            d_out, d_lse = (to_units(x[piece.queries].to(compute), piece) for x in (grads[0], grads[1].unsqueeze(-1)))
+            # Rows that are no queries: exp(logit - inf) = 0, however large their block's bias.
+            known_lse = to_units(lse.unsqueeze(-1)[piece.queries], piece, value=torch.inf)
             known_lse = known_lse.masked_fill(known_lse == -torch.inf, 0.0)  # blind rows: exp(-inf - 0) = 0
             queries = to_units(q[piece.queries], piece).to(compute)
             queries = _with_filler(torch.cat([queries * (scale * LOG2_E), known_lse * -LOG2_E], -1))

@@ -115,13 +115,13 @@ def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: b
     )
 
 
-def to_units(x: Tensor, plan: Units) -> Tensor:
-    """`(batch, heads, query_length, d)` -> `(units, rows, d)`, zeros where a group sticks out of the queries."""
+def to_units(x: Tensor, plan: Units, value: float = 0.0) -> Tensor:
+    """`(batch, heads, query_length, d)` -> `(units, rows, d)`, `value` where a group sticks out of the queries."""
     layout, lists = plan.layout, plan.layout.indices.shape[1]
     lead = layout.query_offset % layout.query_group
     tail = layout.num_groups * layout.query_group - lead - layout.query_length
     if lead or tail:
-        x = torch.nn.functional.pad(x, (0, 0, lead, tail))
+        x = torch.nn.functional.pad(x, (0, 0, lead, tail), value=value)
     x = x.reshape(plan.batch, lists, plan.heads_per_list, layout.num_groups, layout.query_group, x.shape[-1])
     return x.transpose(2, 3).reshape(-1, plan.rows, x.shape[-1])
 

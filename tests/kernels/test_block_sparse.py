@@ -119,6 +119,24 @@ def test_backends_match_reference_with_gradients(backend, monkeypatch, n, m, blo
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("n", "group"), [(64, 1), (61, 4)], ids=["one-list-of-all-heads", "groups-stick-out"])
+def test_one_sequence_whose_heads_share_lists_with_a_large_bias(schedule, n, group):
+    """Views that only batch 1 allows; and where no query stands, no weight, however large the bias."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, n, 4, DIM, generator=g).transpose(1, 2).requires_grad_()
+    k, v = (torch.randn(1, 1, n, DIM, generator=g).requires_grad_() for _ in range(2))
+    keep = torch.rand(1, 1, -(-n // group), 8, generator=g) < 0.5
+    layout = BlockLayout.from_mask(keep, block_size=8, query_group=group, query_length=n, key_length=n)
+    bias = torch.full(layout.indices.shape, 100.0, requires_grad=True)
+    results = []
+    for backend in ("gather", "reference"):
+        out, lse = block_sparse_attention(q, k, v, layout, block_bias=bias, backend=backend)
+        loss = out.square().sum() + lse[lse > -torch.inf].sum()
+        results.append((out, lse, *torch.autograd.grad(loss, (q, k, v, bias))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [1.0, 3000.0])
 def test_logits_may_lie_far_apart(backend, size, monkeypatch):
     """A row's references are raised where its logits leave the range of exp2, and nothing over- or underflows."""

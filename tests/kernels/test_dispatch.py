@@ -53,9 +53,14 @@ CALLS = {
     "half as many rows as keys": (shapes(query_group=8, **LONG), "gather (query-major)"),
     "one row less": (shapes(query_group=7, **LONG), "gather (key-major)"),
     "a decoding step": (shapes(query_length=1, density=0.25), "gather (query-major)"),
-    "a decoding step, all keys": (shapes(query_length=1, density=1.0), "gather (masked)"),
-    "a block meets 16 rows": (shapes(query_length=80, key_length=1600, density=0.1), "gather (key-major)"),
-    "a block meets 15 rows": (shapes(query_length=75, key_length=1600, density=0.1), "gather (query-major)"),
+    "a decoding step, all keys": (shapes(query_length=1, density=1.0), "gather (query-major)"),
+    "8 tokens decoded, all keys": (shapes(query_length=8, density=1.0), "gather (masked)"),
+    "few rows meet a block, short": (
+        shapes(query_length=64, key_length=64, block_size=4, density=0.125),
+        "gather (masked)",
+    ),
+    "a block meets 16 rows": (shapes(query_length=160, key_length=1600, density=0.05), "gather (key-major)"),
+    "a block meets 15 rows": (shapes(query_length=150, key_length=1600, density=0.05), "gather (query-major)"),
 }
 
 

@@ -285,7 +285,10 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         return (divergence * live).sum() / live.sum().clamp(min=1)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
-        """Kept blocks (fixed budget), coarse tokens, scores, features; without the training-only distillation."""
+        """Kept blocks (fixed budget), coarse tokens, scores, features; without the training-only distillation.
+
+        By the method: where the CPU kernel computes all pairs under a mask, it does more.
+        """
         shape, rank = self.shape, self.config.rank
         group = self.config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)
         groups, blocks = -(-query_length // group), -(-key_length // self.config.block_size)
