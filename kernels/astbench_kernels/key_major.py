@@ -103,7 +103,8 @@ class KeyMajorAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
         compute = torch.promote_types(q.dtype, torch.float32)
-        out, lse = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=compute)
+        out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=compute)  # the backward pass needs it unrounded
+        lse = q.new_empty(q.shape[:-1], dtype=compute)
         memory: list[Tensor] = []
         tables = _Tables(k, v, key_valid)
         for piece in _pieces(q, k, layout, causal, key_valid):
@@ -124,7 +125,7 @@ class KeyMajorAttention(torch.autograd.Function):
             lse[piece.queries] = from_units(logs / LOG2_E, piece).squeeze(-1)
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.call = layout, scale, causal
-        return out, lse
+        return out.to(q.dtype), lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -137,6 +137,22 @@ def test_one_sequence_whose_heads_share_lists_with_a_large_bias(schedule, n, gro
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_half_precision_costs_the_gradients_no_more_than_rounding_the_inputs(schedule):
+    """The backward pass takes the unrounded output: delta = rowsum(dO * O) is a small difference of large numbers."""
+    (q, k, v, bias), layout, _ = random_case(127, 127, 8, 4, 0, dtype=torch.float32)
+    bias = bias.bfloat16()
+    q, k, v = (x.detach().bfloat16() for x in (q, k, v + 8))  # values far from zero: what rounding costs shows
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        given = [x.to(dtype).requires_grad_() for x in (q, k, v)] + [bias.detach().to(dtype).requires_grad_()]
+        out, _ = block_sparse_attention(*given[:3], layout, block_bias=given[3], causal=True, backend="gather")
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype)
+        grads.append(torch.autograd.grad(out, [given[0], given[3]], weight))
+    for got, expected in zip(*grads, strict=True):
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < 0.01, float(error)
+
+
 @pytest.mark.parametrize("size", [1.0, 3000.0])
 def test_logits_may_lie_far_apart(backend, size, monkeypatch):
     """A row's references are raised where its logits leave the range of exp2, and nothing over- or underflows."""

@@ -16,7 +16,7 @@ class ASTConfig(BlockSelectionConfig):
         rank: Width of the predictor's learned term.
         sub_blocks: Means that sum up a block's keys, each of `block_size / sub_blocks` tokens; its score is the
             logarithm of the summed exponentials of theirs. More of them see more of what one mean hides, and the
-            predictor costs that many times as much.
+            predictor costs that many times as much; on a GPU it holds their scores, without the fused kernel's choice.
         patterns: Predefined patterns that each head may follow beside the content: cosines of the distance with periods
             of 4, 8, 16, ... blocks (long ones are windows, short ones strides), weighed per head, at first with zero.
         global_tokens: Always keep the blocks that hold a token which the task calls global (a question's), as part of
