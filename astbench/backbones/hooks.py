@@ -13,7 +13,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.utils import logging
 
+from astbench.backbones.cache_watch import CacheWatch
 from astbench_registry import CapabilityError, Pattern, build_attention
+from astbench_registry.block_summaries import BlockSummaries
 from astbench_registry.interface import (
     Attention,
     AttentionContext,
@@ -67,15 +69,24 @@ class AttentionSlot(nn.Module):
         self.losses: Mapping[str, Tensor] = {}
         self.stats: AttentionStats | None = None
         self.log_prob: Tensor | None = None
+        self.watch = CacheWatch(cross=pattern.endswith("cross"))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        scale: float | None,
+        summaries: BlockSummaries | None = None,
+    ) -> Tensor:
         """Run the variant; keep what it reports for the handle."""
         if mask.causal != (self.pattern == "causal_self"):
             raise CapabilityError(
                 f"{self.path} was attached for {self.pattern} attention but is called with a "
                 f"{'causal' if mask.causal else 'non-causal'} mask"
             )
-        context = AttentionContext(self.step, self.listen, self.hidden_states, self.global_tokens)
+        context = AttentionContext(self.step, self.listen, self.hidden_states, self.global_tokens, summaries)
         try:
             output = self.attention(q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context)
         except Exception as error:
@@ -146,6 +157,7 @@ def attention_forward(
             "a swapped attention builds no matrix of weights: output_attentions stays empty, as with sdpa; "
             "handle.listening() tells which key blocks each layer used"
         )
+    cached = key
     if torch.is_autocast_enabled(query.device.type):
         # Rotary positions leave queries and keys in float32; torch's own attention casts all three as well.
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -160,7 +172,9 @@ def attention_forward(
     if slot is None:
         out = _dense(query, key, value, mask, scaling)
     else:
-        out = slot(query, key, value, mask, scaling)
+        summaries = slot.watch.summaries(cached)
+        out = slot(query, key, value, mask, scaling, summaries)
+        slot.watch.after(summaries)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from astbench.backbones.hooks import IMPLEMENTATION, PROBE_LENGTHS, AttentionSlot, Call, recorded_calls
 from astbench_registry import Capabilities, CapabilityError, Pattern, build_attention
+from astbench_registry.block_selection import BlockSelectingAttention
 from astbench_registry.interface import Attention, AttentionShape
 from astbench_registry.registry import make_config
 
@@ -265,6 +266,9 @@ def _attach(model: PreTrainedModel, call: Call, attention: Attention, can: Capab
     call.module.add_module(IMPLEMENTATION, slot)
     handle._undo.append(lambda: delattr(call.module, IMPLEMENTATION))
     handle.slots.append(slot)
+    if isinstance(attention, BlockSelectingAttention):
+        hook = call.module.register_forward_pre_hook(slot.watch.before, with_kwargs=True)
+        handle._undo.append(hook.remove)
     if can.needs_hidden_states:
         hook = call.module.register_forward_pre_hook(_keep_hidden_states, with_kwargs=True)
         handle._undo.append(hook.remove)

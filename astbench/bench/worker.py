@@ -24,6 +24,7 @@ from astbench.bench.processes import ANSWER, lost
 from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, what_runs
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention, load_plugin
 from astbench_registry.block_selection import BlockSelectingAttention
+from astbench_registry.block_summaries import BlockSummaries
 from astbench_registry.interface import AttentionStats
 
 Tensors = tuple[Tensor, Tensor, Tensor]
@@ -67,7 +68,10 @@ class Layer:
     def call(self, mode: str, tensors: Tensors, hidden: Tensor | None) -> Callable[[], Tensor]:
         """A timed call: forward alone, or in training mode forward and backward with the attention's own losses."""
         self.module.train(mode == "training")
-        mask, context = self.mask(mode, tensors[1].shape[2]), AttentionContext(hidden_states=hidden)
+        # As generation keeps them: the first call, which is not timed, makes them.
+        summaries = BlockSummaries() if mode == "decode" else None
+        mask = self.mask(mode, tensors[1].shape[2])
+        context = AttentionContext(hidden_states=hidden, summaries=summaries)
         leaves = [x.detach().requires_grad_(mode == "training") for x in tensors]
         grad = torch.randn_like(leaves[0])
 

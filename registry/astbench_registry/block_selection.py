@@ -1,13 +1,13 @@
 """What the variants that pick key blocks share: groups, budgets, always-kept blocks, layout, kernel call.
 
-A variant fills in one method: :meth:`BlockSelectingAttention.scores`, or :meth:`BlockSelectingAttention.factors` where
-the score is a dot product.
+A variant fills in :meth:`BlockSelectingAttention.scores`, or, where the score is a dot product,
+:meth:`BlockSelectingAttention.summarise` and :meth:`BlockSelectingAttention.factors`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -120,24 +120,39 @@ class BlockSelectingAttention(Attention):
 
     config: BlockSelectionConfig
 
-    def factors(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, scale: float, *, fused: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """Both sides of scores that are dot products, float32 or float64; None for a variant whose scores are not.
+    def summarise(
+        self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool
+    ) -> tuple[Tensor, ...] | None:
+        """What the score of a block is made of on the keys' side; None for a variant whose scores are no dot products.
 
-        `(batch, num_heads, groups, d)` for the groups and `(batch, num_kv_heads, blocks, d)` for the blocks, or the
-        same number of consecutive rows for every block, whose score is then the log of their summed exponentials.
+        Tensors `(batch, kv_heads or 1, rows, d)`, with one row a block, or the same number of consecutive ones. Nothing
+        but a block's own keys and values may enter its rows: while decoding, those of completed blocks are kept.
 
         Args:
-            q: Queries, and `k`, `v`, `mask`, `scale` as :meth:`forward` takes them; zeros where there is padding.
-            k: Keys.
+            k: Keys, and `v` the values, as :meth:`forward` takes them; zeros where there is padding.
             v: Values.
-            mask: What may be seen.
-            grid: Groups and blocks.
-            scale: Factor on q . k.
+            mask: What is padding; no more of it may be looked at.
+            grid: The blocks.
             fused: The Triton kernels may pool the blocks; there is no gradient.
         """
         return None
+
+    def factors(
+        self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Both sides of scores that are dot products, float32 or float64.
+
+        `(batch, num_heads, groups, d)` for the groups and `(batch, kv_heads, blocks, d)` for the blocks, or the
+        same number of consecutive rows for every block, whose score is then the log of their summed exponentials.
+
+        Args:
+            q: Queries; zeros where there is padding.
+            blocks: From :meth:`summarise`.
+            mask: What may be seen.
+            grid: Groups and blocks.
+            scale: Factor on q . k.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no factors")
 
     def scores(
         self,
@@ -152,10 +167,22 @@ class BlockSelectingAttention(Attention):
 
         Scores of blocks that are no candidates are never looked at, but must be finite.
         """
-        factors = self.factors(q, k, v, mask, selection, scale, fused=False)
-        if factors is None:
+        return self._products(q, k, v, mask, selection, scale, AttentionContext())
+
+    def _products(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        selection: Selection,
+        scale: float,
+        context: AttentionContext,
+    ) -> Tensor:
+        blocks = self._summaries(k, v, mask, selection, context, fused=False)
+        if blocks is None:
             raise NotImplementedError(f"{type(self).__name__} has neither factors nor scores")
-        return block_scores(*factors, selection.num_blocks)
+        return block_scores(*self.factors(q, blocks, mask, selection, scale), selection.num_blocks)
 
     def forward(
         self,
@@ -203,7 +230,10 @@ class BlockSelectingAttention(Attention):
     ) -> tuple[BlockLayout, Taught]:
         """The choice by scores that a variant may learn from, and what :meth:`teach` makes of them."""
         selection = self.with_fixed_blocks(self.selection(q, k, mask), mask, context)
-        scores = self.scores(q, k, v, mask, selection, scale)
+        if self._own_scores():
+            scores = self.scores(q, k, v, mask, selection, scale)
+        else:
+            scores = self._products(q, k, v, mask, selection, scale, context)
         keep = self.choose(scores.detach(), selection, context)
         layout = selection.layout(keep, q, k, mask)
         return layout, self.teach(scores, keep, layout, q, k, v, mask, selection, scale, context)
@@ -223,15 +253,14 @@ class BlockSelectingAttention(Attention):
 
         They need :meth:`factors`, and what follows from those as it is written here.
         """
-        own = type(self)
-        changed = (
-            own.scores is not BlockSelectingAttention.scores or own.selection is not BlockSelectingAttention.selection
-        )
-        if changed:
+        if self._own_scores() or type(self).selection is not BlockSelectingAttention.selection:
             return None
         grid, config = self.grid(q, k, mask), self.config
-        factors = self.factors(q, k, v, mask, grid, scale, fused=True)
-        if factors is None or factors[1].shape[2] != grid.num_blocks:
+        blocks = self._summaries(k, v, mask, grid, context, fused=True)
+        if blocks is None:
+            return None
+        factors = self.factors(q, blocks, mask, grid, scale)
+        if factors[1].shape[2] != grid.num_blocks:
             return None
         rule = BlockRule(
             block_size=grid.block_size,
@@ -247,6 +276,35 @@ class BlockSelectingAttention(Attention):
         if mask.key_valid is not None:
             seen = valid_in_blocks(mask.key_valid, grid.num_blocks, grid.block_size).any(-1)
         return choose_blocks(*factors, rule, lambda visible: self.budget(visible, context), seen=seen)
+
+    def _own_scores(self) -> bool:
+        return type(self).scores is not BlockSelectingAttention.scores
+
+    def _summaries(
+        self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, context: AttentionContext, *, fused: bool
+    ) -> tuple[Tensor, ...] | None:
+        """:meth:`summarise` of all blocks; of those that the caller keeps the summaries of, without looking at them."""
+        kept = context.summaries
+        if kept is None or torch.is_grad_enabled() or not (mask.causal or mask.cross):
+            return self.summarise(k, v, mask, grid, fused=fused)
+        size, length = grid.block_size, k.shape[2]
+        # Keys from the first query on are new: whatever was kept of their places (before a cache was cropped) is not.
+        done = kept.usable(mask.key_valid, grid.num_blocks if mask.cross else mask.query_offset // size, size)
+        # Under a causal mask a block competes from the token behind it on.
+        needed = grid.num_blocks
+        if mask.causal:
+            needed = max(done, min(length, mask.query_offset + grid.num_groups * grid.query_group - 1) // size)
+        if done < needed:
+            new = slice(done * size, needed * size)
+            valid = None if mask.key_valid is None else mask.key_valid[:, new]
+            part = Grid(size, grid.query_group, needed - done, grid.num_groups, grid.first)
+            blocks = self.summarise(k[:, :, new], v[:, :, new], replace(mask, key_valid=valid), part, fused=fused)
+            if blocks is None:
+                return None
+            kept.add(blocks, needed - done, mask.key_valid, size)
+        elif not needed:
+            return self.summarise(k, v, mask, grid, fused=fused)
+        return kept.of(grid.num_blocks)
 
     def grid(self, q: Tensor, k: Tensor, mask: AttentionMask) -> Grid:
         """Groups and blocks."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astbench_registry.block_summaries import BlockSummaries
 from astbench_registry.capabilities import AttentionConfig, Capabilities, Pattern
 from astbench_registry.interface import (
     Attention,
@@ -39,10 +40,16 @@ class Case:
     mask: AttentionMask
 
     def run(
-        self, module: Attention, *, scale: float | None = None, listen: bool = False, step: int = 0
+        self,
+        module: Attention,
+        *,
+        scale: float | None = None,
+        listen: bool = False,
+        step: int = 0,
+        summaries: BlockSummaries | None = None,
     ) -> AttentionOutput:
         """Call the module under a fixed seed, leaving the caller's random state alone."""
-        context = AttentionContext(step=step, listen=listen, hidden_states=self.hidden)
+        context = AttentionContext(step=step, listen=listen, hidden_states=self.hidden, summaries=summaries)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return module(self.q, self.k, self.v, self.mask, scale=scale, context=context)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from astbench_registry.block_summaries import BlockSummaries
 from astbench_registry.conformance_cases import (
     HEADS,
     KEY_LENGTH,
@@ -118,17 +119,18 @@ def batch_invariance(subject: Subject) -> None:
 
 @holds_for("causal_self", "causal_cross")
 def decode(subject: Subject) -> None:
-    """Decoding one token, or a few, at a time equals one full pass (in real rows)."""
+    """Decoding one token, or a few, at a time equals one full pass (in real rows), summaries of blocks kept or not."""
     need(subject.can.decode, "no decoding")
     module = subject.build()
-    for holes, chunk in ((0.0, 1), (0.2, 1), (0.0, 3)):
+    for holes, chunk, kept in ((0.0, 1, False), (0.2, 1, False), (0.0, 3, False), (0.0, 3, True), (0.2, 1, True)):
         case = subject.case(SHORT, SHORT_KEYS, holes=holes)
-        length = case.q.shape[2]
+        length, summaries = case.q.shape[2], BlockSummaries() if kept else None
         with torch.no_grad():
             whole = case.out(module)
-            steps = [case.queries(start, min(start + chunk, length)).out(module) for start in range(0, length, chunk)]
-        real = case.real_rows()
-        same(torch.cat(steps, 2) * real, whole * real, f"decoding {chunk} at a time differs from one pass")
+            parts = (case.queries(start, min(start + chunk, length)) for start in range(0, length, chunk))
+            steps = [part.out(module, summaries=summaries) for part in parts]
+        real, how = case.real_rows(), ", with summaries of blocks," if kept else ""
+        same(torch.cat(steps, 2) * real, whole * real, f"decoding {chunk} at a time{how} differs from one pass")
 
 
 @holds_for()

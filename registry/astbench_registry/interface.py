@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from astbench_kernels import BlockLayout
 from astbench_kernels.layout import visible_pairs
+from astbench_registry.block_summaries import BlockSummaries
 from astbench_registry.capabilities import AttentionConfig, Pattern
 
 
@@ -132,12 +133,15 @@ class AttentionContext:
             capability record asks for it.
         global_tokens: Bool `(batch, key_length)`: tokens that the task wants seen by all and seeing all (the
             question's, in question answering), for variants that know such tokens; None when it names none.
+        summaries: What earlier calls on the same KV cache found out about its key blocks, and this one adds to; None
+            when nobody keeps it. It changes no result, only what has to be computed, without gradients.
     """
 
     step: int = 0
     listen: bool = False
     hidden_states: Tensor | None = None
     global_tokens: Tensor | None = None
+    summaries: BlockSummaries | None = None
 
 
 @dataclass(frozen=True)

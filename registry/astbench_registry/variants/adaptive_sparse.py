@@ -23,6 +23,9 @@ from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.dense_weights import dense_weights, rows_at_a_time
 from astbench_registry.interface import AttentionContext, AttentionMask, AttentionShape
 
+FEW_GROUPS = 8
+"""So few, while decoding, that a sum for each costs less than running sums over all blocks."""
+
 GOLDEN_RATIO = (1 + 5**0.5) / 2
 
 
@@ -69,44 +72,54 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         stride = config.coarse_stride_at(shape.layer_index)
         self.coarse_keys = CoarseKeys(stride, shape.num_kv_heads) if stride else None
 
-    def factors(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, scale: float, *, fused: bool
-    ) -> tuple[Tensor, Tensor]:
-        """See the base class. Time O(M) for the features."""
-        compute = torch.promote_types(q.dtype, torch.float32)
+    def summarise(self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool) -> tuple[Tensor, ...]:
+        """See the base class: the rows that are scored, and for the global context mean values and sizes."""
+        compute = torch.promote_types(k.dtype, torch.float32)
         if self.config.detach and self.config.estimator != "soft":
-            q, k, v = q.detach(), k.detach(), v.detach()
+            k, v = k.detach(), v.detach()
         if fused:
             mean_key, max_key, min_key, mean_value, counts = pool_blocks(k, v, mask.key_valid, grid.block_size)
         else:
             mean_key, mean_value = mean_of_blocks(k, mask, grid), mean_of_blocks(v, mask, grid)
             max_key, min_key = extremes_of_blocks(k, mask, grid)
             counts = real_in_blocks(k, mask, grid).sum(-1)
-        local = torch.cat([mean_key, max_key, min_key, mean_value], -1)
-        context = _global_context(mean_value, counts, mask, grid)
-        context = context.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
-        speaker = self.speaker(q, mask, grid)
         # Of length 1, so that one learning rate serves every layer of every backbone: with features of size 1, a
         # step of Adam moved scores by several units, and the choice flickered.
-        w = torch.matmul(_unit(local), self.key_weight.to(compute))
-        features = pad(_unit(torch.cat([speaker, context], -1)), (0, 1), value=1.0)
-        u = torch.matmul(features, self.query_weight.to(compute)) * self.config.rank**-0.5
-        gain = scale * self.gain.to(compute).exp()[:, None, None]
-        query_side, key_side = [speaker * gain, u], [mean_key, w]
+        local = _unit(torch.cat([mean_key, max_key, min_key, mean_value], -1))
+        key_side = [mean_key, torch.matmul(local, self.key_weight.to(compute))]
         parts = self.config.sub_blocks
         if parts > 1:
             fine = replace(grid, block_size=grid.block_size // parts, num_blocks=grid.num_blocks * parts)
             size = real_in_blocks(k, mask, fine).sum(-1)
             # Of no tokens, no weight: exp(-1e4) is 0, where -inf would make NaN of blocks that are all padding.
             weight = size.clamp(min=1).to(compute).log().masked_fill(size == 0, -1e4)
-            key_side = [mean_of_blocks(k, mask, fine), w.repeat_interleave(parts, 2)]
+            key_side = [mean_of_blocks(k, mask, fine), key_side[1].repeat_interleave(parts, 2)]
             key_side.append(weight[:, None, :, None].expand(*k.shape[:2], -1, -1))
+        return torch.cat(key_side, -1), mean_value, counts.to(compute)[:, None, :, None]
+
+    def factors(
+        self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See the base class. Time O(N) for the features."""
+        compute = torch.promote_types(q.dtype, torch.float32)
+        if self.config.detach and self.config.estimator != "soft":
+            q = q.detach()
+        key_side, mean_value, counts = blocks
+        context = _global_context(mean_value, counts, mask, grid)
+        context = context.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
+        speaker = self.speaker(q, mask, grid)
+        features = pad(_unit(torch.cat([speaker, context], -1)), (0, 1), value=1.0)
+        u = torch.matmul(features, self.query_weight.to(compute)) * self.config.rank**-0.5
+        gain = scale * self.gain.to(compute).exp()[:, None, None]
+        query_side = [speaker * gain, u]
+        if self.config.sub_blocks > 1:
             query_side.append(torch.ones_like(u[..., :1]))
         if self.pattern_weight is not None:
             rows, columns = _distance_patterns(self.pattern_weight.to(compute), grid)
             query_side.append(rows.expand(q.shape[0], -1, -1, -1))
-            key_side.append(columns.repeat_interleave(parts, 0).expand(*k.shape[:2], -1, -1))
-        return torch.cat(query_side, -1), torch.cat(key_side, -1)
+            columns = columns.repeat_interleave(self.config.sub_blocks, 0)
+            key_side = torch.cat([key_side, columns.expand(*key_side.shape[:2], -1, -1)], -1)
+        return torch.cat(query_side, -1), key_side
 
     def needs_scores(self) -> bool:
         """Also for the bias of "soft", for sampling, and for the adaptive budget."""
@@ -328,15 +341,24 @@ def _distance_patterns(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def _global_context(mean_value: Tensor, counts: Tensor, mask: AttentionMask, grid: Grid) -> Tensor:
-    """`(batch, kv_heads, groups, d)`: mean of the values that each group may know of."""
-    count = counts[:, None, :, None].to(mean_value.dtype)  # (batch or 1, 1, blocks, 1)
-    total = (mean_value * count).cumsum(2)
-    seen = count.cumsum(2)
-    mean = pad(total / seen.clamp(min=1), (0, 0, 1, 0))  # entry n: over the first n blocks
-    if mask.causal:
-        known = (grid.first // grid.block_size).clamp(max=grid.num_blocks)
+    """`(batch, kv_heads, groups, d)`: mean of the values that each group may know of.
+
+    Args:
+        mean_value: `(batch, kv_heads, blocks, d)`.
+        counts: `(batch or 1, 1, blocks, 1)`: values that each is the mean of.
+        mask: What may be seen.
+        grid: Groups and blocks.
+    """
+    if not mask.causal:
+        known = torch.full((1,), grid.num_blocks, device=mean_value.device)
     else:
-        known = torch.full_like(grid.first, grid.num_blocks)
+        known = (grid.first // grid.block_size).clamp(max=grid.num_blocks)
+    if len(known) <= FEW_GROUPS:
+        weight = counts.transpose(2, 3) * (torch.arange(grid.num_blocks, device=known.device) < known[:, None])
+        mean = torch.matmul(weight, mean_value) / weight.sum(-1, keepdim=True).clamp(min=1)
+        return mean.expand(-1, -1, grid.num_groups, -1)
+    total = (mean_value * counts).cumsum(2)
+    mean = pad(total / counts.cumsum(2).clamp(min=1), (0, 0, 1, 0))  # entry n: over the first n blocks
     return mean[:, :, known]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from astbench_kernels.triton import pool_blocks
 from astbench_registry.block_pooling import mean_of_blocks
-from astbench_registry.block_selection import BlockSelectingAttention, Selection, block_scores
+from astbench_registry.block_selection import BlockSelectingAttention, Grid
 from astbench_registry.configs.moba import MoBAConfig
 from astbench_registry.interface import AttentionMask
 
@@ -36,11 +37,17 @@ class MoBAttention(BlockSelectingAttention):
 
     config: MoBAConfig
 
-    def scores(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
-    ) -> Tensor:
-        """See the base class. Time O(N M / block_size)."""
-        return block_scores(self.speaker(q, mask, selection), mean_of_blocks(k, mask, selection))
+    def summarise(self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool) -> tuple[Tensor, ...]:
+        """See the base class: the mean keys."""
+        if fused:
+            return (pool_blocks(k, k, mask.key_valid, grid.block_size).mean_key,)
+        return (mean_of_blocks(k, mask, grid),)
+
+    def factors(
+        self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See the base class: eq. 6."""
+        return self.speaker(q, mask, grid), blocks[0]
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Kept blocks, and one matmul for the scores."""

@@ -17,12 +17,14 @@ class PooledTopKAttention(BlockSelectingAttention):
     learned term alone.
     """
 
+    def summarise(self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool) -> tuple[Tensor, ...]:
+        """See the base class: the mean keys."""
+        if fused:
+            return (pool_blocks(k, k, mask.key_valid, grid.block_size).mean_key,)
+        return (mean_of_blocks(k, mask, grid),)
+
     def factors(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, scale: float, *, fused: bool
+        self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See the base class."""
-        if fused:
-            pooled = pool_blocks(k, k, mask.key_valid, grid.block_size).mean_key
-        else:
-            pooled = mean_of_blocks(k, mask, grid)
-        return self.speaker(q, mask, grid) * scale, pooled
+        return self.speaker(q, mask, grid) * scale, blocks[0]

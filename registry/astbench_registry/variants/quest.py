@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from astbench_kernels.triton import pool_blocks
 from astbench_registry.block_pooling import extremes_of_blocks
-from astbench_registry.block_selection import BlockSelectingAttention, Selection, block_scores
+from astbench_registry.block_selection import BlockSelectingAttention, Grid
 from astbench_registry.configs.quest import QuestConfig
 from astbench_registry.densely import attend_densely
 from astbench_registry.interface import AttentionContext, AttentionMask, AttentionOutput
@@ -28,8 +30,6 @@ class QuestAttention(BlockSelectingAttention):
     * The page of the token itself, perhaps incomplete, is always kept and counts in `top_k`, as in the published
       code; without a causal mask it is kept too, and cross-attention has none.
     * A page that padding cuts short has the extremes of its real keys.
-    * Extremes are computed anew in each call from the keys in the cache; the paper keeps them beside it. That is one
-      pass over the keys per decoding step which the paper's kernels do not have.
     """
 
     config: QuestConfig
@@ -55,13 +55,19 @@ class QuestAttention(BlockSelectingAttention):
         selection = self.selection(q, k, mask)
         return attend_densely(q, k, v, mask, selection, scale=scale, context=context or AttentionContext())
 
-    def scores(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
-    ) -> Tensor:
+    def summarise(self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool) -> tuple[Tensor, ...]:
+        """See the base class: each page's maxima and minima."""
+        if fused:
+            pooled = pool_blocks(k, k, mask.key_valid, grid.block_size)
+            return (torch.cat([pooled.max_key, pooled.min_key], -1),)
+        return (torch.cat(extremes_of_blocks(k, mask, grid), -1),)
+
+    def factors(
+        self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """See the base class. Time O(N M / block_size)."""
-        query = self.speaker(q, mask, selection)
-        high, low = extremes_of_blocks(k, mask, selection)
-        return block_scores(query.clamp(min=0), high) + block_scores(query.clamp(max=0), low)
+        query = self.speaker(q, mask, grid)
+        return torch.cat([query.clamp(min=0), query.clamp(max=0)], -1), blocks[0]
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Kept pages, and two matmuls for the scores; a dense layer's are dense attention's."""

@@ -1,0 +1,161 @@
+"""Summaries of key blocks beside Hugging Face's KV cache: found again, or made anew when the cache is another."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from astbench import swap_attention
+from tests.astbench.conftest import VOCABULARY, tiny_model
+
+AST = {"block_size": 4, "min_blocks": 2, "density": 0.3}
+SETTINGS = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def swapped(family="llama", name="ast", **options):
+    """The model, and the blocks in each call of the first layer's `summarise`."""
+    model = tiny_model(family)
+    handle = swap_attention(model, name, {**AST, **options})
+    counted = []
+    for slot in handle.slots:
+        torch.manual_seed(8)
+        for parameter in slot.attention.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    attention = handle.slots[-1].attention
+    summarise = attention.summarise
+
+    def counting(k, v, mask, grid, **rest):
+        counted.append(grid.num_blocks)
+        return summarise(k, v, mask, grid, **rest)
+
+    attention.summarise = counting
+    return model, counted, handle
+
+
+def ids(length=21, batch=2):
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def forgetful(monkeypatch):
+    """Calls that it is given to run as if nobody kept summaries."""
+
+    def run(call):
+        with monkeypatch.context() as patch:
+            patch.setattr("astbench.backbones.cache_watch.CacheWatch.summaries", lambda self, keys: None)
+            return call()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [("llama", None), ("llama", "static"), ("gpt2", None), ("bart", None), ("bart", "static")],
+)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_is_the_same_and_sums_up_each_block_once(family, beams, cache, forgetful):
+    model, counted, _ = swapped(family)
+    settings = {**SETTINGS, "num_beams": beams, **({"cache_implementation": cache} if cache else {})}
+    expected = forgetful(lambda: model.generate(ids(), **settings))
+    without = sum(counted)
+    counted.clear()
+    assert torch.equal(model.generate(ids(), **settings), expected)
+    if beams == 1:
+        # Of bart the last layer's cross-attention: 21 keys, all in the first step.
+        assert sum(counted) == (6 if family == "bart" else (21 + 14 - 2) // 4)
+        assert without > 50
+    else:
+        assert sum(counted) >= 6
+
+
+def test_padding_on_the_left(forgetful):
+    model, counted, _ = swapped()
+    mask = torch.ones(2, 21, dtype=torch.long)
+    mask[0, :9] = 0
+    expected = forgetful(lambda: model.generate(ids(), attention_mask=mask, **SETTINGS))
+    counted.clear()
+    assert torch.equal(model.generate(ids(), attention_mask=mask, **SETTINGS), expected)
+    assert sum(counted) == 8
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_two_caches_in_turn_and_one_that_is_changed(kind, forgetful):
+    """Each step's logits with summaries are those without."""
+    model, counted, _ = swapped()
+
+    def new():
+        return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=48)
+
+    tokens = ids(40)
+
+    @torch.no_grad()
+    def play():
+        logits, (a, b) = [], (new(), new())
+
+        def feed(cache, rows, start, stop):
+            logits.append(model(tokens[rows, start:stop], past_key_values=cache, use_cache=True).logits)
+
+        feed(a, [0, 1], 0, 20)
+        feed(b, [1, 0], 0, 17)
+        feed(a, [0, 1], 20, 21)
+        feed(b, [1, 0], 17, 18)
+        a.reorder_cache(torch.tensor([1, 0]))
+        feed(a, [1, 0], 21, 23)
+        twin = copy.deepcopy(b)
+        for cache in (b, twin):
+            cache.reorder_cache(torch.tensor([0, 0]))
+            feed(cache, [1, 1], 18, 22)
+        if kind == "dynamic":
+            a.crop(-6)
+            feed(a, [0, 1], 30, 39)
+            b.batch_select_indices(torch.tensor([1]))
+            feed(b, [1], 22, 27)
+        a.reset()
+        feed(a, [0, 1], 3, 24)
+        for layer in a.layers:  # in place, behind everybody's back
+            layer.keys.neg_()
+        feed(a, [0, 1], 24, 26)
+        return logits
+
+    expected = forgetful(play)
+    counted.clear()
+    for got, wanted in zip(play(), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert sum(counted)
+
+
+def test_kept_from_one_step_to_the_next_in_inference_mode_too():
+    model, counted, _ = swapped()
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        for start, stop in ((0, 20), (20, 21), (21, 22), (22, 25)):
+            model(ids(30)[:, start:stop], past_key_values=cache, use_cache=True)
+    assert counted == [4, 1, 1]
+
+
+def test_another_attention_on_the_same_cache_begins_anew(forgetful):
+    model, _, handle = swapped()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids()[:, :20], past_key_values=cache, use_cache=True)
+        handle.undo()
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        swap_attention(model, "pooled_topk", AST)
+        twin = copy.deepcopy(cache)
+        got = model(ids()[:, 20:], past_key_values=cache, use_cache=True).logits
+        wanted = forgetful(lambda: model(ids()[:, 20:], past_key_values=twin, use_cache=True).logits)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_nothing_of_a_cache_outlives_it():
+    from astbench.backbones import cache_watch
+
+    model, _, _ = swapped()
+    before = len(cache_watch._kept)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids(), past_key_values=cache, use_cache=True)
+    assert len(cache_watch._kept) == before + 3
+    del cache
+    assert len(cache_watch._kept) == before
