@@ -4,6 +4,7 @@ Imports torch and nothing else of this project. Public names:
 
 * :class:`BlockLayout`: which key blocks each group of queries attends to.
 * :func:`block_sparse_attention`: attention over just those blocks, differentiable.
+* :func:`block_sparse_attention_varlen`: the same of packed sequences of unequal lengths.
 * :func:`merge_attention`: one softmax over several sets of keys, each attended to by itself.
 * :func:`select_blocks`, :func:`soft_top_k`: from scores to a layout, and the gradient that goes with it.
 * :func:`backends`: what can run here, and why the rest cannot; :func:`what_runs`: what a call runs.
@@ -15,6 +16,7 @@ from astbench_kernels.dense import DenseBackend, check_dense_backend, dense_atte
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.merge import merge_attention
 from astbench_kernels.select import select_blocks, soft_top_k
+from astbench_kernels.varlen import block_sparse_attention_varlen
 
 __all__ = [
     "Backend",
@@ -22,6 +24,7 @@ __all__ = [
     "DenseBackend",
     "backends",
     "block_sparse_attention",
+    "block_sparse_attention_varlen",
     "check_dense_backend",
     "choose_backend",
     "dense_attention",

@@ -1,0 +1,116 @@
+"""Sequences of unequal lengths, packed one behind the other without padding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from astbench_kernels.attention import block_sparse_attention
+from astbench_kernels.layout import BlockLayout
+
+
+def block_sparse_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    block_bias: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`block_sparse_attention` of packed sequences, each of which sees only its own keys.
+
+    The arguments are those of flash-attn's `flash_attn_varlen_func`, and lists. Within, the sequences lie side by side
+    as one batch of the longest's length: that takes its memory, and a copy of the tensors, but no attention, since the
+    lists of rows that do not exist count as empty and what they name of keys behind a sequence's end is masked.
+
+    Args:
+        q: Queries, `(total queries, heads, head_dim)`.
+        k: Keys, `(total keys, kv_heads, head_dim)`.
+        v: Values, `(total keys, kv_heads, value_dim)`.
+        layout: Lists of each sequence, `(sequences, list_heads, groups, width)`, for as many queries and keys as the
+            longest sequence has, without a query offset. Groups and blocks count from each sequence's own first token.
+        cu_seqlens_q: Integers `(sequences + 1,)`: where each sequence's queries begin, the total last.
+        cu_seqlens_k: Likewise of the keys.
+        block_bias: As there, aligned with `layout.indices`.
+        scale: As there.
+        causal: Query i of a sequence sees its keys 0 to i.
+        backend: As there.
+
+    Returns:
+        `out` `(total queries, heads, value_dim)` and the log-sum-exp `(total queries, heads)`, dtypes and gradients as
+        there.
+
+    Raises:
+        ValueError: offsets that do not fit the tensors or the layout, and as there.
+
+    Cost: as there, and O(sequences x longest) memory; it waits for the device to read the offsets.
+    """
+    queries = _Packed("cu_seqlens_q", cu_seqlens_q, "queries", q, layout.query_length)
+    keys = _Packed("cu_seqlens_k", cu_seqlens_k, "keys", k, layout.key_length)
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        raise ValueError(
+            f"cu_seqlens_q tells of {len(cu_seqlens_q) - 1} sequences, cu_seqlens_k of {len(cu_seqlens_k) - 1}"
+        )
+    if layout.query_offset or layout.key_stride != 1:
+        raise ValueError("packed sequences take a layout without query_offset and with a key_stride of 1")
+    if v.shape[0] != k.shape[0]:
+        raise ValueError(f"k and v differ: {tuple(k.shape)} and {tuple(v.shape)}")
+    start = torch.arange(layout.num_groups, device=q.device) * layout.query_group
+    exists = start < queries.lengths[:, None]
+    side_by_side = BlockLayout(
+        indices=layout.indices,
+        counts=layout.counts * exists[:, None],
+        block_size=layout.block_size,
+        query_group=layout.query_group,
+        query_length=layout.query_length,
+        key_length=layout.key_length,
+    )
+    position = torch.arange(layout.key_length, device=k.device)
+    out, lse = block_sparse_attention(
+        queries.unpack(q),
+        keys.unpack(k),
+        keys.unpack(v),
+        side_by_side,
+        block_bias=block_bias,
+        scale=scale,
+        causal=causal,
+        key_valid=position < keys.lengths[:, None],
+        backend=backend,
+    )
+    return queries.pack(out), queries.pack(lse)
+
+
+class _Packed:
+    """Where the rows of packed sequences lie when these are a batch."""
+
+    def __init__(self, name: str, offsets: Tensor, what: str, x: Tensor, longest: int) -> None:
+        if offsets.dim() != 1 or len(offsets) < 2 or offsets.is_floating_point():
+            raise ValueError(f"{name} must be integers (sequences + 1,), got {offsets.dtype} {tuple(offsets.shape)}")
+        offsets = offsets.to(x.device).long()
+        self.lengths = offsets.diff()
+        if x.dim() != 3 or int(offsets[0]) or int(offsets[-1]) != x.shape[0] or int(self.lengths.min()) < 0:
+            raise ValueError(
+                f"{name} must rise from 0 to the number of {what}; it goes from {int(offsets[0])} to "
+                f"{int(offsets[-1])}, and they are {tuple(x.shape)}, wanted (total, heads, dim)"
+            )
+        if int(self.lengths.max()) != longest:
+            raise ValueError(
+                f"the layout is for {longest} {what}, the longest sequence of {name} has {int(self.lengths.max())}"
+            )
+        self._longest = longest
+        sequence = torch.repeat_interleave(torch.arange(len(self.lengths), device=x.device), self.lengths)
+        self._place = torch.arange(x.shape[0], device=x.device) + (sequence * longest - offsets[:-1][sequence])
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """`(total, heads, d)` -> `(sequences, heads, longest, d)`, zeros behind each sequence's end."""
+        room = x.new_zeros(len(self.lengths) * self._longest, *x.shape[1:])
+        return room.index_copy(0, self._place, x).unflatten(0, (-1, self._longest)).transpose(1, 2)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`(sequences, heads, longest, ...)` -> `(total, heads, ...)`."""
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, self._place)
