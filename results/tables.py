@@ -139,9 +139,9 @@ def _described(record: Record) -> str:
     """Name and the options that the tables compare; `detach` came later than some records."""
     options = attention(record)
     name = f"`{options['name']}`"
+    said = [] if options.get("block_size", 16) == 16 else [f"blocks of {options['block_size']}"]
     if options["name"] != "ast":
-        return name
-    said = []
+        return ", ".join([name, *said])
     if _learned(record) == "all weights" and options["distill_weight"] and not options.get("detach"):
         said.append("distillation moves all weights")
     if options.get("sub_blocks", 1) > 1:
