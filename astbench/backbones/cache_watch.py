@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,76 +15,121 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 
 from astbench_registry.block_summaries import BlockSummaries
 
-
-class _Kept(NamedTuple):
-    """Summaries, whose they are, and the tensor of keys that they were made of, as it was then."""
-
-    summaries: BlockSummaries
-    watch: weakref.ref[CacheWatch]
-    keys: weakref.ref[Tensor]
-    version: int
+Layer = DynamicLayer | StaticLayer
 
 
-_kept: weakref.WeakKeyDictionary[DynamicLayer | StaticLayer, _Kept] = weakref.WeakKeyDictionary()
+class _Mark:
+    """A tensor as it is now; it is not kept alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = weakref.ref(tensor), _version(tensor)
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """The very same tensor, not changed in place since."""
+        return self._tensor() is tensor and self._version == _version(tensor)
 
 
-class CacheWatch:
-    """Of one attention module: looks at the cache before the module appends to it, and after.
+class _Kept:
+    """Summaries, and everything that they were made of: the cache's tensors, the slot, its weights, the dtype."""
 
-    A cache holds its keys in a tensor that beam search, selecting sequences, cropping and resetting replace. As long as
-    it is the very tensor that the last call left, unchanged, the summaries made of it hold; otherwise they are
-    forgotten (so beam search makes them anew at every step). Only for the two kinds of layers whose tensors are what
-    attention reads, and without gradients.
+    def __init__(self, summaries: BlockSummaries, slot: nn.Module, dtype: torch.dtype, cached: list[Tensor]) -> None:
+        self.summaries, self.dtype = summaries, dtype
+        self._slot = weakref.ref(slot)
+        self._marks = [_Mark(x) for x in (*cached, *slot.parameters())]
+
+    def holds(self, slot: nn.Module, cached: list[Tensor]) -> bool:
+        """None of it has changed; the dtype shows later."""
+        now = [*cached, *slot.parameters()]
+        same = self._slot() is slot and len(now) == len(self._marks)
+        return same and all(mark.is_still(x) for mark, x in zip(self._marks, now, strict=True))
+
+
+@dataclass
+class _Call:
+    """An attention module is about to append to a cache."""
+
+    slot: nn.Module
+    cache: weakref.ref[Cache]
+    index: int
+    cross: bool
+    found: _Kept | None
+
+
+class _Current(threading.local):
+    call: _Call | None = None
+
+
+_kept: weakref.WeakKeyDictionary[Layer, _Kept] = weakref.WeakKeyDictionary()
+_current = _Current()
+
+
+def watch_cache(module: nn.Module, slot: nn.Module, *, cross: bool) -> Any:
+    """Look at the cache before every call of a Hugging Face attention module that holds a slot.
+
+    A cache holds keys and values in tensors that beam search, selecting sequences, cropping and resetting replace. As
+    long as they are the very tensors that the last call left, unchanged, the summaries made of them hold; otherwise
+    they are forgotten (so beam search makes them anew at every step). Only for the two kinds of layers whose tensors
+    are what attention reads, and without gradients. In inference mode nobody counts changes in place: there only a
+    cache that grows by new tensors is trusted, so whoever writes into such a cache by hand starts a new one.
+
+    Returns: a handle whose `remove()` ends it.
     """
 
-    def __init__(self, *, cross: bool) -> None:
-        self._cross = cross
-        self._cache: Cache | None = None
-        self._index = 0
-        self._found: BlockSummaries | None = None
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the attention module."""
-        self._cache = self._found = None
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _current.call = None
         cache = kwargs.get("past_key_values")
         if cache is None:
             cache = next((x for x in args if isinstance(x, Cache)), None)
         if isinstance(cache, EncoderDecoderCache):
-            cache = cache.cross_attention_cache if self._cross else cache.self_attention_cache
+            cache = cache.cross_attention_cache if cross else cache.self_attention_cache
         index = getattr(module, "layer_idx", None)
-        if not isinstance(cache, Cache) or index is None or torch.is_grad_enabled():
-            return
-        self._cache, self._index = cache, index
-        layer, keys = self._layer()
-        known = None if layer is None else _kept.get(layer)
-        if keys is None or known is None or known.watch() is not self or known.keys() is not keys:
-            return
-        if known.version == _version(keys):
-            self._found = known.summaries
+        if isinstance(cache, Cache) and index is not None and not torch.is_grad_enabled():
+            layer = _layer(cache, index)
+            known = None if layer is None else _kept.get(layer)
+            if known is not None and not (layer and known.holds(slot, _tensors(layer))):
+                known = None
+            _current.call = _Call(slot, weakref.ref(cache), index, cross, known)
 
-    def summaries(self, keys: Tensor) -> BlockSummaries | None:
-        """Those of the cache that these keys, already appended to, belong to; None where none are kept."""
-        if self._layer()[1] is not keys:
-            return None
-        return BlockSummaries() if self._found is None else self._found
+    return module.register_forward_pre_hook(before, with_kwargs=True)
 
-    def after(self, summaries: BlockSummaries | None) -> None:
-        """Remember what the call has added to."""
-        layer, keys = self._layer()
-        if summaries is not None and layer is not None and keys is not None:
-            _kept[layer] = _Kept(summaries, weakref.ref(self), weakref.ref(keys), _version(keys))
-        self._cache = self._found = None
 
-    def _layer(self) -> tuple[DynamicLayer | StaticLayer | None, Tensor | None]:
-        """The cache's layer, and its keys if it has any; None for another kind of layer, and without a cache."""
-        if self._cache is None or self._index >= len(self._cache.layers):
-            return None, None
-        layer = self._cache.layers[self._index]
-        if type(layer) is not DynamicLayer and type(layer) is not StaticLayer:
-            return None, None
-        return layer, layer.keys if layer.is_initialized else None
+@contextmanager
+def kept_summaries(
+    slot: nn.Module, keys: Tensor, values: Tensor, dtype: torch.dtype
+) -> Iterator[BlockSummaries | None]:
+    """Summaries of the cache that these keys and values, already appended to, belong to; None where none are kept.
+
+    What a call within adds to them is remembered, unless it raises.
+
+    Args:
+        slot: Where the call is made.
+        keys: As the cache returned them.
+        values: Likewise.
+        dtype: In which the call is made.
+    """
+    call, _current.call = _current.call, None
+    cache = None if call is None or call.slot is not slot else call.cache()
+    layer = None if call is None or cache is None else _layer(cache, call.index)
+    if call is None or layer is None or layer.keys is not keys or layer.values is not values:
+        yield None
+        return
+    if keys.is_inference() and (call.cross or type(layer) is not DynamicLayer):
+        yield None
+        return
+    _kept.pop(layer, None)
+    summaries = call.found.summaries if call.found and call.found.dtype == dtype else BlockSummaries()
+    yield summaries
+    _kept[layer] = _Kept(summaries, slot, dtype, [keys, values])
+
+
+def _layer(cache: Cache, index: int) -> Layer | None:
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    return layer if type(layer) is DynamicLayer or type(layer) is StaticLayer else None
+
+
+def _tensors(layer: Layer) -> list[Tensor]:
+    return [x for x in (layer.keys, layer.values) if x is not None] if layer.is_initialized else []
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts changes in place; of tensors made in inference mode nobody counts them."""
     return 0 if tensor.is_inference() else tensor._version

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.utils import logging
 
-from astbench.backbones.cache_watch import CacheWatch
+from astbench.backbones.cache_watch import kept_summaries
 from astbench_registry import CapabilityError, Pattern, build_attention
 from astbench_registry.block_summaries import BlockSummaries
 from astbench_registry.interface import (
@@ -69,7 +69,6 @@ class AttentionSlot(nn.Module):
         self.losses: Mapping[str, Tensor] = {}
         self.stats: AttentionStats | None = None
         self.log_prob: Tensor | None = None
-        self.watch = CacheWatch(cross=pattern.endswith("cross"))
 
     def forward(
         self,
@@ -157,7 +156,7 @@ def attention_forward(
             "a swapped attention builds no matrix of weights: output_attentions stays empty, as with sdpa; "
             "handle.listening() tells which key blocks each layer used"
         )
-    cached = key
+    cached = key, value
     if torch.is_autocast_enabled(query.device.type):
         # Rotary positions leave queries and keys in float32; torch's own attention casts all three as well.
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -172,9 +171,8 @@ def attention_forward(
     if slot is None:
         out = _dense(query, key, value, mask, scaling)
     else:
-        summaries = slot.watch.summaries(cached)
-        out = slot(query, key, value, mask, scaling, summaries)
-        slot.watch.after(summaries)
+        with kept_summaries(slot, *cached, key.dtype) as summaries:
+            out = slot(query, key, value, mask, scaling, summaries)
     return out.transpose(1, 2).contiguous(), None
 
 

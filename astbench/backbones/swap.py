@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from astbench.backbones.cache_watch import watch_cache
 from astbench.backbones.hooks import IMPLEMENTATION, PROBE_LENGTHS, AttentionSlot, Call, recorded_calls
 from astbench_registry import Capabilities, CapabilityError, Pattern, build_attention
 from astbench_registry.block_selection import BlockSelectingAttention
@@ -267,7 +268,7 @@ def _attach(model: PreTrainedModel, call: Call, attention: Attention, can: Capab
     handle._undo.append(lambda: delattr(call.module, IMPLEMENTATION))
     handle.slots.append(slot)
     if isinstance(attention, BlockSelectingAttention):
-        hook = call.module.register_forward_pre_hook(slot.watch.before, with_kwargs=True)
+        hook = watch_cache(call.module, slot, cross=call.pattern.endswith("cross"))
         handle._undo.append(hook.remove)
     if can.needs_hidden_states:
         hook = call.module.register_forward_pre_hook(_keep_hidden_states, with_kwargs=True)

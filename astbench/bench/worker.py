@@ -68,7 +68,8 @@ class Layer:
     def call(self, mode: str, tensors: Tensors, hidden: Tensor | None) -> Callable[[], Tensor]:
         """A timed call: forward alone, or in training mode forward and backward with the attention's own losses."""
         self.module.train(mode == "training")
-        # As generation keeps them: the first call, which is not timed, makes them.
+        # As generation keeps them: the first call, which is not timed, makes them. (Nor is the block timed that
+        # generation completes every block_size steps.)
         summaries = BlockSummaries() if mode == "decode" else None
         mask = self.mask(mode, tensors[1].shape[2])
         context = AttentionContext(hidden_states=hidden, summaries=summaries)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,11 @@ def block_sparse_attention_varlen(
 ) -> tuple[Tensor, Tensor]:
     """:func:`block_sparse_attention` of packed sequences, each of which sees only its own keys.
 
-    The arguments are those of flash-attn's `flash_attn_varlen_func`, and lists. Within, the sequences lie side by side
-    as one batch of the longest's length: that takes its memory, and a copy of the tensors, but no attention, since the
-    lists of rows that do not exist count as empty and what they name of keys behind a sequence's end is masked.
+    Tensors and offsets are packed as for flash-attn's `flash_attn_varlen_func`; the layout tells the longest lengths.
+    Unlike there a causal mask begins at the first token of both, whatever the lengths. Within, the sequences lie side
+    by side as one batch of the longest's length: that takes its memory, and a copy of the tensors, but no attention,
+    since the lists of rows that do not exist count as empty and what they name of keys behind a sequence's end is
+    masked.
 
     Args:
         q: Queries, `(total queries, heads, head_dim)`.
@@ -52,10 +56,11 @@ def block_sparse_attention_varlen(
     """
     queries = _Packed("cu_seqlens_q", cu_seqlens_q, "queries", q, layout.query_length)
     keys = _Packed("cu_seqlens_k", cu_seqlens_k, "keys", k, layout.key_length)
-    if len(cu_seqlens_q) != len(cu_seqlens_k):
-        raise ValueError(
-            f"cu_seqlens_q tells of {len(cu_seqlens_q) - 1} sequences, cu_seqlens_k of {len(cu_seqlens_k) - 1}"
-        )
+    sequences = [len(cu_seqlens_q) - 1, len(cu_seqlens_k) - 1, layout.indices.shape[0]]
+    if len(set(sequences)) > 1:
+        raise ValueError("cu_seqlens_q tells of {} sequences, cu_seqlens_k of {}, the layout of {}".format(*sequences))
+    if layout.indices.device != q.device or k.device != q.device or v.device != q.device:
+        raise ValueError(f"q is on {q.device}; k, v and the layout must be there too")
     if layout.query_offset or layout.key_stride != 1:
         raise ValueError("packed sequences take a layout without query_offset and with a key_stride of 1")
     if v.shape[0] != k.shape[0]:
@@ -85,31 +90,36 @@ def block_sparse_attention_varlen(
     return queries.pack(out), queries.pack(lse)
 
 
+INTEGERS = (torch.int32, torch.int64)
+
+
 class _Packed:
     """Where the rows of packed sequences lie when these are a batch."""
 
     def __init__(self, name: str, offsets: Tensor, what: str, x: Tensor, longest: int) -> None:
-        if offsets.dim() != 1 or len(offsets) < 2 or offsets.is_floating_point():
-            raise ValueError(f"{name} must be integers (sequences + 1,), got {offsets.dtype} {tuple(offsets.shape)}")
-        offsets = offsets.to(x.device).long()
-        self.lengths = offsets.diff()
-        if x.dim() != 3 or int(offsets[0]) or int(offsets[-1]) != x.shape[0] or int(self.lengths.min()) < 0:
-            raise ValueError(
-                f"{name} must rise from 0 to the number of {what}; it goes from {int(offsets[0])} to "
-                f"{int(offsets[-1])}, and they are {tuple(x.shape)}, wanted (total, heads, dim)"
-            )
-        if int(self.lengths.max()) != longest:
-            raise ValueError(
-                f"the layout is for {longest} {what}, the longest sequence of {name} has {int(self.lengths.max())}"
-            )
+        if not isinstance(offsets, Tensor) or offsets.dim() != 1 or len(offsets) < 2 or offsets.dtype not in INTEGERS:
+            got = f"{offsets.dtype} {tuple(offsets.shape)}" if isinstance(offsets, Tensor) else type(offsets).__name__
+            raise ValueError(f"{name} must be an integer tensor (sequences + 1,), got {got}")
+        if x.dim() != 3:
+            raise ValueError(f"the {what} must be (total, heads, dim), got {tuple(x.shape)}")
+        begins = offsets.tolist()
+        if begins[0] != 0 or begins[-1] != x.shape[0]:
+            raise ValueError(f"{name} goes from {begins[0]} to {begins[-1]}, must go from 0 to the {x.shape[0]} {what}")
+        lengths = [stop - start for start, stop in pairwise(begins)]
+        if min(lengths) < 0:
+            raise ValueError(f"{name} falls behind entry {next(i for i, n in enumerate(lengths) if n < 0)}")
+        if max(lengths) != longest:
+            raise ValueError(f"the layout is for {longest} {what}, the longest sequence of {name} has {max(lengths)}")
         self._longest = longest
-        sequence = torch.repeat_interleave(torch.arange(len(self.lengths), device=x.device), self.lengths)
-        self._place = torch.arange(x.shape[0], device=x.device) + (sequence * longest - offsets[:-1][sequence])
+        self.lengths = torch.tensor(lengths, device=x.device)
+        behind = self.lengths.new_tensor([i * longest - begin for i, begin in enumerate(begins[:-1])])
+        shift = torch.repeat_interleave(behind, self.lengths, output_size=x.shape[0])
+        self._place = torch.arange(x.shape[0], device=x.device) + shift
 
     def unpack(self, x: Tensor) -> Tensor:
         """`(total, heads, d)` -> `(sequences, heads, longest, d)`, zeros behind each sequence's end."""
         room = x.new_zeros(len(self.lengths) * self._longest, *x.shape[1:])
-        return room.index_copy(0, self._place, x).unflatten(0, (-1, self._longest)).transpose(1, 2)
+        return room.index_copy(0, self._place, x).unflatten(0, (len(self.lengths), self._longest)).transpose(1, 2)
 
     def pack(self, x: Tensor) -> Tensor:
         """`(sequences, heads, longest, ...)` -> `(total, heads, ...)`."""

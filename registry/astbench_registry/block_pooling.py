@@ -36,7 +36,7 @@ def extremes_of_blocks(x: Tensor, mask: AttentionMask, grid: Grid) -> tuple[Tens
     Arguments and shapes as :func:`mean_of_blocks`.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if mask.key_valid is None:  # Two copies of the keys less, which took ten times as long as the rest.
+    if mask.key_valid is None:  # Masking would copy the keys twice, ten times the work.
         return _over_blocks(wide, grid.block_size, torch.amax), _over_blocks(wide, grid.block_size, torch.amin)
     wide = in_blocks(wide, grid.num_blocks, grid.block_size)
     hidden = ~real_in_blocks(x, mask, grid)[:, None, :, :, None]

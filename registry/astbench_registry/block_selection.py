@@ -126,7 +126,8 @@ class BlockSelectingAttention(Attention):
         """What the score of a block is made of on the keys' side; None for a variant whose scores are no dot products.
 
         Tensors `(batch, kv_heads or 1, rows, d)`, with one row a block, or the same number of consecutive ones. Nothing
-        but a block's own keys and values may enter its rows: while decoding, those of completed blocks are kept.
+        but a block's own keys and values, and weights, may enter its rows: while decoding, those of completed blocks
+        are kept.
 
         Args:
             k: Keys, and `v` the values, as :meth:`forward` takes them; zeros where there is padding.
@@ -289,7 +290,7 @@ class BlockSelectingAttention(Attention):
             return self.summarise(k, v, mask, grid, fused=fused)
         size, length = grid.block_size, k.shape[2]
         # Keys from the first query on are new: whatever was kept of their places (before a cache was cropped) is not.
-        done = kept.usable(mask.key_valid, grid.num_blocks if mask.cross else mask.query_offset // size, size)
+        done = kept.trim(mask.key_valid, grid.num_blocks if mask.cross else mask.query_offset // size, size)
         # Under a causal mask a block competes from the token behind it on.
         needed = grid.num_blocks
         if mask.causal:

@@ -22,8 +22,8 @@ class BlockSummaries:
         self._rows: tuple[int, ...] = ()
         self._valid: Tensor | None = None
 
-    def usable(self, key_valid: Tensor | None, limit: int, size: int) -> int:
-        """Blocks that it knows, no more than `limit`: it forgets those behind, and all where padding has changed.
+    def trim(self, key_valid: Tensor | None, limit: int, size: int) -> int:
+        """Forget blocks behind the first `limit`, and all where padding has changed; returns how many it knows then.
 
         Args:
             key_valid: Bool `(batch, key_length)`, the padding of this call; None for none.
@@ -58,7 +58,8 @@ class BlockSummaries:
             return
         grown = []
         for index, (x, each) in enumerate(zip(like, self._rows, strict=True)):
-            room = x.new_zeros(*x.shape[:2], each * (blocks if not self._tensors else 2 * blocks), x.shape[3])
+            with torch.inference_mode(False):  # later steps may be in another mode, and write into it
+                room = x.new_zeros(*x.shape[:2], each * (blocks if not self._tensors else 2 * blocks), x.shape[3])
             if self._tensors:
                 old = self._tensors[index]
                 room[:, :, : old.shape[2]] = old

@@ -102,6 +102,42 @@ def test_keys_of_other_sequences_than_the_queries():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("lists", [1, KV_HEADS])
+@pytest.mark.parametrize("lengths", [(0, 21, 0), (33,), (5, 33, 2)])
+def test_shared_lists_and_what_the_neighbours_hold(backend, lists, lengths):
+    tensors, layout = draw(lengths, lengths, torch.float64, True, 16)
+    layout = replace(layout, indices=layout.indices[:, :lists], counts=layout.counts[:, :lists])
+    q, k, v, _ = (x.detach() for x in tensors)
+    at = offsets(lengths).long()
+    clean = block_sparse_attention_varlen(q, k, v, layout, at, at, causal=True, backend=backend)
+    stop = int(at[-2])  # all but the last sequence, and its neighbour holds nothing good
+    k[stop:], v[stop:] = torch.nan, torch.inf
+    dirty = block_sparse_attention_varlen(q, k, v, layout, at, at, causal=True, backend=backend)
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a[:stop], b[:stop])
+
+
+@pytest.mark.parametrize("empty", ["queries", "keys", "both"])
+def test_nothing_at_all(empty):
+    queries, keys = (
+        ((0, 0), (0, 0)) if empty == "both" else ((0, 0), (3, 2)) if empty == "queries" else ((3, 2), (0, 0))
+    )
+    layout = BlockLayout.from_mask(
+        torch.zeros(2, 1, -(-max(queries) // 16), -(-max(keys) // SIZE), dtype=torch.bool),
+        block_size=SIZE,
+        query_group=16,
+        query_length=max(queries),
+        key_length=max(keys),
+    )
+    q, k = torch.randn(sum(queries), HEADS, DIM), torch.randn(sum(keys), KV_HEADS, DIM)
+    at = [offsets(x).cpu() for x in (queries, keys)]
+    out, lse = block_sparse_attention_varlen(q, k, k, layout, *at, backend="gather")
+    assert out.shape == q.shape
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+
+
 def test_rows_that_do_not_exist_are_not_computed(monkeypatch):
     seen = []
 
@@ -128,16 +164,22 @@ def test_what_does_not_fit_is_refused():
 
     call()
     for change, said in (
-        ({"a": torch.tensor([0.0, 28.0])}, "cu_seqlens_q must be integers"),
-        ({"b": torch.tensor([[0, 28]])}, "cu_seqlens_k must be integers"),
-        ({"a": torch.tensor([0, 8, 27])}, "cu_seqlens_q must rise from 0 to the number of queries; it goes from 0"),
-        ({"a": torch.tensor([1, 8, 28])}, "it goes from 1 to 28"),
-        ({"b": torch.tensor([0, 30, 28])}, "cu_seqlens_k must rise"),
-        ({"q": q[None]}, "wanted (total, heads, dim)"),
+        (
+            {"a": torch.tensor([0.0, 28.0])},
+            "cu_seqlens_q must be an integer tensor (sequences + 1,), got torch.float",
+        ),
+        ({"a": [0, 8, 28]}, "cu_seqlens_q must be an integer tensor (sequences + 1,), got list"),
+        ({"b": torch.tensor([[0, 28]])}, "cu_seqlens_k must be an integer tensor"),
+        ({"b": torch.tensor([False, True])}, "cu_seqlens_k must be an integer tensor"),
+        ({"a": torch.tensor([0, 8, 27])}, "cu_seqlens_q goes from 0 to 27, must go from 0 to the 28 queries"),
+        ({"a": torch.tensor([1, 8, 28])}, "cu_seqlens_q goes from 1 to 28"),
+        ({"b": torch.tensor([0, 30, 28])}, "cu_seqlens_k falls behind entry 1"),
+        ({"q": q[None]}, "the queries must be (total, heads, dim), got (1, 28"),
         ({"b": torch.tensor([0, 12, 28])}, "the layout is for 20 keys, the longest sequence of cu_seqlens_k has 16"),
-        ({"a": torch.tensor([0, 20, 28, 28])}, "cu_seqlens_q tells of 3 sequences, cu_seqlens_k of 2"),
+        ({"a": torch.tensor([0, 20, 28, 28])}, "cu_seqlens_q tells of 3 sequences, cu_seqlens_k of 2, the layout of 2"),
+        ({"a": torch.tensor([0, 8, 28, 28]), "b": torch.tensor([0, 20, 28, 28])}, "the layout of 2"),
         ({"v": v[:-1]}, "k and v differ"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=re.escape(said)):
             call(**change)
     coarse = BlockLayout(layout.indices, layout.counts, SIZE, 16, 20, 20, key_stride=2)

@@ -125,3 +125,19 @@ def test_with_gradients_or_nothing_to_append_to_nothing_is_kept():
     with torch.no_grad():
         module(q, k, v, AttentionMask("bidirectional_self"), context=context)
     assert kept.blocks == 0
+
+
+@pytest.mark.parametrize("group", [1, 16, 64])
+@pytest.mark.parametrize("what", [torch.inf, torch.nan])
+def test_what_a_later_value_holds_changes_no_earlier_choice(group, what):
+    torch.manual_seed(0)
+    options = {**OPTIONS["ast"], "query_group": group}
+    module = build_attention("ast", options, AttentionShape(HEADS, KV_HEADS, DIM)).double().eval()
+    torch.nn.init.normal_(module.key_weight)
+    q, k, v = (x[:, :, :44] for x in draw())
+    later = v.clone()
+    later[:, :, -1] = what
+    mask, context = AttentionMask("causal_self"), AttentionContext(listen=True)
+    with torch.no_grad():
+        wanted, got = (module(q, k, x, mask, context=context).stats.layout.to_mask() for x in (v, later))
+    assert torch.equal(got, wanted)

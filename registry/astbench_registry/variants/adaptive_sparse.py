@@ -23,9 +23,6 @@ from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.dense_weights import dense_weights, rows_at_a_time
 from astbench_registry.interface import AttentionContext, AttentionMask, AttentionShape
 
-FEW_GROUPS = 8
-"""So few, while decoding, that a sum for each costs less than running sums over all blocks."""
-
 GOLDEN_RATIO = (1 + 5**0.5) / 2
 
 
@@ -100,7 +97,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     def factors(
         self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See the base class. Time O(N) for the features."""
+        """See the base class. Time O(N + M / block_size) for the features."""
         compute = torch.promote_types(q.dtype, torch.float32)
         if self.config.detach and self.config.estimator != "soft":
             q = q.detach()
@@ -349,17 +346,14 @@ def _global_context(mean_value: Tensor, counts: Tensor, mask: AttentionMask, gri
         mask: What may be seen.
         grid: Groups and blocks.
     """
-    if not mask.causal:
-        known = torch.full((1,), grid.num_blocks, device=mean_value.device)
-    else:
-        known = (grid.first // grid.block_size).clamp(max=grid.num_blocks)
-    if len(known) <= FEW_GROUPS:
-        weight = counts.transpose(2, 3) * (torch.arange(grid.num_blocks, device=known.device) < known[:, None])
-        mean = torch.matmul(weight, mean_value) / weight.sum(-1, keepdim=True).clamp(min=1)
+    if not mask.causal or grid.num_groups == 1:  # while decoding one sum costs far less than running sums
+        known = min(mask.query_offset // grid.block_size, grid.num_blocks) if mask.causal else grid.num_blocks
+        counts, mean_value = counts[:, :, :known], mean_value[:, :, :known]
+        mean = torch.matmul(counts.transpose(2, 3), mean_value) / counts.sum(2, keepdim=True).clamp(min=1)
         return mean.expand(-1, -1, grid.num_groups, -1)
     total = (mean_value * counts).cumsum(2)
     mean = pad(total / counts.cumsum(2).clamp(min=1), (0, 0, 1, 0))  # entry n: over the first n blocks
-    return mean[:, :, known]
+    return mean[:, :, (grid.first // grid.block_size).clamp(max=grid.num_blocks)]
 
 
 def _block_probabilities(scores: Tensor, selection: Selection) -> Tensor:

@@ -65,7 +65,7 @@ class QuestAttention(BlockSelectingAttention):
     def factors(
         self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See the base class. Time O(N M / block_size)."""
+        """See the base class: relu(q) and -relu(-q)."""
         query = self.speaker(q, mask, grid)
         return torch.cat([query.clamp(min=0), query.clamp(max=0)], -1), blocks[0]
 
