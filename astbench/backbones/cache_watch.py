@@ -63,8 +63,10 @@ _kept: weakref.WeakKeyDictionary[Layer, _Kept] = weakref.WeakKeyDictionary()
 _current = _Current()
 
 
-def watch_cache(module: nn.Module, slot: nn.Module, *, cross: bool) -> Any:
-    """Look at the cache before every call of a Hugging Face attention module that holds a slot.
+def watch_cache(
+    slot: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, cross: bool
+) -> None:
+    """Look at the cache before a call of a Hugging Face attention module that holds a slot.
 
     A cache holds keys and values in tensors that beam search, selecting sequences, cropping and resetting replace. As
     long as they are the very tensors that the last call left, unchanged, the summaries made of them hold; otherwise
@@ -72,25 +74,26 @@ def watch_cache(module: nn.Module, slot: nn.Module, *, cross: bool) -> Any:
     are what attention reads, and without gradients. In inference mode nobody counts changes in place: there only a
     cache that grows by new tensors is trusted, so whoever writes into such a cache by hand starts a new one.
 
-    Returns: a handle whose `remove()` ends it.
+    Args:
+        slot: Which will ask for the summaries.
+        module: Which is called.
+        args: With what.
+        kwargs: With what else.
+        cross: It attends to another sequence.
     """
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _current.call = None
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            cache = next((x for x in args if isinstance(x, Cache)), None)
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.cross_attention_cache if cross else cache.self_attention_cache
-        index = getattr(module, "layer_idx", None)
-        if isinstance(cache, Cache) and index is not None and not torch.is_grad_enabled():
-            layer = _layer(cache, index)
-            known = None if layer is None else _kept.get(layer)
-            if known is not None and not (layer and known.holds(slot, _tensors(layer))):
-                known = None
-            _current.call = _Call(slot, weakref.ref(cache), index, cross, known)
-
-    return module.register_forward_pre_hook(before, with_kwargs=True)
+    _current.call = None
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        cache = next((x for x in args if isinstance(x, Cache)), None)
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.cross_attention_cache if cross else cache.self_attention_cache
+    index = getattr(module, "layer_idx", None)
+    if isinstance(cache, Cache) and index is not None and not torch.is_grad_enabled():
+        layer = _layer(cache, index)
+        known = None if layer is None else _kept.get(layer)
+        if known is not None and not (layer and known.holds(slot, _tensors(layer))):
+            known = None
+        _current.call = _Call(slot, weakref.ref(cache), index, cross, known)
 
 
 @contextmanager

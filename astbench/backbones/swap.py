@@ -268,7 +268,7 @@ def _attach(model: PreTrainedModel, call: Call, attention: Attention, can: Capab
     handle._undo.append(lambda: delattr(call.module, IMPLEMENTATION))
     handle.slots.append(slot)
     if isinstance(attention, BlockSelectingAttention):
-        hook = watch_cache(call.module, slot, cross=call.pattern.endswith("cross"))
+        hook = call.module.register_forward_pre_hook(_watch_cache, with_kwargs=True)
         handle._undo.append(hook.remove)
     if can.needs_hidden_states:
         hook = call.module.register_forward_pre_hook(_keep_hidden_states, with_kwargs=True)
@@ -277,6 +277,11 @@ def _attach(model: PreTrainedModel, call: Call, attention: Attention, can: Capab
 
 def _keep_hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     getattr(module, IMPLEMENTATION).hidden_states = args[0] if args else kwargs["hidden_states"]
+
+
+def _watch_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    slot = getattr(module, IMPLEMENTATION)
+    watch_cache(slot, module, args, kwargs, cross=slot.pattern.endswith("cross"))
 
 
 def _no_dropout(modules: list[nn.Module], handle: SwapHandle) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -216,6 +217,25 @@ def test_what_else_summaries_are_made_of(change, forgetful):
             return model(ids(4), past_key_values=cache).logits
 
     torch.testing.assert_close(play(), forgetful(play))
+
+
+def test_a_copied_and_a_loaded_model_keep_them_too():
+    model = tiny_model("llama")
+    swap_attention(model, "ast", AST)
+    whole = io.BytesIO()
+    torch.save(model, whole)
+    whole.seek(0)
+    for other in (copy.deepcopy(model), torch.load(whole, weights_only=False)):
+        seen = []
+        attention = other.model.layers[0].self_attn.astbench.attention
+        attention.summarise = lambda k, *rest, to=attention.summarise, seen=seen, **named: (
+            seen.append(k.shape[2]) or to(k, *rest, **named)
+        )
+        cache = DynamicCache(config=other.config)
+        with torch.no_grad():
+            for start, stop in ((0, 17), (17, 18), (18, 19), (19, 20)):
+                other(ids()[:, start:stop], past_key_values=cache)
+        assert seen == [16, 2]
 
 
 def test_a_call_that_fails_keeps_no_cache_alive(monkeypatch):
