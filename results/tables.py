@@ -252,6 +252,22 @@ def cost() -> str:
     return markdown(["attention", *(f"{e}: {h}" for e in ends for h in head), *(f"{e}: verdict" for e in ends)], rows)
 
 
+def decode() -> str:
+    """Time of one token with a KV cache."""
+    from astbench.bench import analysis
+
+    cells = next(iter(records("decode").values()))["cells"]
+    rows = []
+    for name in dict.fromkeys(cell["attention"] for cell in cells):
+        times = analysis.medians(cells, name, "decode")
+        verdict = "" if name == "dense" else analysis.against_dense(cells, name, "decode")
+        rows.append([f"`{name}`", *(f"{1000 * times[n]:.1f}" for n in DECODE_LENGTHS), verdict])
+    return markdown(["attention", *(f"{n:,} keys" for n in DECODE_LENGTHS), "verdict"], rows, words=1)
+
+
+DECODE_LENGTHS = (1024, 4096, 16384, 65536)
+
+
 def kernel() -> str:
     """R of AST's kernel and layer against dense."""
     from astbench.bench import analysis
@@ -262,8 +278,11 @@ def kernel() -> str:
         for name in dict.fromkeys(cell["attention"] for cell in cells):
             if name == "dense":
                 continue
-            group = record["config"]["options"]["ast"].get("query_group", 64)
-            row = [f"`{name}`", "causal, a list a token" if causal else f"{group} tokens share a list"]
+            options = record["config"]["options"]["ast"]
+            lists = "causal, a list a token" if causal else f"{options.get('query_group', 64)} tokens share a list"
+            if options["block_size"] != 64:
+                lists += f", blocks of {options['block_size']}"
+            row = [f"`{name}`", lists]
             at = next(c for c in cells if (c["attention"], c["length"]) == (name, KERNEL_LENGTHS[1]))
             row += [f"{at['kernel']['density']:.3f}"]
             for mode in (*KERNEL_PASSES, *PASSES):
@@ -346,6 +365,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "triviaqa": triviaqa,
     "wikitext2": wikitext,
     "smollm2": tuned,
+    "decode": decode,
     "wikitext2-scratch": scratch,
     "multi30k": multi30k,
     "mqar": mqar,
