@@ -16,7 +16,7 @@ LIGHTNING = {
     "fit": "train, evaluate, and leave a record",
     "validate": "evaluate on the validation split",
     "test": "evaluate on the test split",
-    "predict": "answer a question about a text file",
+    "predict": "answer a question about a document, continue a text, translate",
 }
 OWN = {
     "list": "attentions, tasks and backbones by name",
