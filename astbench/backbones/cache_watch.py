@@ -89,11 +89,11 @@ def watch_cache(
         cache = cache.cross_attention_cache if cross else cache.self_attention_cache
     index = getattr(module, "layer_idx", None)
     if isinstance(cache, Cache) and index is not None and not torch.is_grad_enabled():
-        layer = _layer(cache, index)
-        known = None if layer is None else _kept.get(layer)
-        if known is not None and not (layer and known.holds(slot, _tensors(layer))):
-            known = None
-        _current.call = _Call(slot, weakref.ref(cache), index, cross, known)
+        layer, found = _layer(cache, index), None
+        if layer is not None:
+            known = _kept.get(layer)
+            found = known if known and known.holds(slot, _tensors(layer)) else None
+        _current.call = _Call(slot, weakref.ref(cache), index, cross, found)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -67,20 +68,12 @@ def block_sparse_attention_varlen(
         raise ValueError(f"k and v differ: {tuple(k.shape)} and {tuple(v.shape)}")
     start = torch.arange(layout.num_groups, device=q.device) * layout.query_group
     exists = start < queries.lengths[:, None]
-    side_by_side = BlockLayout(
-        indices=layout.indices,
-        counts=layout.counts * exists[:, None],
-        block_size=layout.block_size,
-        query_group=layout.query_group,
-        query_length=layout.query_length,
-        key_length=layout.key_length,
-    )
     position = torch.arange(layout.key_length, device=k.device)
     out, lse = block_sparse_attention(
         queries.unpack(q),
         keys.unpack(k),
         keys.unpack(v),
-        side_by_side,
+        replace(layout, counts=layout.counts * exists[:, None]),
         block_bias=block_bias,
         scale=scale,
         causal=causal,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from astbench_kernels.triton import pool_blocks
 from astbench_registry.interface import AttentionMask
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ def mean_of_blocks(x: Tensor, mask: AttentionMask, grid: Grid) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return block_mean(in_blocks(wide, grid.num_blocks, grid.block_size), real_in_blocks(x, mask, grid))
+
+
+def mean_keys(k: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool) -> tuple[Tensor]:
+    """Of :func:`mean_of_blocks`, what blocks are summed up by where that is all; `fused`: by the Triton kernel."""
+    return (pool_blocks(k, k, mask.key_valid, grid.block_size).mean_key if fused else mean_of_blocks(k, mask, grid),)
 
 
 def extremes_of_blocks(x: Tensor, mask: AttentionMask, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ A variant fills in :meth:`BlockSelectingAttention.scores`, or, where the score i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -168,19 +169,7 @@ class BlockSelectingAttention(Attention):
 
         Scores of blocks that are no candidates are never looked at, but must be finite.
         """
-        return self._products(q, k, v, mask, selection, scale, AttentionContext())
-
-    def _products(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: AttentionMask,
-        selection: Selection,
-        scale: float,
-        context: AttentionContext,
-    ) -> Tensor:
-        blocks = self._summaries(k, v, mask, selection, context, fused=False)
+        blocks = self.summarise(k, v, mask, selection, fused=False)
         if blocks is None:
             raise NotImplementedError(f"{type(self).__name__} has neither factors nor scores")
         return block_scores(*self.factors(q, blocks, mask, selection, scale), selection.num_blocks)
@@ -231,10 +220,11 @@ class BlockSelectingAttention(Attention):
     ) -> tuple[BlockLayout, Taught]:
         """The choice by scores that a variant may learn from, and what :meth:`teach` makes of them."""
         selection = self.with_fixed_blocks(self.selection(q, k, mask), mask, context)
-        if self._own_scores():
+        blocks = self._summaries(k, v, mask, selection, context, fused=False)
+        if blocks is None:
             scores = self.scores(q, k, v, mask, selection, scale)
         else:
-            scores = self._products(q, k, v, mask, selection, scale, context)
+            scores = block_scores(*self.factors(q, blocks, mask, selection, scale), selection.num_blocks)
         keep = self.choose(scores.detach(), selection, context)
         layout = selection.layout(keep, q, k, mask)
         return layout, self.teach(scores, keep, layout, q, k, v, mask, selection, scale, context)
@@ -254,7 +244,7 @@ class BlockSelectingAttention(Attention):
 
         They need :meth:`factors`, and what follows from those as it is written here.
         """
-        if self._own_scores() or type(self).selection is not BlockSelectingAttention.selection:
+        if type(self).selection is not BlockSelectingAttention.selection:
             return None
         grid, config = self.grid(q, k, mask), self.config
         blocks = self._summaries(k, v, mask, grid, context, fused=True)
@@ -278,34 +268,17 @@ class BlockSelectingAttention(Attention):
             seen = valid_in_blocks(mask.key_valid, grid.num_blocks, grid.block_size).any(-1)
         return choose_blocks(*factors, rule, lambda visible: self.budget(visible, context), seen=seen)
 
-    def _own_scores(self) -> bool:
-        return type(self).scores is not BlockSelectingAttention.scores
-
     def _summaries(
         self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, context: AttentionContext, *, fused: bool
     ) -> tuple[Tensor, ...] | None:
-        """:meth:`summarise` of all blocks; of those that the caller keeps the summaries of, without looking at them."""
+        """:meth:`summarise` of all blocks, save those that the caller keeps; None where the scores are no products."""
+        if type(self).scores is not BlockSelectingAttention.scores:
+            return None
+        summarise = partial(self.summarise, fused=fused)
         kept = context.summaries
         if kept is None or torch.is_grad_enabled() or not (mask.causal or mask.cross):
-            return self.summarise(k, v, mask, grid, fused=fused)
-        size, length = grid.block_size, k.shape[2]
-        # Keys from the first query on are new: whatever was kept of their places (before a cache was cropped) is not.
-        done = kept.trim(mask.key_valid, grid.num_blocks if mask.cross else mask.query_offset // size, size)
-        # Under a causal mask a block competes from the token behind it on.
-        needed = grid.num_blocks
-        if mask.causal:
-            needed = max(done, min(length, mask.query_offset + grid.num_groups * grid.query_group - 1) // size)
-        if done < needed:
-            new = slice(done * size, needed * size)
-            valid = None if mask.key_valid is None else mask.key_valid[:, new]
-            part = Grid(size, grid.query_group, needed - done, grid.num_groups, grid.first)
-            blocks = self.summarise(k[:, :, new], v[:, :, new], replace(mask, key_valid=valid), part, fused=fused)
-            if blocks is None:
-                return None
-            kept.add(blocks, needed - done, mask.key_valid, size)
-        elif not needed:
-            return self.summarise(k, v, mask, grid, fused=fused)
-        return kept.of(grid.num_blocks)
+            return summarise(k, v, mask, grid)
+        return kept.completed(k, v, mask, grid, summarise)
 
     def grid(self, q: Tensor, k: Tensor, mask: AttentionMask) -> Grid:
         """Groups and blocks."""

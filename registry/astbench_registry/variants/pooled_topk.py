@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from astbench_kernels.triton import pool_blocks
-from astbench_registry.block_pooling import mean_of_blocks
+from astbench_registry.block_pooling import mean_keys
 from astbench_registry.block_selection import BlockSelectingAttention, Grid
 from astbench_registry.interface import AttentionMask
 
@@ -19,9 +18,7 @@ class PooledTopKAttention(BlockSelectingAttention):
 
     def summarise(self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool) -> tuple[Tensor, ...]:
         """See the base class: the mean keys."""
-        if fused:
-            return (pool_blocks(k, k, mask.key_valid, grid.block_size).mean_key,)
-        return (mean_of_blocks(k, mask, grid),)
+        return mean_keys(k, mask, grid, fused=fused)
 
     def factors(
         self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
