@@ -5,6 +5,7 @@ import gc
 import io
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -185,21 +186,32 @@ def test_prefill_in_inference_mode_and_steps_outside(forgetful):
 
 
 def test_threads_with_a_cache_each():
-    model, _, _ = swapped()
-    tokens = torch.randint(3, VOCABULARY, (4, 1, 60), generator=torch.Generator().manual_seed(1))
+    """Both are between the look at their cache and attention at the same time, in every call of the last layer."""
+    model, counted, _ = swapped()
+    tokens = torch.randint(3, VOCABULARY, (2, 1, 40), generator=torch.Generator().manual_seed(1))
 
     @torch.no_grad()
     def play(row):
         cache = DynamicCache(config=model.config)
         logits = [model(tokens[row, :, :30], past_key_values=cache).logits]
-        for position in range(30, 60):
+        for position in range(30, 40):
             logits.append(model(tokens[row, :, position : position + 1], past_key_values=cache).logits)
         return torch.cat(logits, 1)
 
-    expected = [play(row) for row in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        for got, wanted in zip(pool.map(play, range(4)), expected, strict=True):
+    expected = [play(row) for row in range(2)]
+    alone = sum(counted)
+    counted.clear()
+    together = Barrier(2, timeout=60)
+    projection = model.model.layers[-1].self_attn.q_proj
+
+    def meet(*_):
+        together.wait()
+
+    projection.register_forward_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        for got, wanted in zip(pool.map(play, range(2)), expected, strict=True):
             torch.testing.assert_close(got, wanted)
+    assert sum(counted) == alone == 2 * (39 // 2)
 
 
 @pytest.mark.parametrize("change", ["weights", "dtype", "autocast"])
