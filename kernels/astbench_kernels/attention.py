@@ -164,7 +164,7 @@ def what_runs(
         block_bias: Of the call.
     """
     if backend == "gather":
-        return named(backend, schedule_of(layout, q.shape[1], k.shape[1]))
+        return named(backend, schedule_of(q, k, v, layout, causal=causal))
     if backend == "triton":
         gradients = wants_gradients(q, k, v, block_bias)
         return named(backend, make_plan(q, k, v, layout, causal=causal, gradients=gradients).schedule)

@@ -23,18 +23,23 @@ KEY_MAJOR_BELOW = 0.5
 32; at one row the difference is tenfold."""
 
 SHORTEST_TILE = 16
-"""gather: query rows that a block must meet on average for that, and a key/value head must have to be computed under a
-mask; a decoding step's one or few rows gather their own keys. Not measured."""
+"""gather: query rows that a block must meet on average for that, and a key/value head must have for all its pairs to be
+computed; a decoding step's one or few rows gather their own keys. Not measured."""
 
-QUERY_MAJOR_COPY = 16
-"""gather: what copying a block for a list costs, over computing its pairs with one query row. This and the next ones
-measured (docs/cpu-notes.md, "Short sequences"), forward and backward, heads of 64; in pairs under a mask."""
+QUERY_MAJOR_PAIR, QUERY_MAJOR_COPY = 0.7, 30
+"""gather, query-major: what a pair costs, and copying its key for the list, over that, if one query row shared it. This
+and the next ones measured (docs/cpu-notes.md, "All pairs"), forward and backward, heads of 64; in pairs of the masked
+schedule that no list names, 15 ns."""
 
-KEY_MAJOR_PAIR, KEY_MAJOR_ROW, KEY_MAJOR_BLOCK = 0.86, 36, 1200
+KEY_MAJOR_PAIR, KEY_MAJOR_ROW, KEY_MAJOR_BLOCK = 0.5, 55, 1500
 """gather, key block by key block: what a pair costs, a row with every block that it meets, and a block, likewise."""
 
-MASKED_PAIRS = 2**20
-"""gather: most pairs of a list's queries with all keys that are computed under a mask; their logits are held."""
+MASKED_PICK = 0.7
+"""gather, masked: what a listed pair costs more than others."""
+
+SLAB_PAIRS = 2**18
+"""gather, masked: pairs of queries with all keys that are computed at a time. Measured (docs/cpu-notes.md, "All
+pairs"): half of it and twice as many are slower by up to a fifth."""
 
 MIN_ROWS_PER_LIST = 16
 """triton: fewer rows than this cannot fill the smallest matrix instruction: they are gathered around their key
@@ -194,6 +199,11 @@ class Shapes:
         return is_decode(self.query_length * together, units * tiles, units, ASSUMED_PROCESSORS)
 
     @property
+    def keys_seen(self) -> float:
+        """Keys that a query position sees, on average."""
+        return keys_seen(self.query_length, self.key_length, self.key_length - self.query_length, causal=self.causal)
+
+    @property
     def rows_met(self) -> float:
         """Query rows that a key block meets, on average over the blocks."""
         blocks = math.ceil(self.key_length / self.block_size)
@@ -241,7 +251,17 @@ def rows_per_list(heads: int, kv_heads: int, list_heads: int, query_group: int) 
     return heads // max(list_heads, kv_heads) * query_group
 
 
-def gather_schedule(rows: int, block_size: int, rows_met: float, query_rows: int, list_pairs: int) -> GatherSchedule:
+def keys_seen(query_length: int, key_length: int, query_offset: int, *, causal: bool, key_stride: int = 1) -> float:
+    """Keys that a query position sees, on average; arguments as in :class:`astbench_kernels.BlockLayout`."""
+    if not causal:
+        return float(key_length)
+    ends = (query_offset + 1, query_offset + query_length)
+    return sum(min(key_length, max(0, end // key_stride)) for end in ends) / 2
+
+
+def gather_schedule(
+    rows: int, block_size: int, rows_met: float, query_rows: int, key_length: int, seen: float
+) -> GatherSchedule:
     """How the gather backend goes about a call.
 
     Args:
@@ -249,14 +269,18 @@ def gather_schedule(rows: int, block_size: int, rows_met: float, query_rows: int
         block_size: Keys a block.
         rows_met: Query rows that a block meets, on average over the blocks.
         query_rows: Query rows of a key/value head.
-        list_pairs: Pairs of a list head's queries with all keys.
+        key_length: Keys.
+        seen: Keys that a query position sees, on average.
     """
     by_key = rows < KEY_MAJOR_BELOW * block_size and rows_met >= SHORTEST_TILE
     if by_key:
         cost = rows_met * (KEY_MAJOR_PAIR * block_size + KEY_MAJOR_ROW) + KEY_MAJOR_BLOCK
     else:
-        cost = rows_met * block_size * (1 + QUERY_MAJOR_COPY / rows)
-    if query_rows >= SHORTEST_TILE and list_pairs <= MASKED_PAIRS and query_rows * block_size < cost:
+        cost = rows_met * block_size * QUERY_MAJOR_PAIR * (1 + QUERY_MAJOR_COPY / rows)
+    # A slab computes what its last row sees.
+    all_keys = min(key_length, seen + SLAB_PAIRS / (2 * max(1.0, seen)))
+    all_pairs = query_rows * all_keys * block_size / max(1, key_length) + rows_met * block_size * MASKED_PICK
+    if query_rows >= SHORTEST_TILE and all_pairs < cost:
         return "masked"
     return "key_major" if by_key else "query_major"
 
@@ -292,10 +316,9 @@ def triton_refusals(shapes: Shapes) -> list[str]:
 
 def _gather(shapes: Shapes) -> GatherSchedule:
     groups = math.ceil(shapes.query_length / shapes.query_group)
-    blocks = math.ceil(shapes.key_length / shapes.block_size)
     query_rows = groups * shapes.query_group * shapes.heads // shapes.kv_heads
-    list_pairs = groups * shapes.rows * blocks * shapes.block_size
-    return gather_schedule(shapes.rows, shapes.block_size, shapes.rows_met, query_rows, list_pairs)
+    size, met = shapes.block_size, shapes.rows_met
+    return gather_schedule(shapes.rows, size, met, query_rows, shapes.key_length, shapes.keys_seen)
 
 
 _ON_TRITON = f"CUDA, {', '.join(TRITON_DTYPES)}, heads of at most {TRITON_MAX_HEAD_DIM}"
@@ -329,11 +352,11 @@ TABLE = (
     Row(
         "gather",
         "masked",
-        f"elsewhere; at least {SHORTEST_TILE} query rows, and at most {MASKED_PAIRS:,} pairs of a list head's queries "
-        "with all keys, which cost less than leaving some out",
+        f"elsewhere; at least {SHORTEST_TILE} query rows, and all pairs cost less than leaving some out",
         lambda shapes: _gather(shapes) == "masked",
-        "where sequences are short, or most is listed, computing all pairs under a mask is faster than leaving any out",
-        'docs/cpu-notes.md, "Short sequences"',
+        "where sequences are short, blocks small, or most is listed, computing all pairs and picking the listed ones "
+        "is faster than leaving any out",
+        'docs/cpu-notes.md, "All pairs"',
     ),
     Row(
         "gather",

@@ -1,7 +1,7 @@
 """Block-sparse attention by gathering: for each query group, copy its key blocks together, then two matmuls.
 
-Lists that few rows share go the other way round: see :mod:`astbench_kernels.key_major`. Where leaving pairs out costs
-more than it saves, none are: see :mod:`astbench_kernels.masked`.
+Lists that few rows share go the other way round: see :mod:`astbench_kernels.key_major`. Where leaving products
+out costs more than it saves, none are: see :mod:`astbench_kernels.masked`.
 
 Plain torch on any device, written for the CPU, where a few MB of gathered keys stay in cache. The backward pass
 gathers again instead of saving the copies: autograd through the gather would keep `1/density` times the memory
@@ -20,11 +20,12 @@ from torch import Tensor
 from astbench_kernels import dispatch
 from astbench_kernels.key_major import KeyMajorAttention
 from astbench_kernels.layout import BlockLayout
-from astbench_kernels.masked import MaskedAttention
+from astbench_kernels.masked import MaskedAttention, masked_pairs
 from astbench_kernels.reference import reference_attention
 from astbench_kernels.units import (
     LOG2_E,
     Plan,
+    Scratch,
     from_blocks,
     from_units,
     make_plan,
@@ -34,15 +35,32 @@ from astbench_kernels.units import (
 )
 
 
-def schedule_of(layout: BlockLayout, num_heads: int, num_kv_heads: int) -> dispatch.GatherSchedule:
+def schedule_of(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool) -> dispatch.GatherSchedule:
     """Which way a call is computed; see :func:`astbench_kernels.dispatch.gather_schedule`."""
+    schedule = _schedule(layout, q.shape[1], k.shape[1], causal)
+    if schedule == "masked" and not (_is_finite(k) and _is_finite(v)):
+        # In a sum over all keys a weight of 0 would not keep out what no list names.
+        return _schedule(layout, q.shape[1], k.shape[1], causal, masked=False)
+    return schedule
+
+
+def _is_finite(x: Tensor) -> bool:
+    """False where a sum overflows, too: the other schedules are only slower."""
+    return math.isfinite(float(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))))
+
+
+def _schedule(
+    layout: BlockLayout, num_heads: int, num_kv_heads: int, causal: bool, *, masked: bool = True
+) -> dispatch.GatherSchedule:
     layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
-    size = layout.block_size
+    size, length = layout.block_size, layout.key_length
     rows = dispatch.rows_per_list(num_heads, num_kv_heads, layout.indices.shape[1], layout.query_group)
     met = int(layout.counts.sum()) * rows / max(1, layout.indices.shape[0] * num_kv_heads * layout.num_blocks)
-    query_rows = layout.num_groups * layout.query_group * num_heads // num_kv_heads
-    list_pairs = layout.num_groups * rows * layout.num_blocks * size
-    return dispatch.gather_schedule(rows, size, met, query_rows, list_pairs)
+    query_rows = layout.num_groups * layout.query_group * num_heads // num_kv_heads if masked else 0
+    seen = dispatch.keys_seen(
+        layout.query_length, length, layout.query_offset, causal=causal, key_stride=layout.key_stride
+    )
+    return dispatch.gather_schedule(rows, size, met, query_rows, length, seen)
 
 
 def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, int]]:
@@ -60,23 +78,24 @@ def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, in
         start = stop
 
 
-def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes_per_key: int) -> int:
+def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes_per_key: int, *, causal: bool) -> int:
     """(query, key) pairs that :func:`gather_attention` computes.
 
     Query-major, each chunk's lists are as long as its longest one; key-major, every list has its own length; masked,
-    all blocks are computed.
+    all keys up to a slab's last one are computed, and a column of nothing.
 
     Args:
         layout: The lists.
         num_heads: Query heads.
         num_kv_heads: Key/value heads.
         bytes_per_key: Of one key of one head; the longer, the shorter the chunks.
+        causal: Whether under a causal mask.
     """
     layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
     rows = num_heads // layout.indices.shape[1] * layout.query_group
-    schedule = schedule_of(layout, num_heads, num_kv_heads)
+    schedule = _schedule(layout, num_heads, num_kv_heads, causal)
     if schedule == "masked":
-        return layout.counts.numel() * layout.num_blocks * layout.block_size * rows
+        return masked_pairs(layout, num_heads, causal)
     if schedule == "key_major":
         return int(layout.counts.sum()) * layout.block_size * rows
     chunks = _chunks(layout.counts.flatten().tolist(), layout.block_size * bytes_per_key)
@@ -98,8 +117,9 @@ def gather_attention(
     """See :func:`astbench_kernels.block_sparse_attention`.
 
     Cost: O(N x width x block_size) time, or O(N x M) where that is less; beside inputs and outputs, and copies as large
-    as those, O(CHUNK_BYTES + MASKED_PAIRS) memory, in both directions, and for lists that few rows share
-    (:mod:`astbench_kernels.key_major`) O(PIECE_ROWS x width), for short sequences times the key/value heads.
+    as those, O(CHUNK_BYTES) memory, in both directions. For lists that few rows share
+    (:mod:`astbench_kernels.key_major`) O(PIECE_ROWS x width), for short sequences times the key/value heads; where all
+    pairs are computed (:mod:`astbench_kernels.masked`) O(SLAB_PAIRS), or those of one list.
     """
     if 0 in (q.numel(), k.numel(), v.numel(), layout.indices.numel()):  # nothing to gather
         return reference_attention(
@@ -108,7 +128,7 @@ def gather_attention(
     layout = one_list_per_kv_head(layout, q.shape[1], k.shape[1])
     if block_bias is not None and block_bias.shape[1] != layout.indices.shape[1]:
         block_bias = block_bias.repeat_interleave(layout.indices.shape[1] // block_bias.shape[1], 1)
-    run = _SCHEDULES[schedule_of(layout, q.shape[1], k.shape[1])]
+    run = _SCHEDULES[schedule_of(q, k, v, layout, causal=causal)]
     out, lse = run.apply(q, k, v, block_bias, layout, scale, causal, key_valid)
     return out, lse
 
@@ -133,7 +153,7 @@ class _GatherAttention(torch.autograd.Function):
         bias = None if block_bias is None else block_bias.detach().flatten(0, 2).to(compute) * LOG2_E
         out = queries.new_zeros(len(queries), plan.rows, v.shape[-1])
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=compute, device=q.device)
-        scratch = _Scratch(queries)
+        scratch = Scratch(queries)
         for units, width in _chunks_of(plan, k):
             index = plan.blocks[units, :width].reshape(-1)
             key = scratch.gather("key", keys, index, units, k.shape[-1])
@@ -167,7 +187,7 @@ class _GatherAttention(torch.autograd.Function):
         # d logits = P * (dP - delta + d lse), delta = rowsum(dO * O)
         shift = (d_out * out).sum(-1, keepdim=True) - d_lse
         known_lse = lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)  # rows that see nothing: exp(-inf - 0) = 0
-        scratch = _Scratch(queries)
+        scratch = Scratch(queries)
         for units, width in _chunks_of(plan, k):
             index = plan.blocks[units, :width].reshape(-1)
             key = scratch.gather("key", keys, index, units, k.shape[-1])
@@ -207,32 +227,8 @@ def _chunks_of(plan: Plan, k: Tensor) -> Iterator[tuple[slice, int]]:
     return _chunks(plan.layout.counts.flatten().tolist(), bytes_per_block)
 
 
-class _Scratch:
-    """Memory that every chunk of a call uses again: fresh pages cost as much as the work on them."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._flat: dict[str, Tensor] = {}
-
-    def _take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        size = math.prod(shape)
-        if name not in self._flat or self._flat[name].numel() < size:
-            self._flat[name] = self._like.new_empty(size, dtype=dtype)
-        return self._flat[name][:size].view(shape)
-
-    def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """torch.bmm."""
-        return torch.bmm(a, b, out=self._take(name, a.dtype, a.shape[0], a.shape[1], b.shape[2]))
-
-    def gather(self, name: str, blocks: Tensor, index: Tensor, units: slice, dim: int) -> Tensor:
-        """`(units, keys, dim)`: the listed rows of a block table, wide enough to compute with."""
-        rows = self._take(name, blocks.dtype, len(index), blocks.shape[1])
-        torch.index_select(blocks, 0, index, out=rows)
-        return rows.view(units.stop - units.start, -1, dim).to(self._like.dtype)
-
-
 def _logits(
-    queries: Tensor, key: Tensor, plan: Plan, units: slice, width: int, bias: Tensor | None, scratch: _Scratch
+    queries: Tensor, key: Tensor, plan: Plan, units: slice, width: int, bias: Tensor | None, scratch: Scratch
 ) -> Tensor:
     """`(units, rows, keys)` in powers of two, -inf where a pair may not be seen."""
     logits = scratch.bmm("logits", queries, key.transpose(1, 2))

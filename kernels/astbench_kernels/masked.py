@@ -1,7 +1,8 @@
-"""Block-sparse attention of short sequences: all pairs, those that no list names masked.
+"""Block-sparse attention that leaves out no product: all pairs of a slab of queries, of which the listed are picked.
 
-Where sequences are short, leaving work out (:mod:`astbench_kernels.gather`, :mod:`astbench_kernels.key_major`) costs
-more than doing it. Nothing here is cheaper than dense attention; memory stays that of a few lists' logits.
+Where sequences are short, blocks small or most is listed, leaving products out (:mod:`astbench_kernels.gather`,
+:mod:`astbench_kernels.key_major`) costs more than doing them. Softmax sees the listed pairs only, and a slab of
+queries the keys up to its last one, so it costs about what dense attention does, whatever the lists are.
 
 Plain torch on any device, written for the CPU.
 """
@@ -14,51 +15,117 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from astbench_kernels import dispatch
 from astbench_kernels.layout import BlockLayout
-from astbench_kernels.units import LOG2_E, Units, from_blocks, from_units, to_blocks, to_units, unseen_keys
+from astbench_kernels.units import LOG2_E, Scratch, Units, from_units, to_units
 
 
 @dataclass
-class _Masks(Units):
-    """What a call's lists leave visible; `n` is batch x list heads."""
+class _Slab:
+    """Consecutive groups of some lists, or all groups of several, and what they pick.
 
-    slots: Tensor  # bool (n, groups, width)
-    listed: Tensor  # int32 (n, groups, width): blocks; in empty slots the one behind the last
-    bias: Tensor | None  # (n, groups, width): in powers of two; None for none
-    future: Tensor | None  # bool (groups * rows, keys): what causality hides; None without
-    unseen: Tensor | None  # bool (batch * kv_heads, keys): what padding hides; None without
-    table: Tensor  # int64 (n,): the batch row and key/value head of each list
+    Attributes:
+        lists: Of the call's lists, batch x list heads.
+        groups: Of those.
+        rows: The query rows of those groups.
+        table: The rows of the key table that the lists read: a slice where they are consecutive.
+        keys: Keys that some row may see, from the first on.
+        width: The longest list's blocks.
+        index: int64 `(lists, groups, 1 or rows, width * block_size)`: the listed keys; `keys` where a pair may not be
+            seen or there is none.
+        empty: Bool `(lists, groups, 1, width, 1)`: slots without a block.
+    """
 
-    def hide(self, logits: Tensor, lists: slice) -> Tensor:
-        """Add the bias to `(lists, groups * rows, keys)`, in place, and -inf to what may not be seen."""
-        listed, blocks = self.listed[lists].long(), self.layout.num_blocks
-        bias = logits.new_full((*listed.shape[:2], blocks + 1), -torch.inf)
-        if self.bias is None:
-            bias.scatter_(-1, listed, 0.0)
+    lists: slice
+    groups: slice
+    rows: slice
+    table: slice | Tensor
+    keys: int
+    width: int
+    index: Tensor
+    empty: Tensor
+
+    def pick(self, products: Tensor) -> Tensor:
+        """`(lists, groups, rows, width * block_size)` of `(lists, groups * rows, keys + 1)`."""
+        products = products.unflatten(1, (self.index.shape[1], -1))
+        return products.gather(-1, self.index.expand(-1, -1, products.shape[2], -1))
+
+    def read(self, table: Tensor) -> Tensor:
+        """`(lists, keys + 1, d)` of `(tables, key_length + 1, d)`."""
+        return table[self.table, : self.keys + 1]
+
+    def add(self, part: Tensor, table: Tensor) -> None:
+        """Add `(lists, keys + 1, d)` to `(tables, key_length + 1, d)`, in place, without the row behind the last."""
+        part = part[:, : self.keys]
+        if isinstance(self.table, slice):
+            table[self.table, : self.keys].add_(part)
         else:
-            bias.scatter_(-1, listed, self.bias[lists])
-        logits.view(len(logits), -1, self.rows, blocks, self.layout.block_size).add_(bias[:, :, None, :-1, None])
-        if self.future is not None:
-            logits.masked_fill_(self.future, -torch.inf)
+            table[:, : self.keys].index_add_(0, self.table, part)
+
+    def place(self, picked: Tensor, products: Tensor) -> Tensor:
+        """The inverse, in place; what was not picked stays, and behind the last key there is anything."""
+        index = self.index.expand(-1, -1, picked.shape[2], -1)
+        products.unflatten(1, (self.index.shape[1], -1)).scatter_(-1, index, picked)
+        return products
+
+
+@dataclass
+class _Lists(Units):
+    """A call's lists; `n` is batch x list heads."""
+
+    blocks: Tensor  # int32 (n, groups, width): listed blocks; anything in empty slots
+    counts: Tensor  # int32 (n, groups)
+    widths: list[list[int]]  # the same
+    limit: Tensor  # int64 (groups, 1 or rows): the last key that a row may see
+    stops: list[int]  # of each group: keys that some row of it may see
+    bias: Tensor | None  # (n, groups, width): anything in empty slots; None for none
+    unseen: Tensor | None  # bool (batch, key_length + 1): what padding hides; None without
+    table: Tensor  # int64 (n,): the batch row and key/value head of each list
+    kv_heads: int
+
+    def slabs(self) -> Iterator[_Slab]:
+        """All of the call, but groups that see nothing."""
+        for lists, groups, keys in _cut(len(self.table), self.rows, self.stops):
+            width = max(max(row[groups]) for row in self.widths[lists])
+            if width and keys:
+                yield self._slab(lists, groups, keys, width)
+
+    def _slab(self, lists: slice, groups: slice, keys: int, width: int) -> _Slab:
+        size, device = self.layout.block_size, self.blocks.device
+        empty = torch.arange(width, device=device) >= self.counts[lists, groups, None]
+        starts = (self.blocks[lists, groups, :width].long() * size).masked_fill_(empty, self.layout.key_length)
+        index = (starts.unsqueeze(-1) + torch.arange(size, device=device)).flatten(2).unsqueeze(2)
+        index = torch.where(index > self.limit[groups, :, None], keys, index)
+        table = self.table[lists]
+        first, last = int(table[0]), int(table[-1])
+        consecutive = last - first + 1 == len(table)  # each is its predecessor's, or the next one
         if self.unseen is not None:
-            logits.masked_fill_(self.unseen[self.table[lists], None, :], -torch.inf)
+            unseen = self.unseen[:, : keys + 1].clone()
+            unseen[:, keys] = False
+            batch_row = (table // self.kv_heads).view(-1, 1, 1, 1)
+            index = index.masked_fill(unseen[batch_row, index], keys)
+        return _Slab(
+            lists=lists,
+            groups=groups,
+            rows=slice(groups.start * self.rows, groups.stop * self.rows),
+            table=slice(first, last + 1) if consecutive else table,
+            keys=keys,
+            width=width,
+            index=index,
+            empty=empty[:, :, None, :, None],
+        )
+
+    def logits(self, queries: Tensor, keys: Tensor, slab: _Slab, scratch: Scratch) -> Tensor:
+        """The picked ones of a slab, bias added, -inf where a pair may not be seen."""
+        products = scratch.bmm("products", queries, keys.transpose(1, 2))
+        products[..., slab.keys] = -torch.inf
+        logits = slab.pick(products)
+        if self.bias is not None:
+            bias = self.bias[slab.lists, slab.groups, None, : slab.width, None].masked_fill(slab.empty, 0.0)
+            logits.unflatten(-1, (slab.width, -1)).add_(bias.to(logits.dtype) * LOG2_E)
         return logits
-
-    def bias_gradient(self, d_logits: Tensor, lists: slice) -> Tensor:
-        """`(lists, groups, width)`: of the bias, from `(lists, groups * rows, keys)`."""
-        tiles = d_logits.view(len(d_logits), -1, self.rows, self.layout.num_blocks, self.layout.block_size)
-        listed = self.listed[lists].long().clamp(max=self.layout.num_blocks - 1)
-        return tiles.sum((2, 4)).gather(-1, listed).masked_fill_(~self.slots[lists], 0.0)
-
-    def chunks(self) -> Iterator[slice]:
-        """Lists whose logits stay in cache together."""
-        layout = self.layout
-        pairs = layout.num_groups * self.rows * layout.num_blocks * layout.block_size
-        step = max(1, dispatch.CHUNK_BYTES // (4 * pairs))
-        for start in range(0, len(self.table), step):
-            yield slice(start, start + step)
 
 
 class MaskedAttention(torch.autograd.Function):
@@ -77,55 +144,63 @@ class MaskedAttention(torch.autograd.Function):
         key_valid: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
-        masks = _masks(q, k, block_bias, layout, causal, key_valid)
-        queries, keys, values = _inputs(q, k, v, key_valid, masks, scale)
-        out = queries.new_empty(*queries.shape[:2], v.shape[-1])
-        lse = queries.new_empty(*queries.shape[:2], 1)
-        for lists in masks.chunks():
-            table = masks.table[lists]
-            weights = masks.hide(torch.bmm(queries[lists], keys[table].transpose(1, 2)), lists)
+        calls = _lists(q, k, block_bias, layout, causal, key_valid)
+        queries, keys, values = _inputs(q, k, v, key_valid, calls, scale)
+        out = queries.new_zeros(*queries.shape[:2], v.shape[-1])
+        lse = torch.full((*queries.shape[:2], 1), -torch.inf, dtype=queries.dtype, device=q.device)
+        scratch = Scratch(queries)
+        for slab in calls.slabs():
+            where = slab.lists, slab.rows
+            weights = calls.logits(queries[where], slab.read(keys), slab, scratch)
             # Rows that see nothing: weights 0, log-sum-exp log 0 = -inf; no NaN on the way.
             highest = weights.amax(-1, keepdim=True)
             highest.masked_fill_(highest == -torch.inf, 0.0)
             total = weights.sub_(highest).exp2_().sum(-1, keepdim=True)
-            torch.add(highest, total.log2(), out=lse[lists])
-            torch.bmm(weights, values[table], out=out[lists])
-            out[lists].div_(total.clamp_(min=torch.finfo(total.dtype).tiny))
+            lse[where] = (highest + total.log2()).flatten(1, 2)
+            weights.div_(total.clamp_(min=torch.finfo(total.dtype).tiny))
+            spread = scratch.take("spread", out.dtype, *out[where].shape[:2], slab.keys + 1).zero_()
+            torch.bmm(slab.place(weights, spread), slab.read(values), out=out[where])
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.call = layout, scale, causal
-        shape = (-1, masks.rows)
+        shape = (-1, calls.rows)
         lse = (lse / LOG2_E).view(*shape, 1)
-        return from_units(out.view(*shape, v.shape[-1]), masks).to(q.dtype), from_units(lse, masks).squeeze(-1)
+        return from_units(out.view(*shape, v.shape[-1]), calls).to(q.dtype), from_units(lse, calls).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and the block bias."""
         q, k, v, block_bias, key_valid, out, lse = ctx.saved_tensors
         layout, scale, causal = ctx.call
-        masks = _masks(q, k, block_bias, layout, causal, key_valid)
-        queries, keys, values = _inputs(q, k, v, key_valid, masks, scale)
-        d_out = to_units(grads[0], masks).to(queries.dtype).reshape_as(out)
+        calls = _lists(q, k, block_bias, layout, causal, key_valid)
+        queries, keys, values = _inputs(q, k, v, key_valid, calls, scale)
+        d_out = to_units(grads[0], calls).to(queries.dtype).reshape_as(out)
         # d logits = P * (dO V^T - delta + d lse), delta = rowsum(dO * O)
-        shift = (d_out * out).sum(-1, keepdim=True) - to_units(grads[1].unsqueeze(-1), masks).reshape_as(lse)
+        shift = (d_out * out).sum(-1, keepdim=True) - to_units(grads[1].unsqueeze(-1), calls).reshape_as(lse)
         known_lse = lse.masked_fill(lse == -torch.inf, 0.0)  # rows that see nothing: exp(-inf - 0) = 0
-        d_queries, d_keys, d_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        d_bias = None if masks.bias is None else torch.empty_like(masks.bias)
-        for lists in masks.chunks():
-            table = masks.table[lists]
-            key = keys[table]
-            weights = masks.hide(torch.bmm(queries[lists], key.transpose(1, 2)), lists)
-            weights.sub_(known_lse[lists]).exp2_()
-            d_values.index_add_(0, table, torch.bmm(weights.transpose(1, 2), d_out[lists]))
-            d_logits = torch.bmm(d_out[lists], values[table].transpose(1, 2)).sub_(shift[lists]).mul_(weights)
+        d_queries, d_keys, d_values = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+        d_bias = None if calls.bias is None else torch.zeros_like(calls.bias, dtype=queries.dtype)
+        scratch = Scratch(queries)
+        for slab in calls.slabs():
+            where = slab.lists, slab.rows
+            key, grad = slab.read(keys), d_out[where]
+            weights = calls.logits(queries[where], key, slab, scratch)
+            each = weights.shape[1:3]
+            weights.sub_(known_lse[where].unflatten(1, each)).exp2_()
+            spread = scratch.take("spread", grad.dtype, *grad.shape[:2], slab.keys + 1).zero_()
+            slab.place(weights, spread)
+            slab.add(scratch.bmm("part", spread.transpose(1, 2), grad), d_values)
+            d_logits = slab.pick(scratch.bmm("products", grad, slab.read(values).transpose(1, 2)))
+            d_logits.sub_(shift[where].unflatten(1, each)).mul_(weights)
             if d_bias is not None:
-                d_bias[lists] = masks.bias_gradient(d_logits, lists)
-            torch.bmm(d_logits, key, out=d_queries[lists])
-            d_keys.index_add_(0, table, torch.bmm(d_logits.transpose(1, 2), queries[lists]))
-        size = layout.num_blocks, -1
+                tiles = d_logits.unflatten(-1, (slab.width, -1))
+                d_bias[slab.lists, slab.groups, : slab.width] = tiles.sum((2, 4))
+            slab.place(d_logits, spread)
+            torch.bmm(spread, key, out=d_queries[where])
+            slab.add(scratch.bmm("part", spread.transpose(1, 2), queries[where]), d_keys)
         return (
-            from_units(d_queries.mul_(scale).view(-1, masks.rows, q.shape[-1]), masks).to(q.dtype),
-            from_blocks(d_keys.div_(LOG2_E).unflatten(1, size).flatten(0, 1).flatten(1), k, key_valid),
-            from_blocks(d_values.unflatten(1, size).flatten(0, 1).flatten(1), v, key_valid),
+            from_units(d_queries.mul_(scale).view(-1, calls.rows, q.shape[-1]), calls).to(q.dtype),
+            _like(d_keys.div_(LOG2_E), k, key_valid),  # the queries above hold scale * LOG2_E
+            _like(d_values, v, key_valid),
             None if block_bias is None or d_bias is None else d_bias.view_as(block_bias).to(block_bias.dtype),
             None,
             None,
@@ -134,40 +209,86 @@ class MaskedAttention(torch.autograd.Function):
         )
 
 
+def masked_pairs(layout: BlockLayout, num_heads: int, causal: bool) -> int:
+    """Pairs that :class:`MaskedAttention` computes, one column a slab more than it has keys."""
+    batch, lists = layout.indices.shape[:2]
+    units = Units(layout, batch, num_heads // lists)
+    stops = (_limit(units, causal, layout.indices.device).amax(-1) + 1).tolist()
+    return sum(
+        (lists.stop - lists.start) * (groups.stop - groups.start) * units.rows * (keys + 1)
+        for lists, groups, keys in _cut(batch * lists, units.rows, stops)
+    )
+
+
+def _cut(lists: int, rows: int, stops: list[int]) -> Iterator[tuple[slice, slice, int]]:
+    """Slabs of about SLAB_PAIRS pairs: lists, their groups, and the keys that those see.
+
+    Args:
+        lists: How many; each has as many groups as `stops` has entries.
+        rows: Query rows of a group.
+        stops: Keys that some row of a group may see; later groups never see less.
+    """
+    pairs = dispatch.SLAB_PAIRS
+    together = max(1, pairs // max(1, len(stops) * rows * stops[-1]))
+    for first in range(0, lists, together):
+        start = 0
+        while start < len(stops):
+            stop = start + 1
+            while stop < len(stops) and (stop + 1 - start) * rows * stops[stop] <= pairs:
+                stop += 1
+            yield slice(first, min(first + together, lists)), slice(start, stop), stops[stop - 1]
+            start = stop
+
+
+def _limit(units: Units, causal: bool, device: torch.device) -> Tensor:
+    """int64 `(groups, 1 or rows)`: the last key that a row may see."""
+    last = units.layout.key_length - 1
+    if not causal:
+        return torch.full((units.layout.num_groups, 1), last, device=device)
+    return units.last_keys(device).repeat(1, units.heads_per_list).clamp(max=last)
+
+
+def _like(x: Tensor, like: Tensor, key_valid: Tensor | None) -> Tensor:
+    """Gradients of the key table as those of `(batch, kv_heads, key_length, d)`; padding gets none."""
+    x = x[:, :-1].reshape(like.shape).to(like.dtype)
+    return x if key_valid is None else x.masked_fill(~key_valid[:, None, :, None], 0.0)
+
+
 def _inputs(
-    q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, masks: _Masks, scale: float
+    q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, calls: _Lists, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries `(n, groups * rows, d)`, times the scale and in powers of two, keys and values `(tables, keys, d)`."""
+    """Queries `(n, groups * rows, d)`, times the scale and in powers of two, keys and values `(tables, keys + 1, d)`.
+
+    One row of zeros more than there are keys, for the column of what may not be seen.
+    """
     compute = torch.promote_types(q.dtype, torch.float32)
-    queries = to_units(q, masks).to(compute) * (scale * LOG2_E)
-    tables = k.shape[0] * k.shape[1]
-    keys, values = (to_blocks(x, key_valid, masks.layout).view(tables, -1, x.shape[-1]).to(compute) for x in (k, v))
-    return queries.reshape(len(masks.table), -1, q.shape[-1]), keys, values
+    queries = to_units(q, calls).to(compute) * (scale * LOG2_E)
+    if key_valid is not None:
+        # Padding may hold NaN; a zero weight would keep it.
+        k, v = (x.masked_fill(~key_valid[:, None, :, None], 0.0) for x in (k, v))
+    keys, values = (pad(x.to(compute), (0, 0, 0, 1)).flatten(0, 1) for x in (k, v))
+    return queries.reshape(len(calls.table), -1, q.shape[-1]), keys, values
 
 
-def _masks(
+def _lists(
     q: Tensor, k: Tensor, block_bias: Tensor | None, layout: BlockLayout, causal: bool, key_valid: Tensor | None
-) -> _Masks:
+) -> _Lists:
     batch, lists = layout.indices.shape[:2]
     kv_heads, device = k.shape[1], q.device
-    compute = torch.promote_types(q.dtype, torch.float32)
-    slots = layout.slots.flatten(0, 1)
-    bias = None if block_bias is None else block_bias.detach().to(compute).flatten(0, 1) * LOG2_E
     units = Units(layout, batch, q.shape[1] // lists)
-    future = None
-    if causal:
-        last = units.last_keys(device).repeat(1, units.heads_per_list).flatten()
-        future = torch.arange(layout.num_blocks * layout.block_size, device=device) > last.unsqueeze(-1)
-    unseen = unseen_keys(layout, batch, kv_heads, key_valid)
+    limit = _limit(units, causal, device)
     row = torch.arange(batch, device=device)[:, None] * kv_heads
-    return _Masks(
+    return _Lists(
         layout=layout,
         batch=batch,
         heads_per_list=units.heads_per_list,
-        slots=slots,
-        listed=layout.indices.flatten(0, 1).masked_fill(~slots, layout.num_blocks),
-        bias=bias,
-        future=future,
-        unseen=None if unseen is None else unseen.view(batch * kv_heads, -1),
+        blocks=layout.indices.flatten(0, 1),
+        counts=layout.counts.flatten(0, 1),
+        widths=layout.counts.flatten(0, 1).tolist(),
+        limit=limit,
+        stops=(limit.amax(-1) + 1).tolist(),
+        bias=None if block_bias is None else block_bias.detach().flatten(0, 1),
+        unseen=None if key_valid is None else pad(~key_valid, (0, 1)),
         table=(row + torch.arange(lists, device=device) * kv_heads // lists).flatten(),
+        kv_heads=kv_heads,
     )

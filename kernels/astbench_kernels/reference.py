@@ -41,5 +41,8 @@ def reference_attention(
     keep = layout.token_mask(causal=causal, key_valid=key_valid)
     logits = torch.where(keep, logits, -torch.inf)
     lse = torch.logsumexp(logits, -1)
-    weights = torch.where(keep, torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)), 0.0)
+    # Divided by its own sum: where all logits are large, rounding lse would scale the row.
+    weights = torch.exp(logits - lse.detach().masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total > 0, total, 1.0)
     return torch.matmul(weights, v.to(compute)).to(q.dtype), lse

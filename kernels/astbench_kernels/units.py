@@ -152,3 +152,28 @@ def from_blocks(x: Tensor, like: Tensor, key_valid: Tensor | None) -> Tensor:
     size = x.shape[1] // dim
     x = x.view(batch, heads, ceil_div(length, size) * size, dim)[:, :, :length].to(like.dtype)
     return x if key_valid is None else x.masked_fill(~key_valid[:, None, :, None], 0.0)
+
+
+class Scratch:
+    """Memory that every chunk of a call uses again: fresh pages cost as much as the work on them."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Uninitialised memory, that of the last call of the same name where it is large enough."""
+        size = math.prod(shape)
+        if name not in self._flat or self._flat[name].numel() < size:
+            self._flat[name] = self._like.new_empty(size, dtype=dtype)
+        return self._flat[name][:size].view(shape)
+
+    def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """torch.bmm."""
+        return torch.bmm(a, b, out=self.take(name, a.dtype, a.shape[0], a.shape[1], b.shape[2]))
+
+    def gather(self, name: str, blocks: Tensor, index: Tensor, units: slice, dim: int) -> Tensor:
+        """`(units, keys, dim)`: the listed rows of a block table, wide enough to compute with."""
+        rows = self.take(name, blocks.dtype, len(index), blocks.shape[1])
+        torch.index_select(blocks, 0, index, out=rows)
+        return rows.view(units.stop - units.start, -1, dim).to(self._like.dtype)

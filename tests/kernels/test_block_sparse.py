@@ -8,11 +8,13 @@ import torch
 from astbench_kernels import (
     BlockLayout,
     block_sparse_attention,
+    dispatch,
     gather,
     key_major,
     select,
     select_blocks,
     soft_top_k,
+    what_runs,
 )
 
 # Distinct primes, so that a swapped axis cannot pass.
@@ -30,18 +32,28 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["query-major", "key-major", "masked"])
+WAYS = ["query-major", "key-major", "masked", "masked in slabs"]
+
+
+def take(monkeypatch, way):
+    """The gather backend goes this way, whatever the shape."""
+    if way == "masked in slabs":  # which otherwise hold whole lists here
+        monkeypatch.setattr(dispatch, "SLAB_PAIRS", 1000)
+    monkeypatch.setattr(gather, "schedule_of", lambda *args, **kwargs: way.partition(" ")[0].replace("-", "_"))
+
+
+@pytest.fixture(params=WAYS)
 def schedule(request, monkeypatch):
     """Every way of the gather backend, whatever the shape."""
-    monkeypatch.setattr(gather, "schedule_of", lambda *args: request.param.replace("-", "_"))
+    take(monkeypatch, request.param)
     return request.param
 
 
-@pytest.fixture(params=["gather, query-major", "gather, key-major", "gather, masked", "flex"])
+@pytest.fixture(params=[*(f"gather, {way}" for way in WAYS), "flex"])
 def backend(request, monkeypatch):
     """Every backend that runs on the CPU beside the oracle, gather in every way."""
     name, _, way = request.param.partition(", ")
-    monkeypatch.setattr(gather, "schedule_of", lambda *args: way.replace("-", "_"))
+    take(monkeypatch, way)
     return name
 
 
@@ -255,6 +267,28 @@ def test_padding_may_hold_nan(schedule, backend):
         assert grad.isfinite().all()
 
 
+def test_unlisted_keys_may_hold_nan():
+    """Where all pairs would be computed, they are not if a weight of zero could not keep something out."""
+    inputs, layout, _ = random_case(64, 64, 8, 1, 0)
+    keep = layout.to_mask()
+    keep[..., 3] = False
+    layout = BlockLayout.from_mask(keep, block_size=8, query_group=1, query_length=64, key_length=64)
+    q, k, v = (x.detach() for x in inputs[:3])
+    assert what_runs("gather", q, k, v, layout, causal=True) == "gather (masked)"
+    clean = block_sparse_attention(q, k, v, layout, causal=True, backend="gather")
+    for name in ("k", "v"):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            given = {"k": k.clone(), "v": v.clone()}
+            given[name][:, :, 24:32] = value
+            given = [q.clone().requires_grad_(), *(x.requires_grad_() for x in given.values())]
+            assert what_runs("gather", *given, layout, causal=True) == "gather (key-major)"
+            got = block_sparse_attention(*given, layout, causal=True, backend="gather")
+            torch.testing.assert_close(got, clean)
+            for grad in torch.autograd.grad(got[0].square().sum(), given):
+                bad = (~grad.isfinite()).nonzero()[:, 2]
+                assert set(bad.tolist()) <= set(range(24, 32)), "no gradient but the poison's own"
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("backend", ["reference", "gather", "flex"])
 def test_low_precision_forward(schedule, backend, dtype, tolerance):
@@ -266,6 +300,37 @@ def test_low_precision_forward(schedule, backend, dtype, tolerance):
     )
     error = (got.double() - expected).norm() / expected.norm()
     assert error < tolerance
+
+
+@pytest.mark.parametrize("backend", ["reference", "gather", "flex"])
+def test_a_bias_that_all_share_changes_nothing(schedule, backend):
+    """At 1e6 a float32 log-sum-exp is off by some hundredths: nothing may be divided by its exponential."""
+    inputs, layout, valid = random_case(64, 64, 8, 4, 0, dtype=torch.float32)
+    plain = torch.zeros_like(inputs[3])
+    results = []
+    for size in (0.0, -1e6, 1e6):
+        bias = (plain + size).requires_grad_()
+        out, _ = block_sparse_attention(
+            *inputs[:3], layout, block_bias=bias, causal=True, key_valid=valid, backend=backend
+        )
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs[:3])))
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            assert (a - b).norm() < 0.05 * b.norm()  # logits are multiples of 1/16
+
+
+def test_inputs_are_left_alone_and_empty_slots_not_read(schedule):
+    inputs, layout, valid = random_case(127, 127, 8, 1, 0, dtype=torch.float32)
+    given = [x.detach().clone() for x in inputs]
+    given[3] = given[3].masked_fill(~layout.slots, torch.nan)
+    layout = dataclasses.replace(layout, indices=layout.indices.masked_fill(~layout.slots, 10**6))
+    before = [x.clone() for x in (*given, layout.indices, layout.counts)]
+    leaves = [x.requires_grad_() for x in given]
+    out, _ = block_sparse_attention(*leaves[:3], layout, block_bias=leaves[3], key_valid=valid, backend="gather")
+    grads = torch.autograd.grad(out.square().sum(), leaves)
+    assert out.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+    for now, was in zip((*given, layout.indices, layout.counts), before, strict=True):
+        torch.testing.assert_close(now.detach(), was, rtol=0, atol=0, equal_nan=True)
 
 
 def test_pattern_is_exact(schedule):

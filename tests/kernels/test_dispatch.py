@@ -26,6 +26,8 @@ def tensors(call):
     blocks = -(-call.key_length // call.block_size)
     keep = torch.zeros(call.batch, call.list_heads, groups, blocks, dtype=torch.bool)
     keep[..., : round(call.density * blocks)] = True
+    if call.causal:
+        keep &= torch.arange(blocks) * call.block_size <= (torch.arange(groups) * call.query_group)[:, None]
     layout = BlockLayout.from_mask(
         keep,
         block_size=call.block_size,
@@ -46,7 +48,18 @@ CALLS = {
     "a list a token, half of them": (shapes(**LONG | {"density": 0.5}), "gather (masked)"),
     "a list a token, short": (shapes(), "gather (masked)"),
     "most pairs under a mask": (shapes(query_length=1024, key_length=1024, density=1.0), "gather (masked)"),
-    "one row more": (shapes(query_length=1025, key_length=1024, density=1.0), "gather (key-major)"),
+    "most pairs, larger blocks": (
+        shapes(query_length=1024, key_length=1024, density=1.0, block_size=128),
+        "gather (key-major)",
+    ),
+    "blocks of 4": (
+        shapes(query_length=8192, key_length=8192, density=0.125, block_size=4, causal=True),
+        "gather (masked)",
+    ),
+    "blocks of 4, few of them": (
+        shapes(query_length=8192, key_length=8192, density=0.03125, block_size=4, causal=True),
+        "gather (key-major)",
+    ),
     "shared by two heads": (shapes(query_group=4, list_heads=3, density=0.25), "gather (query-major)"),
     "shared by two heads, most": (shapes(query_group=4, list_heads=3, density=5 / 6), "gather (masked)"),
     "one list for all heads": (shapes(query_group=3, list_heads=1, **LONG), "gather (key-major)"),
@@ -60,7 +73,7 @@ CALLS = {
         "gather (masked)",
     ),
     "a block meets 16 rows": (shapes(query_length=160, key_length=1600, density=0.05), "gather (key-major)"),
-    "a block meets 15 rows": (shapes(query_length=150, key_length=1600, density=0.05), "gather (query-major)"),
+    "a block meets 15 rows": (shapes(query_length=300, key_length=1600, density=0.025), "gather (query-major)"),
 }
 
 
@@ -68,7 +81,7 @@ CALLS = {
 def test_what_is_explained_is_what_runs(call, runs):
     q, k, v, layout = tensors(call)
     backend = choose_backend("auto", q.device, dtype=q.dtype, head_dim=call.head_dim, layout=layout)
-    assert what_runs(backend, q, k, v, layout, causal=False) == runs
+    assert what_runs(backend, q, k, v, layout, causal=call.causal) == runs
     assert explain(call).row.runs == runs
 
 

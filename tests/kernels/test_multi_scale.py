@@ -53,7 +53,7 @@ def backend(request, monkeypatch):
     """Those that run anywhere; every way of the gather backend, whatever the shape."""
     if request.param in ("reference", "flex"):
         return request.param
-    monkeypatch.setattr(gather, "schedule_of", lambda *args: request.param.replace("-", "_"))
+    monkeypatch.setattr(gather, "schedule_of", lambda *args, **kwargs: request.param.replace("-", "_"))
     monkeypatch.setattr(key_major, "TILE_ROWS", 50)
     return "gather"
 

@@ -297,7 +297,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Kept blocks (fixed budget), coarse tokens, scores, features; without the training-only distillation.
 
-        By the method: where the CPU kernel computes all pairs under a mask, it does more.
+        By the method: where the CPU kernel computes all pairs and picks the listed ones, it does more.
         """
         shape, rank = self.shape, self.config.rank
         group = self.config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)

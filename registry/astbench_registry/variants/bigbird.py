@@ -121,6 +121,6 @@ class BigBirdAttention(Attention):
         number, `4 x kept pairs x head_dim`, is smaller: on inputs of some hundred tokens about half.
         """
         layout = self.layout(batch, query_length, torch.device("cpu"), AttentionMask())
-        shape = self.shape
-        pairs = gathered_pairs(layout, shape.num_heads, shape.num_kv_heads, bytes_per_key=4 * shape.head_dim)
-        return 4 * pairs * shape.head_dim
+        shape, size = self.shape, 4 * self.shape.head_dim
+        pairs = gathered_pairs(layout, shape.num_heads, shape.num_kv_heads, bytes_per_key=size, causal=False)
+        return size * pairs

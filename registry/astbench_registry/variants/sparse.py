@@ -171,7 +171,8 @@ class SparseAttention(Attention):
             build = self._fixed_layout if config.pattern == "fixed" else self._strided_layout
             layout = build(query_length, key_length, mask.query_offset, mask.causal, torch.device("cpu"))
             layout = _for_batch(layout, batch)
-            pairs = gathered_pairs(layout, heads, self.shape.num_kv_heads, bytes_per_key=4 * self.shape.head_dim)
+            kv_heads, size = self.shape.num_kv_heads, 4 * self.shape.head_dim
+            pairs = gathered_pairs(layout, heads, kv_heads, bytes_per_key=size, causal=mask.causal)
             return 4 * pairs * self.shape.head_dim
         stride = min(config.stride, key_length)
         query_rows, key_rows = ceil_div(query_length, stride), ceil_div(key_length, stride)
