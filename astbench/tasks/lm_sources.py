@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from astbench.errors import DataError
-from astbench.reading import read_bytes
+from astbench.reading import read_text
 from astbench.tasks import lm_demo
 from astbench.tasks.hub import hub_rows
 
@@ -61,19 +61,12 @@ def read_local(path: str, split: str) -> Corpus:
             raise DataError(
                 f"--data.path={where} is one file; training needs a folder with wiki.train.raw and wiki.valid.raw"
             )
-        return Corpus(_decode(where), where.name)
+        return Corpus(read_text(where), where.name)
     for name in _FILES[split]:
         for ending in ("", ".gz"):
             if (file := where / f"{name}{ending}").is_file():
-                return Corpus(_decode(file), file.name)
+                return Corpus(read_text(file), file.name)
     raise DataError(f"--data.path={where} holds none of {', '.join(_FILES[split])} (also .gz)")
-
-
-def _decode(file: Path) -> str:
-    try:
-        return read_bytes(file).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {' '.join(str(error).split())[:160]}") from error
 
 
 def read_hub(dataset: WikiText, split: str) -> Corpus:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from astbench.errors import DataError
-from astbench.reading import open_bytes, read_bytes
+from astbench.reading import UNREADABLE, one_line, open_bytes, read_bytes, read_text, unreadable
 from astbench.tasks.classify_data import Row
 from astbench.tasks.lra_listops import SYMBOLS
 
@@ -129,7 +129,7 @@ def read_pathfinder(folder: Path, contour_length: int) -> list[Row]:
 
 
 def _pathfinder_file(file: Path, folder: Path) -> Iterator[Row]:
-    for number, line in enumerate(_text(file).splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         words = line.split()
         if len(words) < 4 or words[3] not in ("0", "1"):
             raise DataError(f"{file}:{number}: expected folder, image, number and label 0 or 1, got {line[:60]!r}")
@@ -166,10 +166,10 @@ def _tsv(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
                 if len(cells) != columns:
                     raise DataError(f"{file}:{number}: expected {columns} columns, got {len(cells)}")
                 yield f"{file}:{number}", cells
-    except (OSError, EOFError) as error:
-        raise DataError(f"{file}:{number + 1} cannot be read: {_first_line(error)}") from error
+    except UNREADABLE as error:
+        raise unreadable(f"{file}:{number + 1}", error) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}:{number} is not UTF-8 text: {_first_line(error)}") from error
+        raise DataError(f"{file}:{number} is not UTF-8 text: {one_line(error)}") from error
 
 
 def _class_folders(folder: Path, names: tuple[str, ...], pattern: str, read: Callable[[Path], bytes]) -> list[Row]:
@@ -185,17 +185,10 @@ def _class_folders(folder: Path, names: tuple[str, ...], pattern: str, read: Cal
 
 
 def _review(file: Path, length: int) -> bytes:
-    text = _text(file)
+    text = read_text(file)
     if not text.strip():
         raise DataError(f"{file} is empty")
     return text.encode()[:length]
-
-
-def _text(file: Path) -> str:
-    try:
-        return read_bytes(file).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {_first_line(error)}") from error
 
 
 def _grey_image(file: Path) -> bytes:
@@ -205,7 +198,7 @@ def _grey_image(file: Path) -> bytes:
             size, mode = image.size, image.mode
             data = image.tobytes() if mode in ("L", "RGB") else image.convert("RGB").tobytes()
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be read as an image: {_first_line(error)}") from error
+        raise DataError(f"{file} cannot be read as an image: {one_line(error)}") from error
     if size != (32, 32):
         raise DataError(f"{file} is {size[0]} x {size[1]} pixels, expected 32 x 32")
     if mode == "L":
@@ -214,10 +207,7 @@ def _grey_image(file: Path) -> bytes:
 
 
 def _cifar_file(file: Path) -> Iterator[Row]:
-    try:
-        data = read_bytes(file)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {_first_line(error)}") from error
+    data = read_bytes(file)
     if not data or len(data) % _CIFAR_RECORD:
         raise DataError(f"{file} holds {len(data)} bytes, expected a multiple of {_CIFAR_RECORD} (label and image)")
     records = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, _CIFAR_RECORD)
@@ -232,7 +222,3 @@ def _grey(colours: torch.Tensor) -> list[bytes]:
     """Grey levels of uint8 RGB `(images, pixels, 3)`, weighted as by the arena's TensorFlow."""
     weights = torch.tensor([0.2989, 0.587, 0.114])
     return [bytes(row.tolist()) for row in (colours.float() @ weights).round().to(torch.uint8)]
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from astbench.errors import DataError
-from astbench.reading import read_bytes
+from astbench.reading import as_text, one_line, read_bytes
 from astbench.tasks.hub import hub_rows
 
 HUB = ("wmt/wmt14", "de-en", "b199e406369ec1b7634206d3ded5ba45de2fe696")
@@ -55,9 +55,11 @@ def _file(folder: Path, name: str, language: str, option: str) -> Path:
     for file in tried:
         if file.is_file():
             return file
+    tables = sorted(x.name for x in folder.iterdir() if {".tsv", ".zip"} & set(x.suffixes))
+    table = f"; a table of pairs is read as --data.path={folder / tables[0]}" if tables else ""
     raise DataError(
         f"--data.path={folder} holds no {name}.{'|'.join(ENDINGS[language])} (also .gz); --data.{option} says what "
-        "its files are called"
+        f"its files are called{table}"
     )
 
 
@@ -125,17 +127,19 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
 
 def _lines(file: Path) -> list[str]:
     """Lines without surrounding blanks; they end at newlines alone, since other separators stand in sentences."""
-    try:
-        text = (_unzipped(file) if file.suffix == ".zip" else read_bytes(file)).decode("utf-8-sig")
-    except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {' '.join(str(error).split())[:160]}") from error
+    text = as_text(_unzipped(file) if file.suffix == ".zip" else read_bytes(file), file, "utf-8-sig")
     lines = [line.strip() for line in text.split("\n")]
     return lines if lines[-1] else lines[:-1]
 
 
 def _unzipped(file: Path) -> bytes:
-    with zipfile.ZipFile(file) as archive:
-        tables = [name for name in archive.namelist() if not name.startswith("_") and not name.endswith("/")]
-        if len(tables) != 1:
-            raise DataError(f"{file} must hold one table of pairs, found {len(tables)}; unpack it and name the file")
-        return archive.read(tables[0])
+    try:
+        with zipfile.ZipFile(file) as archive:
+            tables = [name for name in archive.namelist() if not name.startswith("_") and not name.endswith("/")]
+            if len(tables) != 1:
+                raise DataError(
+                    f"{file} must hold one table of pairs, found {len(tables)}; unpack it and name the file"
+                )
+            return archive.read(tables[0])
+    except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(f"{file} cannot be unpacked: {one_line(error)}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from astbench.errors import DataError, MissingPackageError
-from astbench.reading import open_bytes, read_bytes
+from astbench.reading import UNREADABLE, one_line, open_bytes, read_bytes, unreadable
 from astbench.tasks.hub import hub_rows
 from astbench.tasks.qa_examples import QAExample
 
@@ -230,10 +230,10 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{file}:{number}", json.loads(line)
-    except (OSError, EOFError) as error:
-        raise DataError(f"{file}:{number + 1} cannot be read: {_first_line(error)}") from error
+    except UNREADABLE as error:
+        raise unreadable(f"{file}:{number + 1}", error) from error
     except ValueError as error:
-        raise DataError(f"{file}:{number} cannot be read: {_first_line(error)}") from error
+        raise DataError(f"{file}:{number} cannot be read: {one_line(error)}") from error
 
 
 def _parquet(file: Path) -> Iterator[dict[str, Any]]:
@@ -245,15 +245,11 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(256):
             yield from batch.to_pylist()
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read: {_first_line(error)}") from error
+        raise DataError(f"{file} cannot be read: {one_line(error)}") from error
 
 
 def _json(file: Path) -> Any:
     try:
         return json.loads(read_bytes(file))
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{file} cannot be read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    except ValueError as error:
+        raise DataError(f"{file} cannot be read: {one_line(error)}") from error

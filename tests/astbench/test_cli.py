@@ -454,7 +454,7 @@ def test_truncated_data(astbench, here, ending):
     (here / "data").mkdir()
     (here / "data" / name).write_bytes(gzip.compress(text)[:-9] if ending.endswith("gz") else text)
     outcome = astbench(*FIT, "--data.source=local", "--data.path=data", "--run_dir=run")
-    assert_refused(outcome, 3, name, "cannot be read")
+    assert_refused(outcome, 3, name, "the gzip file is cut short" if ending.endswith("gz") else "cannot be read")
     assert not (here / "run").exists()
 
 

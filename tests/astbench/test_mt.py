@@ -74,6 +74,12 @@ def test_parallel_files_that_are_none(tmp_path, break_it, parts):
     assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
 
 
+def test_a_folder_with_a_table_says_how_to_read_it(tmp_path):
+    (tmp_path / "train.tsv.gz").write_bytes(gzip.compress(TABLE.encode()))
+    with pytest.raises(DataError, match=r"holds no train.en\|eng .*; a table of pairs is read as .*/train.tsv.gz$"):
+        read_parallel(tmp_path, "train", "train_name")
+
+
 TABLE = "Go.\tGeh.\tCC-BY 2.0\nRun!\tLauf!\n\n Hi. \tHallo.\n"
 
 
@@ -92,9 +98,9 @@ def test_tables_of_pairs(tmp_path):
     ("name", "data", "part"),
     [
         ("deu.txt", b"Go.\tGeh.\nno tab here\n", "deu.txt:2 holds no tab between English and German: 'no tab here'"),
-        ("deu.gz", gzip.compress(TABLE.encode())[:-9], "deu.gz cannot be read as UTF-8 text"),
-        ("deu.gz", b"no gzip", "deu.gz cannot be read as UTF-8 text"),
-        ("deu.zip", b"no zip", "deu.zip cannot be read as UTF-8 text"),
+        ("deu.gz", gzip.compress(TABLE.encode())[:-9], "deu.gz cannot be unpacked, the gzip file is cut short"),
+        ("deu.gz", b"no gzip", "deu.gz cannot be unpacked, the gzip file is cut short or damaged: Not a gzipped file"),
+        ("deu.zip", b"no zip", "deu.zip cannot be unpacked: File is not a zip file"),
     ],
     ids=["no-tab", "truncated-gz", "no-gz", "no-zip"],
 )
