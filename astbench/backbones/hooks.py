@@ -53,6 +53,10 @@ class CarriedMask(AttentionMask):
         """Itself."""
         return self
 
+    def view(self, *shape: int) -> CarriedMask:
+        """Itself: GPT-2 flattens whatever it is given."""
+        return self
+
 
 class AttentionSlot(nn.Module):
     """Sits on a Hugging Face attention module as its submodule `astbench` and holds the variant."""

@@ -56,7 +56,7 @@ def forgetful(monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "cache"),
-    [("llama", None), ("llama", "static"), ("gpt2", None), ("bart", None), ("bart", "static")],
+    [("llama", None), ("llama", "static"), ("gpt2", None), ("gpt2", "static"), ("bart", None), ("bart", "static")],
 )
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_is_the_same_and_sums_up_each_block_once(family, beams, cache, forgetful):

@@ -90,9 +90,10 @@ def test_generates_what_the_stock_model_does(family, beams, name, options):
     assert torch.equal(model.generate(**batch, **settings), stock)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(("name", "options"), [("dense", {}), ("ast", {"block_size": 4, "density": 1.0})])
-def test_generates_with_a_static_cache(name, options):
-    model = tiny_model("llama")
+def test_generates_with_a_static_cache(family, name, options):
+    model = tiny_model(family)
     ids = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
     padding = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
     settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "attention_mask": padding}
