@@ -7,9 +7,9 @@ from astbench_registry.conformance import PROPERTIES, check
 from astbench_registry.table import BUILTIN
 
 AST_OPTIONS = {
-    "adaptive": {"budget": "adaptive", "mass": 0.6},
+    "adaptive": {"budget": "adaptive", "share": 0.1},
     "adaptive-regularised": {
-        "budget": "adaptive", "mass": 0.6, "lambda_density": 0.1, "lambda_entropy": 0.1, "distill_weight": 0.0
+        "budget": "adaptive", "share": 0.1, "lambda_density": 0.1, "lambda_entropy": 0.1, "distill_weight": 0.0
     },
     "soft": {"estimator": "soft"},
     "policy": {"estimator": "policy_gradient"},

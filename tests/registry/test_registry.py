@@ -161,7 +161,7 @@ def test_unknown_option_suggests_the_nearest():
         ("ast", {"top_k": 0}, "--attention.top_k must be at least 1 block, got 0"),
         ("ast", {"min_blocks": 0}, "--attention.min_blocks must be at least 1 block, got 0"),
         ("ast", {"local_blocks": -1}, "--attention.local_blocks must be 0 or more blocks, got -1"),
-        ("ast", {"mass": 1.5}, "--attention.mass must be above 0 and at most 1, got 1.5"),
+        ("ast", {"share": 1.5}, "--attention.share must be above 0 and at most 1, got 1.5"),
         ("ast", {"temperature": 0.0}, "--attention.temperature must be above 0, got 0.0"),
         ("ast", {"rank": 0}, "--attention.rank must be at least 1, got 0"),
         ("ast", {"budget": "adaptve"}, "--attention.budget must be one of fixed, adaptive, got 'adaptve'"),

@@ -21,9 +21,11 @@ class ASTConfig(BlockSelectionConfig):
             of 4, 8, 16, ... blocks (long ones are windows, short ones strides), weighed per head, at first with zero.
         global_tokens: Always keep the blocks that hold a token which the task calls global (a question's), as part of
             the budget, and let groups that hold one see everything, beyond it. Only in bidirectional self-attention.
-        budget: "fixed" keeps `density` (or `top_k`) blocks a row; "adaptive" the fewest blocks whose
-            predicted mass reaches `mass`, so that density differs per head, row and input.
-        mass: Predicted attention mass to reach, for the adaptive budget.
+        budget: "fixed" keeps `density` (or `top_k`) blocks a row; "adaptive" the blocks that hold at least `share` of a
+            row's predicted mass, so that density differs per head, row and input.
+        share: Least share of that mass, for the adaptive budget: of the blocks that there is a choice among (the first
+            and the current one, always kept, often hold most of all). At most `1 / share` blocks reach it;
+            `min_blocks` are kept in any case.
         estimator: How the task loss reaches the predictor. "straight_through": kept blocks carry log p as a
             logit bias whose forward value is zero; "soft": the bias is there in the forward pass too;
             "policy_gradient": blocks are drawn as with `sample`, and a sequence's choices become more probable the
@@ -56,7 +58,7 @@ class ASTConfig(BlockSelectionConfig):
     patterns: int = 0
     global_tokens: bool = False
     budget: Literal["fixed", "adaptive"] = "fixed"
-    mass: float = 0.9
+    share: float = 0.01
     estimator: Literal["straight_through", "soft", "policy_gradient", "none"] = "straight_through"
     temperature: float = 0.5
     sample: bool = False
@@ -96,7 +98,7 @@ class ASTConfig(BlockSelectionConfig):
             f"a divisor of block_size ({self.block_size})",
         )
         self.require(0 <= self.patterns <= 16, "patterns", "0 to 16")
-        self.require(0 < self.mass <= 1, "mass", "above 0 and at most 1")
+        self.require(0 < self.share <= 1, "share", "above 0 and at most 1")
         self.require(self.temperature > 0, "temperature", "above 0")
         self.require(self.distill_weight >= 0, "distill_weight", "0 or more")
         self.require(self.distill_decay_steps >= 0, "distill_decay_steps", "0 or more steps")

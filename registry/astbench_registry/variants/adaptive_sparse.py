@@ -167,23 +167,16 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         return config.density_start + (config.density - config.density_start) * done
 
     def choose(self, scores: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
-        """Fixed budget as the base class; adaptive: the fewest blocks whose predicted mass reaches `mass`."""
+        """Fixed budget as the base class; adaptive: the blocks whose share of the predicted mass reaches `share`."""
         if self._draws():
             # P(score + logistic noise > tau) is the p of soft_top_k, for noise of the same temperature.
             uniform = torch.rand(scores.shape, device=scores.device, dtype=scores.dtype)
             scores = scores + self.config.temperature * uniform.logit(torch.finfo(scores.dtype).eps)
         if self.config.budget == "fixed":
             return super().choose(scores, selection, context)
-        mass = _block_probabilities(scores, selection)
-        ranked, order = torch.sort(mass, dim=-1, descending=True, stable=True)
-        needed = ranked.cumsum(-1) - ranked < self.config.mass
-        enough = torch.zeros_like(needed).scatter_(-1, order, needed)
-        wanted = (enough & selection.visible) | selection.forced
-        floor = torch.minimum(
-            torch.maximum(wanted.sum(-1), torch.tensor(self.config.min_blocks, device=scores.device)),
-            selection.visible.sum(-1),
-        )
-        return select_blocks(scores, forced=selection.forced, candidates=selection.candidates, budget=floor)
+        wanted = (_block_probabilities(scores, selection) >= self.config.share) | selection.forced
+        budget = torch.minimum(wanted.sum(-1).clamp(min=self.config.min_blocks), selection.visible.sum(-1))
+        return select_blocks(scores, forced=selection.forced, candidates=selection.candidates, budget=budget)
 
     def teach(
         self,
@@ -246,7 +239,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         return config.distill_weight * max(0.0, 1.0 - step / config.distill_decay_steps)
 
     def _density_error(self, scores: Tensor, keep: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
-        """(predicted density - target)^2; the prediction is exp(entropy of the predicted mass) / visible.
+        """(predicted density - target)^2; the prediction is (forced + exp(entropy of the predicted mass)) / visible.
 
         That effective number of blocks is what the adaptive budget follows; under a fixed budget it sharpens.
         """
@@ -254,7 +247,8 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         entropy = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
         visible = selection.visible.sum(-1).expand_as(entropy)
         live = visible > 0
-        predicted = (entropy.exp() / visible.clamp(min=1))[live].mean()
+        effective = selection.forced.sum(-1) + entropy.exp() * selection.free.any(-1)
+        predicted = (effective / visible.clamp(min=1))[live].mean()
         return (predicted - self.density_at(context.step)) ** 2
 
     def _distill(
@@ -357,12 +351,8 @@ def _global_context(mean_value: Tensor, counts: Tensor, mask: AttentionMask, gri
 
 
 def _block_probabilities(scores: Tensor, selection: Selection) -> Tensor:
-    """Softmax over the visible blocks; zero rows where nothing is visible.
-
-    Blocks that are visible but no candidates (the group's own, under a causal mask) are always kept and hold
-    no score that may be looked at: they take no part.
-    """
-    part = selection.candidates.expand_as(scores)
+    """Softmax over the blocks that there is a choice among; zero rows where there is none."""
+    part = selection.free.expand_as(scores)
     p = scores.masked_fill(~part, -torch.inf)
     p = p.masked_fill(~part.any(-1, keepdim=True), 0.0).softmax(-1)
     return p.masked_fill(~part, 0.0)
