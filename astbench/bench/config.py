@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from astbench.errors import ConfigError
-from astbench_registry import Pattern
-from astbench_registry.capabilities import PATTERNS
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("cpu", "cuda")
@@ -60,7 +59,7 @@ class BenchConfig:
     device: str = "cpu"
     lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096, 8192, 16384])
     densities: list[float] = field(default_factory=list)
-    pattern: Pattern = "bidirectional_self"
+    pattern: Literal["bidirectional_self", "causal_self"] = "bidirectional_self"
     batch: int = 1
     heads: int = 8
     kv_heads: int = 0
@@ -78,7 +77,7 @@ class BenchConfig:
     run_dir: str | None = None
 
     def __post_init__(self) -> None:
-        if self.pattern not in PATTERNS[:2]:
+        if self.pattern not in ("bidirectional_self", "causal_self"):
             raise ConfigError(f"--pattern must be bidirectional_self or causal_self, got {self.pattern}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")

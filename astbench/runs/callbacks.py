@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +24,7 @@ from astbench.runs.record import new_record, peak_memory, read_record
 from astbench.sharding import FullyShardedStrategy
 from astbench.tasks import Task
 from astbench.training import TaskModule
+from astbench_registry.registry import config_class
 
 _STATES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((NumericError,), "diverged"),
@@ -128,7 +130,11 @@ class RunCallback(Callback):
         self.record["precision"] = str(trainer.precision)
         self.record["notes"] = [*handle.notes, *data["notes"]]
         self._write_record()
-        options = {k: v for k, v in handle.options.items() if k in ("block_size", "query_group", "density", "window")}
+        usual = {field.name: field.default for field in fields(config_class(handle.name))}
+        shown = {"block_size", "query_group", "density", "window"}
+        if handle.options.get("budget") == "adaptive":
+            shown -= {"density"}
+        options = {k: v for k, v in handle.options.items() if k in shown or v != usual.get(k, v)}
         console.say(f"astbench {self.command}")
         console.table(
             {

@@ -100,16 +100,17 @@ class Efficiency:
 
 
 def _measured(
-    query_group: int, causal: bool, record: str, rows: dict[tuple[int, float], tuple[float, float]]
+    block_size: int, query_group: int, causal: bool, record: str, rows: dict[tuple[int, float], tuple[float, float]]
 ) -> list[Efficiency]:
     return [
-        Efficiency("cpu", "float32", 64, 64, query_group, causal, tokens, density, forward, training, record)
+        Efficiency("cpu", "float32", 64, block_size, query_group, causal, tokens, density, forward, training, record)
         for (tokens, density), (forward, training) in rows.items()
     ]
 
 
 EFFICIENCIES = (
     *_measured(
+        64,
         64,
         False,
         "results/kernel/bidirectional-cpu/record.json",
@@ -126,6 +127,7 @@ EFFICIENCIES = (
         },
     ),
     *_measured(
+        64,
         1,
         True,
         "results/kernel/causal-cpu/record.json",
@@ -416,8 +418,6 @@ def explain(shapes: Shapes) -> Explanation:
     if row.backend == "gather":
         facts.append(f"a block meets {shapes.rows_met:,.2f} query rows on average")
     measured, missing = _nearest(shapes)
-    if row.schedule == "masked":  # whatever R others of these shapes have
-        measured, missing = None, "no masked call was measured against dense"
     return Explanation(row, facts, shapes.density, measured, missing)
 
 
@@ -436,6 +436,10 @@ def _nearest(shapes: Shapes) -> tuple[Efficiency | None, str]:
         return abs(math.log2(m.tokens / shapes.query_length)), abs(math.log2(m.density / shapes.density))
 
     alike = [m for m in EFFICIENCIES if (m.dtype, m.head_dim, m.block_size, m.query_group, m.causal) == kind]
+    way = _gather(shapes)
+    alike = [m for m in alike if _gather(_shapes_of(m)) == way]
+    if not alike:
+        return None, f"these shapes were measured at other densities, where the schedule is not {way.replace('_', '-')}"
     best = min(alike, key=distances)
     if max(distances(best)) > math.log2(BEYOND):
         tokens, densities = [m.tokens for m in alike], [m.density for m in alike]
@@ -444,6 +448,25 @@ def _nearest(shapes: Shapes) -> tuple[Efficiency | None, str]:
             f"this call: {shapes.query_length:,} tokens at {shapes.density:.3g}"
         )
     return best, ""
+
+
+def _shapes_of(measured: Efficiency) -> Shapes:
+    """One of the measured calls, all of which have 4 heads."""
+    return Shapes(
+        device=measured.device,
+        dtype=measured.dtype,
+        batch=1,
+        heads=4,
+        kv_heads=4,
+        list_heads=4,
+        head_dim=measured.head_dim,
+        query_length=measured.tokens,
+        key_length=measured.tokens,
+        block_size=measured.block_size,
+        query_group=measured.query_group,
+        density=measured.density,
+        causal=measured.causal,
+    )
 
 
 def _kind(call: Efficiency | Shapes) -> str:
