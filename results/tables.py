@@ -146,6 +146,8 @@ def _described(record: Record) -> str:
         said.append("distillation moves all weights")
     if options.get("sub_blocks", 1) > 1:
         said.append(f"{options['sub_blocks']} means a block")
+    if options["budget"] == "adaptive":
+        said.append("as many as have their share")
     if options.get("patterns"):
         said.append("with patterns")
     if options["coarse_stride"]:
@@ -214,12 +216,13 @@ def _mean(numbers: Iterable[float]) -> float:
 def mqar() -> str:
     """Associative recall: how AST's predictor learns, and what else there is."""
     rows = []
-    for record in sorted(records("mqar").values(), key=lambda r: -r["metrics"]["accuracy"]):
-        options = attention(record)
+    for record in sorted(records("mqar").values(), key=_mqar_order):
+        options, data = attention(record), record["config"]["data"]
         ast = options["name"] == "ast"
         rows.append(
             [
                 f"`{options['name']}`",
+                f"{data['num_pairs']} in {data['length']}",
                 options["estimator"].replace("_", " ") if ast else "",
                 ("yes" if options["distill_weight"] else "no") if ast else "",
                 f"{record['density']['mean']:.3f}",
@@ -227,8 +230,13 @@ def mqar() -> str:
                 f"{list(record['accuracy_by_distance'].values())[-1]['accuracy']:.1f}",
             ]
         )
-    head = ["attention", "estimator", "distilled", "density", "accuracy", "at the farthest distance"]
-    return markdown(head, rows, words=3)
+    head = ["attention", "pairs in tokens", "estimator", "distilled", "density", "accuracy", "at the farthest distance"]
+    return markdown(head, rows, words=4)
+
+
+def _mqar_order(record: Record) -> tuple[int, int, float]:
+    data = record["config"]["data"]
+    return -data["length"], -data["num_pairs"], -record["metrics"]["accuracy"]
 
 
 def cost() -> str:

@@ -128,6 +128,13 @@ EFFICIENCIES = (
     ),
     *_measured(
         64,
+        256,
+        False,
+        "results/kernel/bidirectional-256-cpu/record.json",
+        {(2048, 0.152): (1.49, 1.42), (8192, 0.125): (1.26, 1.29), (8192, 0.062): (1.90, 1.26)},
+    ),
+    *_measured(
+        64,
         1,
         True,
         "results/kernel/causal-cpu/record.json",
@@ -143,8 +150,24 @@ EFFICIENCIES = (
             (16384, 0.063): (3.19, 2.91),
         },
     ),
+    *_measured(
+        4,
+        1,
+        True,
+        "results/kernel/causal-blocks4-cpu/record.json",
+        {
+            (1024, 0.126): (11.88, 9.73),
+            (2048, 0.125): (11.36, 9.50),
+            (4096, 0.125): (11.66, 9.62),
+            (8192, 0.125): (12.12, 11.06),
+            (1024, 0.064): (22.46, 19.35),
+            (2048, 0.063): (23.38, 18.54),
+            (4096, 0.063): (21.86, 17.98),
+            (8192, 0.063): (23.44, 15.81),
+        },
+    ),
 )
-"""The kernel alone on the lists that `ast` chose, 4 heads, one thread of an AVX2 processor (AMD EPYC)."""
+"""The kernel alone on the lists that `ast` chose, 4 heads, one thread of an AMD EPYC: AVX2, with blocks of 4 AVX-512."""
 
 BEYOND = 2
 """How far, as a factor, a call's tokens and density may lie from measured ones for their R to be quoted."""
