@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from astbench_kernels import (
     BlockLayout,
@@ -331,6 +333,39 @@ def test_inputs_are_left_alone_and_empty_slots_not_read(schedule):
     assert out.isfinite().all() and all(grad.isfinite().all() for grad in grads)
     for now, was in zip((*given, layout.indices, layout.counts), before, strict=True):
         torch.testing.assert_close(now.detach(), was, rtol=0, atol=0, equal_nan=True)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns, views aside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "expand" not in func.name():
+            sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+            self.elements = max([self.elements, *sizes])
+        return out
+
+
+@pytest.mark.parametrize("way", ["query-major", "key-major", "masked"])
+def test_memory_does_not_grow_with_all_pairs(monkeypatch, way):
+    """Twice as many tokens with lists as long as before: no tensor of either pass is more than twice as large."""
+    take(monkeypatch, way)
+    largest = []
+    for length in (2048, 4096):
+        g = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(1, 2, length, 16, generator=g, requires_grad=True) for _ in range(3)]
+        near = torch.arange(length)[:, None] // 16 - torch.arange(length // 16)
+        keep = ((near >= 0) & (near < 4)).expand(1, 2, -1, -1)
+        layout = BlockLayout.from_mask(keep, block_size=16, query_group=1, query_length=length, key_length=length)
+        bias = torch.zeros(layout.indices.shape, requires_grad=True)
+        with Largest() as mode:
+            out, _ = block_sparse_attention(*tensors, layout, block_bias=bias, causal=True, backend="gather")
+            out.sum().backward()
+        largest.append(mode.elements)
+        assert mode.elements < length * length / 4
+    assert largest[1] <= 2.1 * largest[0]
 
 
 def test_pattern_is_exact(schedule):
