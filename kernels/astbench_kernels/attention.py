@@ -191,7 +191,8 @@ def block_sparse_attention(
         v: Values, `(batch, kv_heads, key_length, value_dim)`.
         layout: The lists, for 1, `kv_heads` or `heads` list heads.
         block_bias: Added to the logits of every key in a listed block, `(batch, list_heads, groups, width)`,
-            aligned with `layout.indices`. Gets a gradient: the way a task loss reaches a block predictor.
+            aligned with `layout.indices`. Gets a gradient: the way a task loss reaches a block predictor. -inf hides a
+            block; so may `torch.finfo(dtype).min`, which overflows where logits are kept in powers of two.
         scale: Factor on `q . k`; 1/sqrt(head_dim) by default.
         causal: Query at position p sees keys at positions <= p (positions as in :class:`BlockLayout`).
         key_valid: Bool `(batch, key_length)`, False for padding; what padding holds never matters.
