@@ -167,7 +167,7 @@ EFFICIENCIES = (
         },
     ),
 )
-"""The kernel alone on the lists that `ast` chose, 4 heads, one thread of an AMD EPYC: AVX2, with blocks of 4 AVX-512."""
+"""The kernel alone on the lists that `ast` chose, 4 heads, one thread of an AMD EPYC (AVX2; blocks of 4 AVX-512)."""
 
 BEYOND = 2
 """How far, as a factor, a call's tokens and density may lie from measured ones for their R to be quoted."""

@@ -34,6 +34,8 @@ class DeepSeekSparseAttention(BlockSelectingAttention):
     a dense model with --optim.train=attention. Otherwise each token attends to its `top_k` visible tokens; a token
     competes for its own place. No choice depends on the future.
 
+    The choice and the attention to it agree with flash-linear-attention's plain reference (fla-core 0.6).
+
     Differences from the paper:
 
     * Its second stage, which trains all weights under the choice with the loss over the chosen tokens, is not here.

@@ -68,6 +68,9 @@ class NativeSparseAttention(BlockSelectingAttention):
     token is, and only completed blocks compete; the first block, the token's own and the one before are always
     selected and count in `top_k`. So no choice depends on the future, and decoding equals one full pass.
 
+    With one size for l, d and l' compression and selection agree with flash-linear-attention's plain reference
+    (fla-core 0.6), which pools keys as phi does at the start.
+
     Differences from the paper:
 
     * One set of keys and values, the backbone's, serves all branches; the paper projects three. phi and the gates are
