@@ -15,6 +15,8 @@ UNREADABLE = (OSError, EOFError, zlib.error)
 
 def open_bytes(file: Path) -> IO[bytes]:
     """Open for reading, unpacking `.gz` on the way; reading may raise what UNREADABLE names."""
+    if file.suffix == ".gz" and file.is_file() and not file.stat().st_size:
+        raise EOFError("it holds no bytes")  # which gzip reads as an empty text
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
 
 

@@ -132,9 +132,13 @@ class RunCallback(Callback):
         self._write_record()
         usual = {field.name: field.default for field in fields(config_class(handle.name))}
         shown = {"block_size", "query_group", "density", "window"}
+        shown |= {k for k, v in handle.options.items() if v != usual.get(k, v)}
         if handle.options.get("budget") == "adaptive":
+            shown |= {"share", "min_blocks"}
+            shown -= set() if handle.options["lambda_density"] else {"density"}
+        elif handle.options.get("top_k") is not None:
             shown -= {"density"}
-        options = {k: v for k, v in handle.options.items() if k in shown or v != usual.get(k, v)}
+        options = {k: v for k, v in handle.options.items() if k in shown}
         console.say(f"astbench {self.command}")
         console.table(
             {

@@ -6,6 +6,7 @@ import fcntl
 import json
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,6 +49,7 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} holds a run already; choose another --run_dir, or continue it with --resume={self.path}"
             )
+        self._made_parent = not self.path.parent.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self / LOCK, "w")  # noqa: SIM115 (held open as long as the run lasts)
@@ -73,6 +75,9 @@ class RunFolder:
         """Remove the folder if this process began it and no checkpoint is in it."""
         if self._fresh and not (self / LAST).exists() and not (self / PREVIOUS).exists():
             shutil.rmtree(self.path, ignore_errors=True)
+            if self._made_parent:
+                with suppress(OSError):  # another run has begun there
+                    self.path.parent.rmdir()
 
     def manifest(self) -> dict[str, Any]:
         """Digest of a checkpoint -> what it holds; empty when there is none."""

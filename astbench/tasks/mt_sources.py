@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def _file(folder: Path, name: str, language: str, option: str) -> Path:
     for file in tried:
         if file.is_file():
             return file
-    tables = sorted(x.name for x in folder.iterdir() if {".tsv", ".zip"} & set(x.suffixes))
+    tables = sorted(x.name for x in folder.iterdir() if x.name.endswith((".tsv", ".tsv.gz", ".zip")) and x.is_file())
     table = f"; a table of pairs is read as --data.path={folder / tables[0]}" if tables else ""
     raise DataError(
         f"--data.path={folder} holds no {name}.{'|'.join(ENDINGS[language])} (also .gz); --data.{option} says what "
@@ -141,5 +142,5 @@ def _unzipped(file: Path) -> bytes:
                     f"{file} must hold one table of pairs, found {len(tables)}; unpack it and name the file"
                 )
             return archive.read(tables[0])
-    except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise DataError(f"{file} cannot be unpacked: {one_line(error)}") from error

@@ -232,7 +232,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{file}:{number}", json.loads(line)
     except UNREADABLE as error:
         raise unreadable(f"{file}:{number + 1}", error) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # brackets within brackets within brackets
         raise DataError(f"{file}:{number} cannot be read: {one_line(error)}") from error
 
 
@@ -251,5 +251,5 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
 def _json(file: Path) -> Any:
     try:
         return json.loads(read_bytes(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # brackets within brackets within brackets
         raise DataError(f"{file} cannot be read: {one_line(error)}") from error

@@ -280,8 +280,14 @@ def keys_seen(query_length: int, key_length: int, query_offset: int, *, causal: 
     """Keys that a query position sees, on average; arguments as in :class:`astbench_kernels.BlockLayout`."""
     if not causal:
         return float(key_length)
-    ends = (query_offset + 1, query_offset + query_length)
-    return sum(min(key_length, max(0, end // key_stride)) for end in ends) / 2
+    first, last = ((query_offset + n) / key_stride for n in (1, query_length))
+
+    def below(end: float) -> float:
+        """Integral of the keys seen, up to an end that grows evenly."""
+        inside = min(max(end, 0.0), key_length)
+        return inside**2 / 2 + key_length * max(0.0, end - key_length)
+
+    return (below(last) - below(first)) / (last - first) if last > first else min(max(first, 0.0), key_length)
 
 
 def gather_schedule(

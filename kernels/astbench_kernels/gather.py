@@ -81,8 +81,9 @@ def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, in
 def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes_per_key: int, *, causal: bool) -> int:
     """(query, key) pairs that :func:`gather_attention` computes.
 
-    Query-major, each chunk's lists are as long as its longest one; key-major, every list has its own length; masked,
-    all keys up to a slab's last one are computed, and a column of nothing.
+    Query-major, each chunk's lists are as long as its longest one; key-major, every list has its own length (tiles that
+    are filled up, and blocks that nobody sees yet, left aside); masked, all keys up to a slab's last one are computed,
+    and a column of nothing.
 
     Args:
         layout: The lists.

@@ -77,7 +77,6 @@ class _Lists(Units):
 
     blocks: Tensor  # int32 (n, groups, width): listed blocks; anything in empty slots
     counts: Tensor  # int32 (n, groups)
-    widths: list[list[int]]  # the same
     limit: Tensor  # int64 (groups, 1 or rows): the last key that a row may see
     stops: list[int]  # of each group: keys that some row of it may see
     bias: Tensor | None  # (n, groups, width): anything in empty slots; None for none
@@ -86,11 +85,9 @@ class _Lists(Units):
     kv_heads: int
 
     def slabs(self) -> Iterator[_Slab]:
-        """All of the call, but groups that see nothing."""
-        for lists, groups, keys in _cut(len(self.table), self.rows, self.stops):
-            width = max(max(row[groups]) for row in self.widths[lists])
-            if width and keys:
-                yield self._slab(lists, groups, keys, width)
+        """All of the call but what lists or sees nothing."""
+        for cut in _cut(self.counts, self.layout.block_size, self.rows, self.stops):
+            yield self._slab(*cut)
 
     def _slab(self, lists: slice, groups: slice, keys: int, width: int) -> _Slab:
         size, device = self.layout.block_size, self.blocks.device
@@ -125,6 +122,7 @@ class _Lists(Units):
         if self.bias is not None:
             bias = self.bias[slab.lists, slab.groups, None, : slab.width, None].masked_fill(slab.empty, 0.0)
             logits.unflatten(-1, (slab.width, -1)).add_(bias.to(logits.dtype) * LOG2_E)
+            logits.masked_fill_(slab.index == slab.keys, -torch.inf)  # a bias may be NaN or inf where nobody sees it
         return logits
 
 
@@ -211,32 +209,40 @@ class MaskedAttention(torch.autograd.Function):
 
 def masked_pairs(layout: BlockLayout, num_heads: int, causal: bool) -> int:
     """Pairs that :class:`MaskedAttention` computes, one column a slab more than it has keys."""
-    batch, lists = layout.indices.shape[:2]
-    units = Units(layout, batch, num_heads // lists)
+    units = Units(layout, layout.indices.shape[0], num_heads // layout.indices.shape[1])
     stops = (_limit(units, causal, layout.indices.device).amax(-1) + 1).tolist()
     return sum(
         (lists.stop - lists.start) * (groups.stop - groups.start) * units.rows * (keys + 1)
-        for lists, groups, keys in _cut(batch * lists, units.rows, stops)
+        for lists, groups, keys, _ in _cut(layout.counts.flatten(0, 1), layout.block_size, units.rows, stops)
     )
 
 
-def _cut(lists: int, rows: int, stops: list[int]) -> Iterator[tuple[slice, slice, int]]:
-    """Slabs of about SLAB_PAIRS pairs: lists, their groups, and the keys that those see.
+def _cut(counts: Tensor, size: int, rows: int, stops: list[int]) -> Iterator[tuple[slice, slice, int, int]]:
+    """Slabs of about SLAB_PAIRS pairs, computed or picked: lists, their groups, the keys that those see, blocks listed.
+
+    What lists nothing or sees nothing is in none.
 
     Args:
-        lists: How many; each has as many groups as `stops` has entries.
+        counts: `(lists, groups)`: blocks listed.
+        size: Keys of a block.
         rows: Query rows of a group.
         stops: Keys that some row of a group may see; later groups never see less.
     """
-    pairs = dispatch.SLAB_PAIRS
-    together = max(1, pairs // max(1, len(stops) * rows * stops[-1]))
-    for first in range(0, lists, together):
-        start = 0
-        while start < len(stops):
-            stop = start + 1
-            while stop < len(stops) and (stop + 1 - start) * rows * stops[stop] <= pairs:
+    pairs, number, groups = dispatch.SLAB_PAIRS, len(counts), len(stops)
+    longest, widths = counts.amax(0).tolist(), counts.tolist()
+    together = max(1, pairs // max(1, groups * rows * max(stops[-1], size * max(longest))))
+    for first in range(0, number, together):
+        lists, start = slice(first, min(first + together, number)), 0
+        while start < groups:
+            stop, most = start + 1, longest[start]
+            while stop < groups:
+                most = max(most, longest[stop])
+                if (stop + 1 - start) * rows * max(stops[stop], size * most) > pairs:
+                    break
                 stop += 1
-            yield slice(first, min(first + together, lists)), slice(start, stop), stops[stop - 1]
+            width = max(max(row[start:stop]) for row in widths[lists])
+            if width and stops[stop - 1]:
+                yield lists, slice(start, stop), stops[stop - 1], width
             start = stop
 
 
@@ -284,7 +290,6 @@ def _lists(
         heads_per_list=units.heads_per_list,
         blocks=layout.indices.flatten(0, 1),
         counts=layout.counts.flatten(0, 1),
-        widths=layout.counts.flatten(0, 1).tolist(),
         limit=limit,
         stops=(limit.amax(-1) + 1).tolist(),
         bias=None if block_bias is None else block_bias.detach().flatten(0, 1),

@@ -40,7 +40,8 @@ def reference_attention(
         logits = logits + table[:, :, layout.row_groups()][..., block_of_key]
     keep = layout.token_mask(causal=causal, key_valid=key_valid)
     logits = torch.where(keep, logits, -torch.inf)
-    lse = torch.logsumexp(logits, -1)
+    blind = (logits.detach() == -torch.inf).all(-1)  # of these the gradient of a logsumexp would be NaN
+    lse = torch.logsumexp(torch.where(blind.unsqueeze(-1), 0.0, logits), -1).masked_fill(blind, -torch.inf)
     # Divided by its own sum: where all logits are large, rounding lse would scale the row.
     weights = torch.exp(logits - lse.detach().masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
     total = weights.sum(-1, keepdim=True)

@@ -458,6 +458,15 @@ def test_truncated_data(astbench, here, ending):
     assert not (here / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "wikipedia-train.json"])
+def test_data_of_brackets_within_brackets(astbench, here, name):
+    (here / "data").mkdir()
+    (here / "data" / name).write_text("[" * 200_000)
+    outcome = astbench(*FIT, "--data.source=local", "--data.path=data")
+    assert_refused(outcome, 3, name, "cannot be read")
+    assert [file.name for file in here.iterdir()] == ["data"], "not even an empty runs/"
+
+
 def test_plugins_that_do_not_load(astbench, here, plugin_file):
     raising = plugin_file(file="raising.py", code="1 / 0\n")
     empty = plugin_file(file="empty.py", code="x = 1\n")

@@ -350,10 +350,12 @@ def damage(file, how):
         file.write_text(whole.decode() + "é!", encoding="latin-1")
     elif how == "gzip":
         file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(whole)[:-20])
+    elif how == "gzip without bytes":
+        file.with_name(f"{file.name}.gz").write_bytes(b"")
     elif how == "gzip bytes":
         packed = gzip.compress(whole)
         file.with_name(f"{file.name}.gz").write_bytes(packed[:10] + b"\xff" * 9 + packed[19:])
-    if how in ("gzip", "gzip bytes", "missing"):
+    if how in ("gzip", "gzip bytes", "gzip without bytes", "missing"):
         file.unlink()
 
 
@@ -362,6 +364,7 @@ DAMAGES = {
     "blank": "holds no text",
     "encoding": "cannot be read as UTF-8 text: 'utf-8' codec can't decode byte 0xe9",
     "gzip": ".raw.gz cannot be unpacked, the gzip file is cut short or damaged: Compressed file ended",
+    "gzip without bytes": ".raw.gz cannot be unpacked, the gzip file is cut short or damaged: it holds no bytes",
     "gzip bytes": ".raw.gz cannot be unpacked, the gzip file is cut short or damaged: Error -3",
     "missing": "holds none of wiki.",
 }

@@ -111,6 +111,16 @@ def test_tables_that_are_none(tmp_path, name, data, part):
     assert part in str(caught.value)
 
 
+def test_a_damaged_zip_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "deu.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("deu.txt", TABLE * 50)
+    data = bytearray((tmp_path / "deu.zip").read_bytes())
+    data[60:90] = b"\xff" * 30
+    (tmp_path / "deu.zip").write_bytes(data)
+    with pytest.raises(DataError, match="deu.zip cannot be unpacked"):
+        read_table(tmp_path / "deu.zip")
+
+
 def test_a_zip_of_several_tables_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
         archive.writestr("a.txt", TABLE)

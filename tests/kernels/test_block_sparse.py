@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_kernels import (
     BlockLayout,
@@ -366,6 +367,51 @@ def test_memory_does_not_grow_with_all_pairs(monkeypatch, way):
         largest.append(mode.elements)
         assert mode.elements < length * length / 4
     assert largest[1] <= 2.1 * largest[0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_a_bias_where_nobody_sees_may_be_anything(backend, value):
+    """On listed blocks that lie in the future of every row of their group, or hold padding alone."""
+    inputs, layout, _ = random_case(64, 64, 8, 4, 0, dtype=torch.float32)
+    valid = torch.ones(BATCH, 64, dtype=torch.bool)
+    valid[:, 16:24] = False
+    first = layout.indices * 8
+    hidden = (first > torch.arange(3, 64, 4)[:, None]) | (first == 16)
+    results = []
+    for bias in (inputs[3], inputs[3].masked_fill(hidden, value)):
+        leaves = [x.detach().requires_grad_() for x in (*inputs[:3], bias)]
+        out, lse = block_sparse_attention(
+            *leaves[:3], layout, block_bias=leaves[3], causal=True, key_valid=valid, backend=backend
+        )
+        results.append((out, lse, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert hidden[layout.slots].any()
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+def test_rows_whose_blocks_are_all_hidden_by_a_bias_get_no_gradient(backend):
+    inputs, layout, _ = random_case(64, 64, 8, 4, 0)
+    bias = inputs[3].detach().clone()
+    bias[:, :, 3] = -torch.inf
+    for name in ("reference", backend):
+        leaves = [x.detach().requires_grad_() for x in (*inputs[:3], bias)]
+        out, lse = block_sparse_attention(*leaves[:3], layout, block_bias=leaves[3], backend=name)
+        grads = torch.autograd.grad(out.sum() + lse.masked_fill(lse == -torch.inf, 0).sum(), leaves)
+        assert all(grad.isfinite().all() for grad in grads)
+        assert (grads[0][:, :, 12:16] == 0).all()
+
+
+def test_pairs_that_are_counted_are_those_computed(monkeypatch):
+    """Of the masked schedule, whatever lists nothing or sees nothing yet left out."""
+    for pairs in (500, 2000, 2**18):
+        monkeypatch.setattr(dispatch, "SLAB_PAIRS", pairs)
+        (q, k, v, _), layout, _ = random_case(127, 127, 8, 1, 0)
+        layout = dataclasses.replace(layout, counts=layout.counts * (torch.arange(127) % 50 > 20))
+        for causal in (False, True):
+            monkeypatch.setattr(gather, "_schedule", lambda *args, **kwargs: "masked")
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                block_sparse_attention(q, k, v, layout, causal=causal, backend="gather")
+            counted = gather.gathered_pairs(layout, HEADS, KV_HEADS, 4 * DIM, causal=causal)
+            assert 4 * counted * DIM == counter.get_total_flops()
 
 
 def test_pattern_is_exact(schedule):

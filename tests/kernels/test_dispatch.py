@@ -108,6 +108,15 @@ def test_every_row_can_decide():
     assert {id(explain(call).row) for call in calls} == {id(row) for row in TABLE}
 
 
+@pytest.mark.parametrize(("queries", "keys", "stride"), [(96, 96, 1), (512, 4096, 1), (4096, 512, 1), (4096, 512, 8)])
+def test_keys_seen_are_those_of_the_mask(queries, keys, stride):
+    for offset in (0, keys * stride - queries):
+        position = torch.arange(queries) + offset
+        exact = ((position + 1).div(stride, rounding_mode="floor").clamp(0, keys)).double().mean()
+        found = dispatch.keys_seen(queries, keys, offset, causal=True, key_stride=stride)
+        assert found == pytest.approx(float(exact), abs=1)
+
+
 def test_rows_met_is_what_the_lists_say():
     """Under a causal mask a row sees half of the blocks on average."""
     for causal, expected in ((False, 0.5 * 96 * 2), (True, 0.5 * 96 * 2 * 3.5 / 6)):

@@ -47,18 +47,41 @@ def test_blocks_with_their_share_are_kept(share, least):
     assert len(counts) > 2 or share == 0.9, "heads differ in how much they keep"
 
 
-def test_the_regulariser_sharpens_what_is_too_dense():
-    """Following its gradient alone, the effective number of blocks falls, and with it what is kept."""
-    q, k, v = draw(0.5)
-    mask, listen = AttentionMask("causal_self"), AttentionContext(listen=True)
-    module = build(share=0.1, density=0.2, lambda_density=1.0, distill_weight=0.0, estimator="none").train()
+def step(module, tokens):
+    """(density that was kept, the regulariser's loss) of one call."""
+    out = module(*tokens, AttentionMask("causal_self"), context=AttentionContext(listen=True))
+    visible = torch.arange(TOKENS).div(SIZE, rounding_mode="floor") + 1
+    return float((out.stats.layout.counts / visible).mean()), out.losses["density"]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.1, 0.03])
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+def test_the_prediction_is_what_is_kept(share, scale):
+    options = {"density": 1e-6, "lambda_density": 1.0, "distill_weight": 0.0, "temperature": 0.05}
+    module = build(share=share, **options).train()
+    kept, loss = step(module, draw(scale))
+    assert float(loss.detach()) ** 0.5 == pytest.approx(kept, abs=0.03)
+
+
+@pytest.mark.parametrize(("share", "target"), [(0.05, 0.35), (0.2, 0.7)], ids=["less", "more"])
+def test_the_regulariser_moves_the_density_to_its_target(share, target):
+    tokens = draw(0.7)
+    torch.manual_seed(0)  # the predictor's weights
+    options = {"density": target, "lambda_density": 1.0, "distill_weight": 0.0, "estimator": "none"}
+    module = build(share=share, **options).train()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
     kept = []
-    for _ in range(40):
-        out = module(q, k, v, mask, context=listen)
-        kept.append(float(out.stats.layout.counts.double().mean()))
-        loss = sum(out.losses.values())
+    for _ in range(120):
+        density, loss = step(module, tokens)
+        kept.append(density)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert kept[-1] < 0.8 * kept[0]
+    assert abs(kept[-1] - target) < 0.5 * abs(kept[0] - target), (kept[0], kept[-1])
+    assert abs(kept[0] - target) > 0.1
+
+
+def test_runs_of_before_still_load():
+    assert build(budget="fixed", mass=0.9).config.mass == 0.9
+    with pytest.raises(ValueError, match=r"--attention.mass must be left out: .* by --attention.share"):
+        build(mass=0.9)

@@ -26,6 +26,7 @@ class ASTConfig(BlockSelectionConfig):
         share: Least share of that mass, for the adaptive budget: of the blocks that there is a choice among (the first
             and the current one, always kept, often hold most of all). At most `1 / share` blocks reach it;
             `min_blocks` are kept in any case.
+        mass: Not used; runs of before `share` hold it.
         estimator: How the task loss reaches the predictor. "straight_through": kept blocks carry log p as a
             logit bias whose forward value is zero; "soft": the bias is there in the forward pass too;
             "policy_gradient": blocks are drawn as with `sample`, and a sequence's choices become more probable the
@@ -49,7 +50,8 @@ class ASTConfig(BlockSelectionConfig):
             chosen blocks; 0 = none does.
         coarse_from: First layer (from 0) that does.
         coarse_every: Layers after which the stride doubles; 0 = it stays.
-        lambda_density: Weight of (predicted density - density)^2; moves it under the adaptive budget.
+        lambda_density: Weight of (predicted density - density)^2; moves it under the adaptive budget, and sharpens the
+            scores under a fixed one.
         lambda_entropy: Weight of the entropy of the choice; sharpens it.
     """
 
@@ -59,6 +61,7 @@ class ASTConfig(BlockSelectionConfig):
     global_tokens: bool = False
     budget: Literal["fixed", "adaptive"] = "fixed"
     share: float = 0.01
+    mass: float | None = None
     estimator: Literal["straight_through", "soft", "policy_gradient", "none"] = "straight_through"
     temperature: float = 0.5
     sample: bool = False
@@ -99,6 +102,11 @@ class ASTConfig(BlockSelectionConfig):
         )
         self.require(0 <= self.patterns <= 16, "patterns", "0 to 16")
         self.require(0 < self.share <= 1, "share", "above 0 and at most 1")
+        self.require(
+            self.mass is None or self.budget == "fixed",
+            "mass",
+            "left out: the adaptive budget goes by --attention.share",
+        )
         self.require(self.temperature > 0, "temperature", "above 0")
         self.require(self.distill_weight >= 0, "distill_weight", "0 or more")
         self.require(self.distill_decay_steps >= 0, "distill_decay_steps", "0 or more steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -239,16 +240,22 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         return config.distill_weight * max(0.0, 1.0 - step / config.distill_decay_steps)
 
     def _density_error(self, scores: Tensor, keep: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
-        """(predicted density - target)^2; the prediction is (forced + exp(entropy of the predicted mass)) / visible.
+        """(predicted density - target)^2, the prediction a number of blocks over the visible ones, mean over all rows.
 
-        That effective number of blocks is what the adaptive budget follows; under a fixed budget it sharpens.
+        Adaptive budget: the blocks that reach their share, each as the sigmoid of how far it does, of `temperature`.
+        Fixed: the effective number exp(entropy of the predicted mass), which sharpens the scores.
         """
-        p = _block_probabilities(scores, selection)
-        entropy = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
-        visible = selection.visible.sum(-1).expand_as(entropy)
-        live = visible > 0
-        effective = selection.forced.sum(-1) + entropy.exp() * selection.free.any(-1)
-        predicted = (effective / visible.clamp(min=1))[live].mean()
+        p, free = _block_probabilities(scores, selection), selection.free
+        log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log()
+        if self.config.budget == "adaptive":
+            reach = ((log_p - math.log(self.config.share)) / self.config.temperature).sigmoid()
+            kept = selection.forced.sum(-1) + reach.masked_fill(~free, 0.0).sum(-1)
+            kept = kept.clamp(min=self.config.min_blocks)
+        else:
+            kept = selection.forced.sum(-1) + (-(p * log_p).sum(-1)).exp() * free.any(-1)
+        visible = selection.visible.sum(-1).expand_as(kept)
+        kept, live = torch.minimum(kept, visible), visible > 0
+        predicted = (kept / visible.clamp(min=1))[live].mean()
         return (predicted - self.density_at(context.step)) ** 2
 
     def _distill(
