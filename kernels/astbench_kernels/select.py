@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -25,7 +26,7 @@ def select_blocks(scores: Tensor, *, forced: Tensor, candidates: Tensor, budget:
     """
     allowed, budget = forced | candidates, budget.expand(scores.shape[:-1])
     # Forced blocks rank above all others, so that the budget counts them too.
-    ranked = scores.float().masked_fill(~allowed, -torch.inf).masked_fill_(forced, torch.inf)
+    ranked = scores.detach().float().masked_fill(~allowed, -torch.inf).masked_fill_(forced, torch.inf)
     # Per group the blocks that any batch row and head may keep: few for a causal mask's first groups.
     anywhere = allowed[(None,) * (4 - allowed.dim())].flatten(0, 1).any(0).expand(scores.shape[2:])
     lowest, next_best = _lowest_kept(ranked, budget, anywhere)
@@ -41,6 +42,10 @@ SCORES_AT_A_TIME = 2**17
 
 ROWS_AT_A_TIME = 512
 """Groups whose thresholds are looked for together. Under a causal mask the first ones see few blocks: short rows."""
+
+
+SORTED_WHOLE = 512
+"""The longest row of scores that is sorted whole on the CPU; of longer ones the best are set apart first."""
 
 
 def _lowest_kept(ranked: Tensor, budget: Tensor, anywhere: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,12 +64,24 @@ def _lowest_kept(ranked: Tensor, budget: Tensor, anywhere: Tensor) -> tuple[Tens
         blocks = anywhere[here].any(0).nonzero()
         reach = int(blocks[-1]) + 1 if len(blocks) else 1
         wanted = budget[:, :, here].clamp(1, reach).unsqueeze(-1)
-        best = ranked[:, :, here, :reach].topk(min(reach, int(wanted.max()) + 1), -1).values
+        best = _best_first(ranked[:, :, here, :reach], wanted)
         lowest.append(best.gather(-1, wanted - 1))
         beyond = best.gather(-1, wanted.clamp(max=best.shape[-1] - 1))
         next_best.append(beyond.masked_fill_(wanted == best.shape[-1], -torch.inf))
     last = torch.cat(lowest, 2).squeeze(-1).clamp_(min=torch.finfo(ranked.dtype).min)
     return last.masked_fill_(budget <= 0, torch.inf), torch.cat(next_best, 2).squeeze(-1)
+
+
+def _best_first(ranked: Tensor, wanted: Tensor) -> Tensor:
+    """Each row's scores from the best on, at least one more of them than are wanted, where there are so many."""
+    most = min(ranked.shape[-1], int(wanted.max()) + 1)
+    if ranked.device.type != "cpu":
+        return ranked.topk(most, -1).values
+    # numpy has vector instructions for this: of an eighth three to ten times as fast as torch's top-k on one thread.
+    negative = ranked.neg().numpy()
+    if ranked.shape[-1] > SORTED_WHOLE:
+        negative = np.partition(negative, most - 1, axis=-1)[..., :most]
+    return torch.from_numpy(np.sort(negative, axis=-1)).neg_()
 
 
 def _without_surplus(ranked: Tensor, lowest: Tensor, budget: Tensor) -> Tensor:
