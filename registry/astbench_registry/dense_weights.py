@@ -13,7 +13,9 @@ WEIGHTS_AT_A_TIME, WEIGHTS_AT_A_TIME_ON_GPU = 2**19, 2**26
 
 
 @torch.no_grad()
-def dense_weights(q: Tensor, k: Tensor, mask: AttentionMask, scale: float, rows: Tensor) -> Tensor:
+def dense_weights(
+    q: Tensor, k: Tensor, mask: AttentionMask, scale: float, rows: Tensor, *, stop: int | None = None
+) -> Tensor:
     """Softmax attention of some query rows over all keys that they see.
 
     Args:
@@ -22,17 +24,19 @@ def dense_weights(q: Tensor, k: Tensor, mask: AttentionMask, scale: float, rows:
         mask: What may be seen.
         scale: Factor on `q . k`.
         rows: int64 `(rows,)`: which of the queries, the same of every sequence.
+        stop: How many keys are looked at, from the first on, for rows that see no others; all by default.
 
     Returns:
-        `(batch, num_heads, rows, key_length)`, float32 or more, without gradient; zero in rows that see nothing and
-        in rows of padding.
+        `(batch, num_heads, rows, key_length or stop)`, float32 or more, without gradient; zero in rows that see nothing
+        and in rows of padding.
 
     Cost: O(rows x key_length) time and memory.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
+    k = k[:, :, :stop]
     weights = block_scores(q[:, :, rows].to(compute), k.to(compute)).mul_(scale)
     if mask.key_valid is not None:
-        weights.masked_fill_(~mask.key_valid[:, None, None, :], -torch.inf)
+        weights.masked_fill_(~mask.key_valid[:, None, None, :stop], -torch.inf)
     if mask.causal:
         position = torch.arange(k.shape[2], device=q.device)
         weights.masked_fill_(position > (rows + mask.query_offset)[:, None], -torch.inf)

@@ -117,7 +117,7 @@ def test_a_damaged_zip_is_refused(tmp_path):
     data = bytearray((tmp_path / "deu.zip").read_bytes())
     data[60:90] = b"\xff" * 30
     (tmp_path / "deu.zip").write_bytes(data)
-    with pytest.raises(DataError, match="deu.zip cannot be unpacked"):
+    with pytest.raises(DataError, match=r"deu\.zip cannot be unpacked"):
         read_table(tmp_path / "deu.zip")
 
 

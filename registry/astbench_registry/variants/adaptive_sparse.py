@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, rms_norm
 
 from astbench_kernels import BlockLayout, select_blocks, soft_top_k
+from astbench_kernels.layout import ceil_div
 from astbench_kernels.triton import pool_blocks
 from astbench_registry.block_pooling import extremes_of_blocks, mean_of_blocks, real_in_blocks, valid_in_blocks
 from astbench_registry.block_selection import (
@@ -404,9 +405,14 @@ def _pooled_attention(
     """
     norm = v.norm(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
     norm = norm.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None, :]
-    missing = selection.num_blocks * selection.block_size - k.shape[2]
+    size, blocks, stop = selection.block_size, selection.num_blocks, k.shape[2]
     pooled = []
     for rows in index.split(rows_at_a_time(q, k)):
-        weights = pad(dense_weights(q, k, mask, scale, rows).mul_(norm), (0, missing))
-        pooled.append(weights.unflatten(-1, (selection.num_blocks, -1)).amax(-1))
+        if mask.causal and q.device.type == "cpu":  # a GPU would have to be waited for
+            stop = min(k.shape[2], ceil_div(int(rows.max()) + mask.query_offset + 1, size) * size)
+        weights = dense_weights(q, k, mask, scale, rows, stop=stop).mul_(norm[..., :stop])
+        if stop % size:
+            weights = pad(weights, (0, -stop % size))
+        weights = weights.unflatten(-1, (-1, size)).amax(-1)
+        pooled.append(pad(weights, (0, blocks - weights.shape[-1])))
     return torch.cat(pooled, 2)
