@@ -206,6 +206,12 @@ TASKS: dict[str, Task] = {
                 "trainer.max_steps": 200,
                 "optim.lr": 1e-3,
                 "optim.beta2": 0.98,
+                # With the default blocks of 16, at least 8 of them, all 128 tokens would be kept.
+                "attention.block_size": 4,
+                "attention.density": 0.125,
+                "attention.min_blocks": 4,
+                "attention.first_block": False,
+                "attention.distill_fraction": 1.0,
             },
         ),
         *(
