@@ -239,6 +239,24 @@ def _mqar_order(record: Record) -> tuple[int, int, float]:
     return -data["length"], -data["num_pairs"], -record["metrics"]["accuracy"]
 
 
+def needle() -> str:
+    """Needles in a haystack, near the end of the text and farther back."""
+    rows = []
+    for record in sorted(records("needle").values(), key=lambda r: -r["metrics"]["accuracy"]):
+        options, depths = attention(record), record["accuracy_by_depth"]
+        window = f", window {options['window']}" if options["name"] == "local" else ""
+        far = [cell["accuracy"] for depth, cell in depths.items() if int(depth) < 50]
+        rows.append(
+            [
+                f"`{options['name']}`{window}",
+                f"{record['density']['mean']:.3f}",
+                f"{record['metrics']['accuracy']:.1f}",
+                f"{_mean(far):.1f}",
+            ]
+        )
+    return markdown(["attention", "density", "accuracy", "needle in the first half"], rows)
+
+
 def cost() -> str:
     """Time and memory of a layer over the length."""
     from astbench.bench import analysis
@@ -377,6 +395,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "wikitext2-scratch": scratch,
     "multi30k": multi30k,
     "mqar": mqar,
+    "needle": needle,
     "attentions": attentions,
     "cost": cost,
     "kernel": kernel,

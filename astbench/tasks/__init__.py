@@ -212,6 +212,11 @@ TASKS: dict[str, Task] = {
                 "attention.min_blocks": 4,
                 "attention.first_block": False,
                 "attention.distill_fraction": 1.0,
+                # Dense first: sparse from the start, it finds one of the needles and not the one asked for.
+                "attention.density_start": 1.0,
+                "attention.density_hold": 60,
+                "attention.density_steps": 140,
+                "attention.density_schedule": "mixed",
             },
         ),
         *(
