@@ -244,11 +244,13 @@ def needle() -> str:
     rows = []
     for record in sorted(records("needle").values(), key=lambda r: -r["metrics"]["accuracy"]):
         options, depths = attention(record), record["accuracy_by_depth"]
-        window = f", window {options['window']}" if options["name"] == "local" else ""
+        said = f", window {options['window']}" if options["name"] == "local" else ""
+        if options["name"] == "ast" and options["density_start"] is None:
+            said = ", sparse from the start"
         far = [cell["accuracy"] for depth, cell in depths.items() if int(depth) < 50]
         rows.append(
             [
-                f"`{options['name']}`{window}",
+                f"`{options['name']}`{said}",
                 f"{record['density']['mean']:.3f}",
                 f"{record['metrics']['accuracy']:.1f}",
                 f"{_mean(far):.1f}",
