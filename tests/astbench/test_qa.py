@@ -379,7 +379,7 @@ def test_a_question_without_any_answer_is_refused(tmp_path):
 def test_truncated_tables_are_one_data_error(tmp_path, name):
     path = write_table(tmp_path, [hub_row(n, question=f"Q{n}" * 40) for n in range(30)], name)
     path.write_bytes(path.read_bytes()[:-37])
-    with pytest.raises(DataError, match="cannot be read") as caught:
+    with pytest.raises(DataError, match=r"cannot be (read|unpacked)") as caught:
         read_triviaqa(tmp_path, "train")
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
