@@ -6,10 +6,31 @@ The variable is gone again at once: commands that tests start, and `choose_backe
 import os
 from importlib.util import find_spec
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 if find_spec("triton") is not None and not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns meanwhile."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+@pytest.fixture
+def largest_tensor():
+    """`with largest_tensor() as largest: ...; largest.elements`."""
+    return LargestTensor

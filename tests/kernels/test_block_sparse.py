@@ -4,8 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_kernels import (
@@ -336,21 +334,8 @@ def test_inputs_are_left_alone_and_empty_slots_not_read(schedule):
         torch.testing.assert_close(now.detach(), was, rtol=0, atol=0, equal_nan=True)
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns, views aside."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view and "expand" not in func.name():
-            sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-            self.elements = max([self.elements, *sizes])
-        return out
-
-
 @pytest.mark.parametrize("way", ["query-major", "key-major", "masked"])
-def test_memory_does_not_grow_with_all_pairs(monkeypatch, way):
+def test_memory_does_not_grow_with_all_pairs(monkeypatch, way, largest_tensor):
     """Twice as many tokens with lists as long as before: no tensor of either pass is more than twice as large."""
     take(monkeypatch, way)
     largest = []
@@ -361,7 +346,7 @@ def test_memory_does_not_grow_with_all_pairs(monkeypatch, way):
         keep = ((near >= 0) & (near < 4)).expand(1, 2, -1, -1)
         layout = BlockLayout.from_mask(keep, block_size=16, query_group=1, query_length=length, key_length=length)
         bias = torch.zeros(layout.indices.shape, requires_grad=True)
-        with Largest() as mode:
+        with largest_tensor() as mode:
             out, _ = block_sparse_attention(*tensors, layout, block_bias=bias, causal=True, backend="gather")
             out.sum().backward()
         largest.append(mode.elements)

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_kernels import dispatch
@@ -173,21 +171,9 @@ def test_flops_are_what_the_counter_sees(monkeypatch, chunk, masked):
     assert declared == kept if chunk == 0 and not masked else declared > kept
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return out
-
-
-def test_memory_stays_far_below_all_pairs():
+def test_memory_stays_far_below_all_pairs(largest_tensor):
     q, k, v = torch.randn(3, 1, 1, 8192, 64, generator=torch.Generator().manual_seed(0)).unbind()
-    with Largest() as largest, torch.no_grad():
+    with largest_tensor() as largest, torch.no_grad():
         build({}, dim=64, heads=1, kv_heads=1)(q, k, v, MASK)
     assert largest.elements < 8192 * 8192 / 64
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.nn.functional import elu
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionMask, AttentionShape, build_attention
@@ -103,27 +102,15 @@ def test_flops_are_what_the_counter_sees(pattern, offset):
     assert module.flops(BATCH, 191 - offset, keys, mask) == counter.get_total_flops()
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers that any one tensor held."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tensors = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, torch.Tensor)]
-        self.numbers = max(self.numbers, *(x.numel() for x in tensors), 0)
-        return out
-
-
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_no_tensor_grows_with_the_square_of_the_length(pattern):
+def test_no_tensor_grows_with_the_square_of_the_length(pattern, largest_tensor):
     found = []
     for length in (4096, 8192):
         tensors = [torch.randn(1, h, length, 8, requires_grad=True) for h in (2, 1, 1)]
         module = build_attention("linear", {}, AttentionShape(2, 1, 8))
-        with Largest() as largest:
+        with largest_tensor() as largest:
             module(*tensors, AttentionMask(pattern)).context.sum().backward()
-        found.append(largest.numbers)
+        found.append(largest.elements)
     assert found[1] <= 2 * found[0] <= 2 * 2 * 4096 * CHUNK
 
 

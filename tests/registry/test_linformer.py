@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, attention_class, build_attention
@@ -185,25 +184,12 @@ def test_statistics_count_every_pair():
     assert torch.equal(stats.attended, (37 * valid.sum(-1, keepdim=True)).expand(-1, HEADS).double())
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.size = max(self.size, x.numel())
-        return out
-
-
-def test_memory_is_linear():
+def test_memory_is_linear(largest_tensor):
     length, k = 8192, 16
     shape = AttentionShape(2, 1, 4, max_positions=length)
     module = attention_class("linformer")(make_config("linformer", {"k": k}), shape)
     q, key = torch.randn(1, 2, length, 4), torch.randn(1, 1, length, 4)
     valid = (torch.arange(length) % 3 > 0)[None]
-    with sdpa_kernel(SDPBackend.MATH), Largest() as largest:
+    with sdpa_kernel(SDPBackend.MATH), largest_tensor() as largest:
         module(q, key, key, AttentionMask(key_valid=valid)).context.sum().backward()
-    assert length * k <= largest.size <= 2 * length * k
+    assert length * k <= largest.elements <= 2 * length * k

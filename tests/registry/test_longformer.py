@@ -3,8 +3,6 @@
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
@@ -183,28 +181,16 @@ def test_flops_are_what_the_counter_sees(options, pattern):
     assert module.flops(BATCH, length, length, mask) == counter.get_total_flops()
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return out
-
-
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("options", [{"window": 32}, {"window": 32, "dilation": 4}], ids=["plain", "dilated"])
-def test_memory_is_linear_in_the_length(options, pattern):
+def test_memory_is_linear_in_the_length(options, pattern, largest_tensor):
     found = []
     for length in (4096, 8192):
         module = build_attention("longformer", options, AttentionShape(1, 1, 4))
         q, k, v = torch.randn(3, 1, 1, length, 4, generator=torch.Generator().manual_seed(0)).unbind()
         named = torch.arange(length)[None] % (length // 8) == 0
         context = AttentionContext(global_tokens=named)
-        with Largest() as largest, torch.no_grad():
+        with largest_tensor() as largest, torch.no_grad():
             module(q, k, v, AttentionMask(pattern), context=context)
         found.append(largest.elements)
     assert found[1] <= 2 * found[0] * 1.05 and found[1] < 8192 * 256

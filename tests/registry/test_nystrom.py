@@ -6,7 +6,6 @@ from math import ceil
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
@@ -253,24 +252,11 @@ def test_statistics_count_every_pair():
     assert torch.equal(stats.attended, (37 * valid.sum(-1, keepdim=True)).expand(-1, HEADS).double())
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.size = max(self.size, x.numel())
-        return out
-
-
-def test_memory_is_linear():
+def test_memory_is_linear(largest_tensor):
     length, landmarks = 8192, 16
     module = build({"num_landmarks": landmarks, "conv_kernel_size": 3}, heads=2, kv_heads=1, dtype=torch.float32)
     q, key = torch.randn(1, 2, length, DIM), torch.randn(1, 1, length, DIM)
     valid = (torch.arange(length) % 3 > 0)[None]
-    with sdpa_kernel(SDPBackend.MATH), Largest() as largest:
+    with sdpa_kernel(SDPBackend.MATH), largest_tensor() as largest:
         module(q, key, key, AttentionMask(key_valid=valid)).context.sum().backward()
-    assert length * landmarks <= largest.size <= 2 * length * landmarks
+    assert length * landmarks <= largest.elements <= 2 * length * landmarks

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention, linear_attention
@@ -270,25 +269,13 @@ def test_flops_are_what_the_counter_sees(monkeypatch, pattern, offset, piece):
     assert module.flops(BATCH, 191 - offset, keys, mask) == counter.get_total_flops()
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers that any one tensor held."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tensors = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, torch.Tensor)]
-        self.numbers = max(self.numbers, *(x.numel() for x in tensors), 0)
-        return out
-
-
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_no_tensor_grows_with_the_square_of_the_length(pattern):
+def test_no_tensor_grows_with_the_square_of_the_length(pattern, largest_tensor):
     found = []
     for length in (4096, 8192):
         tensors = [torch.randn(1, h, length, 8, requires_grad=True) for h in (2, 1, 1)]
         module = build({"num_features": 16}, heads=2, kv_heads=1, dim=8)
-        with Largest() as largest:
+        with largest_tensor() as largest:
             module(*tensors, AttentionMask(pattern)).context.sum().backward()
-        found.append(largest.numbers)
+        found.append(largest.elements)
     assert found[1] <= 2 * found[0] <= 2 * 2 * 4096 * 64  # a chunk's weights: 64 per query and head

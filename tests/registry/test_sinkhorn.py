@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
@@ -185,24 +184,13 @@ def test_flops_are_what_the_counter_sees(pattern, length, size):
     assert module.flops(BATCH, length, length, mask) == counter.get_total_flops()
 
 
-class Largest(TorchDispatchMode):
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numbers = max(self.numbers, x.numel())
-        return out
-
-
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_memory_is_linear(pattern):
+def test_memory_is_linear(pattern, largest_tensor):
     length = 8192
     tensors, _ = draw(length, batch=1, heads=1, kv_heads=1)
-    with Largest() as largest, torch.no_grad():
+    with largest_tensor() as largest, torch.no_grad():
         build(heads=1, kv_heads=1)(*tensors, AttentionMask(pattern))
-    assert largest.numbers <= length * 2 * 64  # two blocks of 64 for every token
+    assert largest.elements <= length * 2 * 64  # two blocks of 64 for every token
 
 
 # ----- the package

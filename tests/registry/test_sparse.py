@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_kernels import dispatch
@@ -172,27 +171,14 @@ def test_flops_are_what_the_counter_sees(monkeypatch, pattern, offset, options, 
     assert module.flops(BATCH, 96 - offset, 96, mask) == counter.get_total_flops()
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor made meanwhile."""
-
-    seen = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.seen = max(self.seen, x.numel())
-        return out
-
-
 @pytest.mark.parametrize("pattern", ["strided", "fixed"])
-def test_no_tensor_grows_with_the_square(pattern):
+def test_no_tensor_grows_with_the_square(pattern, largest_tensor):
     length, stride = 8192, 128
     q = torch.randn(1, 1, length, 4)
     module = build_attention("sparse", {"pattern": pattern, "stride": stride}, AttentionShape(1, 1, 4))
-    with Largest() as largest:
+    with largest_tensor() as largest:
         module(q, q, q, AttentionMask("causal_self"))
-    assert largest.seen <= length * (2 * stride + length // stride) < length * length / 20
+    assert largest.elements <= length * (2 * stride + length // stride) < length * length / 20
 
 
 @pytest.mark.parametrize(
