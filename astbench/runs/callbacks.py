@@ -135,7 +135,7 @@ class RunCallback(Callback):
         shown |= {k for k, v in handle.options.items() if v != usual.get(k, v)}
         if handle.options.get("budget") == "adaptive":
             shown |= {"share", "min_blocks"}
-            shown -= set() if handle.options["lambda_density"] else {"density"}
+            shown -= set() if handle.options.get("lambda_density") else {"density"}
         elif handle.options.get("top_k") is not None:
             shown -= {"density"}
         options = {k: v for k, v in handle.options.items() if k in shown}

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from astbench_kernels.efficiencies import EFFICIENCIES, Efficiency
 
 GatherSchedule = Literal["query_major", "key_major", "masked"]
 
@@ -67,139 +69,6 @@ TRITON_MAX_HEAD_DIM = 256
 TRITON_DTYPES = ("float16", "bfloat16", "float32")
 """triton: what its kernels compute in."""
 
-
-@dataclass(frozen=True)
-class Efficiency:
-    """A measured R = time of the kernel / (density x time of dense); 1 would be ideal.
-
-    Attributes:
-        device: Where; CPU figures are one thread's.
-        dtype: Of the inputs.
-        head_dim: Head size.
-        block_size: Keys a block.
-        query_group: Queries a list.
-        causal: Whether under a causal mask.
-        tokens: Queries, and keys.
-        density: Share of the visible pairs that was computed.
-        forward: R of a forward pass.
-        training: R of forward and backward together.
-        record: Where it is from.
-    """
-
-    device: str
-    dtype: str
-    head_dim: int
-    block_size: int
-    query_group: int
-    causal: bool
-    tokens: int
-    density: float
-    forward: float
-    training: float
-    record: str
-
-
-def _measured(
-    block_size: int, query_group: int, causal: bool, record: str, rows: dict[tuple[int, float], tuple[float, float]]
-) -> list[Efficiency]:
-    return [
-        Efficiency("cpu", "float32", 64, block_size, query_group, causal, tokens, density, forward, training, record)
-        for (tokens, density), (forward, training) in rows.items()
-    ]
-
-
-EFFICIENCIES = (
-    *_measured(
-        64,
-        64,
-        False,
-        "results/kernel/bidirectional-cpu/record.json",
-        {
-            (1024, 0.125): (2.69, 1.48),
-            (2048, 0.125): (1.41, 1.39),
-            (4096, 0.125): (1.42, 1.41),
-            (8192, 0.125): (1.64, 1.30),
-            (16384, 0.125): (1.27, 1.31),
-            (2048, 0.0625): (1.81, 1.48),
-            (4096, 0.0625): (1.82, 1.37),
-            (8192, 0.0625): (1.56, 1.36),
-            (16384, 0.0625): (1.46, 1.55),
-        },
-    ),
-    *_measured(
-        64,
-        256,
-        False,
-        "results/kernel/bidirectional-256-cpu/record.json",
-        {(2048, 0.152): (1.49, 1.42), (8192, 0.125): (1.26, 1.29), (8192, 0.062): (1.90, 1.26)},
-    ),
-    *_measured(
-        16,
-        64,
-        False,
-        "results/kernel/bidirectional-blocks16-cpu/record.json",
-        {
-            (2048, 0.125): (1.85, 1.52),
-            (4096, 0.125): (1.50, 1.41),
-            (8192, 0.125): (1.36, 1.41),
-            (16384, 0.125): (1.37, 1.42),
-            (2048, 0.0625): (2.19, 1.96),
-            (4096, 0.0625): (1.56, 1.50),
-            (8192, 0.0625): (1.59, 1.40),
-            (16384, 0.0625): (1.49, 1.49),
-        },
-    ),
-    *_measured(
-        64,
-        1,
-        True,
-        "results/kernel/causal-cpu/record.json",
-        {
-            (1024, 0.180): (3.36, 2.24),
-            (2048, 0.139): (3.34, 2.87),
-            (4096, 0.129): (3.54, 2.18),
-            (8192, 0.126): (2.53, 1.97),
-            (16384, 0.125): (2.24, 1.71),
-            (2048, 0.092): (5.27, 3.22),
-            (4096, 0.070): (4.89, 3.25),
-            (8192, 0.064): (3.38, 2.45),
-            (16384, 0.063): (2.76, 2.21),
-        },
-    ),
-    *_measured(
-        16,
-        1,
-        True,
-        "results/kernel/causal-blocks16-cpu/record.json",
-        {
-            (2048, 0.126): (8.92, 4.24),
-            (4096, 0.125): (7.77, 5.12),
-            (8192, 0.125): (4.71, 3.50),
-            (16384, 0.125): (5.11, 3.47),
-            (2048, 0.065): (11.03, 5.72),
-            (4096, 0.063): (10.13, 5.46),
-            (8192, 0.063): (6.27, 4.30),
-            (16384, 0.063): (5.87, 3.97),
-        },
-    ),
-    *_measured(
-        4,
-        1,
-        True,
-        "results/kernel/causal-blocks4-cpu/record.json",
-        {
-            (1024, 0.126): (11.88, 9.73),
-            (2048, 0.125): (11.36, 9.50),
-            (4096, 0.125): (11.66, 9.62),
-            (8192, 0.125): (12.12, 11.06),
-            (1024, 0.064): (22.46, 19.35),
-            (2048, 0.063): (23.38, 18.54),
-            (4096, 0.063): (21.86, 17.98),
-            (8192, 0.063): (23.44, 15.81),
-        },
-    ),
-)
-"""The kernel alone on the lists that `ast` chose, 4 heads, one thread of an AMD EPYC (AVX-512; 256 rows AVX2)."""
 
 BEYOND = 2
 """How far, as a factor, a call's tokens and density may lie from measured ones for their R to be quoted."""
@@ -498,7 +367,12 @@ def _nearest(shapes: Shapes) -> tuple[Efficiency | None, str]:
 
     alike = [m for m in EFFICIENCIES if (m.dtype, m.head_dim, m.block_size, m.query_group, m.causal) == kind]
     way = _gather(shapes)
-    alike = [m for m in alike if _gather(_shapes_of(m)) == way]
+    as_measured = replace(shapes, batch=1, heads=4, kv_heads=4, list_heads=4)
+    alike = [
+        m
+        for m in alike
+        if _gather(replace(as_measured, query_length=m.tokens, key_length=m.tokens, density=m.density)) == way
+    ]
     if not alike:
         return None, f"these shapes were measured at other densities, where the schedule is not {way.replace('_', '-')}"
     best = min(alike, key=distances)
@@ -509,25 +383,6 @@ def _nearest(shapes: Shapes) -> tuple[Efficiency | None, str]:
             f"this call: {shapes.query_length:,} tokens at {shapes.density:.3g}"
         )
     return best, ""
-
-
-def _shapes_of(measured: Efficiency) -> Shapes:
-    """One of the measured calls, all of which have 4 heads."""
-    return Shapes(
-        device=measured.device,
-        dtype=measured.dtype,
-        batch=1,
-        heads=4,
-        kv_heads=4,
-        list_heads=4,
-        head_dim=measured.head_dim,
-        query_length=measured.tokens,
-        key_length=measured.tokens,
-        block_size=measured.block_size,
-        query_group=measured.query_group,
-        density=measured.density,
-        causal=measured.causal,
-    )
 
 
 def _kind(call: Efficiency | Shapes) -> str:

@@ -72,7 +72,7 @@ class _Slab:
 
 
 @dataclass
-class _Lists(Units):
+class _Listing(Units):
     """A call's lists; `n` is batch x list heads."""
 
     blocks: Tensor  # int32 (n, groups, width): listed blocks; anything in empty slots
@@ -142,14 +142,14 @@ class MaskedAttention(torch.autograd.Function):
         key_valid: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
-        calls = _lists(q, k, block_bias, layout, causal, key_valid)
-        queries, keys, values = _inputs(q, k, v, key_valid, calls, scale)
+        listing = _listing(q, k, block_bias, layout, causal, key_valid)
+        queries, keys, values = _inputs(q, k, v, key_valid, listing, scale)
         out = queries.new_zeros(*queries.shape[:2], v.shape[-1])
         lse = torch.full((*queries.shape[:2], 1), -torch.inf, dtype=queries.dtype, device=q.device)
         scratch = Scratch(queries)
-        for slab in calls.slabs():
+        for slab in listing.slabs():
             where = slab.lists, slab.rows
-            weights = calls.logits(queries[where], slab.read(keys), slab, scratch)
+            weights = listing.logits(queries[where], slab.read(keys), slab, scratch)
             # Rows that see nothing: weights 0, log-sum-exp log 0 = -inf; no NaN on the way.
             highest = weights.amax(-1, keepdim=True)
             highest.masked_fill_(highest == -torch.inf, 0.0)
@@ -160,28 +160,28 @@ class MaskedAttention(torch.autograd.Function):
             torch.bmm(slab.place(weights, spread), slab.read(values), out=out[where])
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.call = layout, scale, causal
-        shape = (-1, calls.rows)
+        shape = (-1, listing.rows)
         lse = (lse / LOG2_E).view(*shape, 1)
-        return from_units(out.view(*shape, v.shape[-1]), calls).to(q.dtype), from_units(lse, calls).squeeze(-1)
+        return from_units(out.view(*shape, v.shape[-1]), listing).to(q.dtype), from_units(lse, listing).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and the block bias."""
         q, k, v, block_bias, key_valid, out, lse = ctx.saved_tensors
         layout, scale, causal = ctx.call
-        calls = _lists(q, k, block_bias, layout, causal, key_valid)
-        queries, keys, values = _inputs(q, k, v, key_valid, calls, scale)
-        d_out = to_units(grads[0], calls).to(queries.dtype).reshape_as(out)
+        listing = _listing(q, k, block_bias, layout, causal, key_valid)
+        queries, keys, values = _inputs(q, k, v, key_valid, listing, scale)
+        d_out = to_units(grads[0], listing).to(queries.dtype).reshape_as(out)
         # d logits = P * (dO V^T - delta + d lse), delta = rowsum(dO * O)
-        shift = (d_out * out).sum(-1, keepdim=True) - to_units(grads[1].unsqueeze(-1), calls).reshape_as(lse)
+        shift = (d_out * out).sum(-1, keepdim=True) - to_units(grads[1].unsqueeze(-1), listing).reshape_as(lse)
         known_lse = lse.masked_fill(lse == -torch.inf, 0.0)  # rows that see nothing: exp(-inf - 0) = 0
         d_queries, d_keys, d_values = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        d_bias = None if calls.bias is None else torch.zeros_like(calls.bias, dtype=queries.dtype)
+        d_bias = None if listing.bias is None else torch.zeros_like(listing.bias, dtype=queries.dtype)
         scratch = Scratch(queries)
-        for slab in calls.slabs():
+        for slab in listing.slabs():
             where = slab.lists, slab.rows
             key, grad = slab.read(keys), d_out[where]
-            weights = calls.logits(queries[where], key, slab, scratch)
+            weights = listing.logits(queries[where], key, slab, scratch)
             each = weights.shape[1:3]
             weights.sub_(known_lse[where].unflatten(1, each)).exp2_()
             spread = scratch.take("spread", grad.dtype, *grad.shape[:2], slab.keys + 1).zero_()
@@ -196,7 +196,7 @@ class MaskedAttention(torch.autograd.Function):
             torch.bmm(spread, key, out=d_queries[where])
             slab.add(scratch.bmm("part", spread.transpose(1, 2), queries[where]), d_keys)
         return (
-            from_units(d_queries.mul_(scale).view(-1, calls.rows, q.shape[-1]), calls).to(q.dtype),
+            from_units(d_queries.mul_(scale).view(-1, listing.rows, q.shape[-1]), listing).to(q.dtype),
             _like(d_keys.div_(LOG2_E), k, key_valid),  # the queries above hold scale * LOG2_E
             _like(d_values, v, key_valid),
             None if block_bias is None or d_bias is None else d_bias.view_as(block_bias).to(block_bias.dtype),
@@ -261,30 +261,30 @@ def _like(x: Tensor, like: Tensor, key_valid: Tensor | None) -> Tensor:
 
 
 def _inputs(
-    q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, calls: _Lists, scale: float
+    q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, listing: _Listing, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries `(n, groups * rows, d)`, times the scale and in powers of two, keys and values `(tables, keys + 1, d)`.
 
     One row of zeros more than there are keys, for the column of what may not be seen.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
-    queries = to_units(q, calls).to(compute) * (scale * LOG2_E)
+    queries = to_units(q, listing).to(compute) * (scale * LOG2_E)
     if key_valid is not None:
         # Padding may hold NaN; a zero weight would keep it.
         k, v = (x.masked_fill(~key_valid[:, None, :, None], 0.0) for x in (k, v))
     keys, values = (pad(x.to(compute), (0, 0, 0, 1)).flatten(0, 1) for x in (k, v))
-    return queries.reshape(len(calls.table), -1, q.shape[-1]), keys, values
+    return queries.reshape(len(listing.table), -1, q.shape[-1]), keys, values
 
 
-def _lists(
+def _listing(
     q: Tensor, k: Tensor, block_bias: Tensor | None, layout: BlockLayout, causal: bool, key_valid: Tensor | None
-) -> _Lists:
+) -> _Listing:
     batch, lists = layout.indices.shape[:2]
     kv_heads, device = k.shape[1], q.device
     units = Units(layout, batch, q.shape[1] // lists)
     limit = _limit(units, causal, device)
     row = torch.arange(batch, device=device)[:, None] * kv_heads
-    return _Lists(
+    return _Listing(
         layout=layout,
         batch=batch,
         heads_per_list=units.heads_per_list,

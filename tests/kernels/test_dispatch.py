@@ -8,7 +8,8 @@ import torch
 
 from astbench.bench.analysis import ratio
 from astbench_kernels import BlockLayout, choose_backend, dispatch, what_runs
-from astbench_kernels.dispatch import EFFICIENCIES, TABLE, Shapes, explain
+from astbench_kernels.dispatch import TABLE, Shapes, explain
+from astbench_kernels.efficiencies import EFFICIENCIES
 from astbench_kernels.triton.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
