@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from astbench.bench import analysis
@@ -52,6 +53,6 @@ def draw_curves(files: list[Path], cells: list[dict[str, Any]], title: str) -> N
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(list(legend.values()), list(legend), loc="outside right upper")
-    figure.suptitle(title)
+    figure.suptitle(fill(title, 55 * len(modes)), x=0.02, horizontalalignment="left")  # beside the legend
     for file in files:
         figure.savefig(file)
