@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,6 @@ def select_blocks(scores: Tensor, *, forced: Tensor, candidates: Tensor, budget:
         kept[tied] = _without_surplus(ranked[tied], lowest[tied].unsqueeze(-1), budget[tied])
     return kept
 
-
-SCORES_AT_A_TIME = 2**17
-"""Scores whose soft threshold is looked for together: 512 KiB of them."""
 
 ROWS_AT_A_TIME = 512
 """Groups whose thresholds are looked for together. Under a causal mask the first ones see few blocks: short rows."""
@@ -90,77 +88,151 @@ def _without_surplus(ranked: Tensor, lowest: Tensor, budget: Tensor) -> Tensor:
     return better | (equal & (equal.cumsum(-1) <= (budget - better.sum(-1)).unsqueeze(-1)))
 
 
-def soft_top_k(scores: Tensor, k: Tensor, candidates: Tensor, temperature: float) -> Tensor:
+def soft_top_k(
+    scores: Tensor, k: Tensor, candidates: Tensor, temperature: float, *, at: Tensor | None = None
+) -> Tensor:
     """Log-probabilities of a differentiable top-k: `p = sigmoid((s - tau) / T)` with `sum(p) = k`.
 
-    tau is found by bisection and Newton's method without a graph; its gradient is put back by the implicit function
-    theorem (`d tau / d s_j = w_j`, `w = p(1-p) / sum p(1-p)`), so that raising one score lowers the others' p.
+    tau is found by Newton's method without a graph; its gradient is put back by the implicit function theorem
+    (`d tau / d s_j = w_j`, `w = p(1-p) / sum p(1-p)`), so that raising one score lowers the others' p.
 
     Args:
         scores: `(..., key_blocks)`, finite on candidates.
-        k: `(...)`, how many of the candidates; rows with `k <= 0` or `k >= number of candidates` hold no
-            choice and get log-probability 0 and no gradient.
-        candidates: Bool `(..., key_blocks)`.
+        k: int, broadcastable to `(...)`, how many of the candidates; rows with `k <= 0` or `k >= number of candidates`
+            hold no choice and get log-probability 0 and no gradient.
+        candidates: Bool, broadcastable to `scores`.
         temperature: T > 0, in the units of the scores.
+        at: int64 `(..., width)`, the blocks whose log-probability is wanted; default: all. A block may stand there
+            more than once.
 
     Returns:
-        `log p`, float32 (float64 for float64 scores), zero outside the candidates; differentiable once.
+        `log p` of the shape of `at` (default: of `scores`), float32 (float64 for float64 scores), zero outside the
+        candidates; differentiable once.
 
     Source: Amos, Koltun and Kolter 2019 (The Limited Multi-Label Projection Layer, arXiv 1906.08707), eq. 3:
-        the same projection, reached by bisection.
+        the same projection, which they reach by bisection.
     """
     scores = scores if scores.dtype == torch.float64 else scores.float()
     live = (k > 0) & (k < candidates.sum(-1))
-    mask = candidates & live.unsqueeze(-1)
-    with torch.no_grad():
-        # Seventeen passes over the scores: a few rows at a time stay in a CPU's cache.
-        rows = SCORES_AT_A_TIME // max(1, scores.shape[-1]) if scores.device.type == "cpu" else live.numel()
-        values, masks = (x.reshape(-1, x.shape[-1]).split(max(1, rows)) for x in (scores, mask))
-        kept = k.expand(live.shape).reshape(-1, 1).split(max(1, rows))
-        tau = torch.cat([_threshold(*part, temperature) for part in zip(values, masks, kept, strict=True)])
-        tau = tau.view(*live.shape, 1)
-    return _LogProbabilities.apply(scores, tau, mask, temperature)
-
-
-def _threshold(scores: Tensor, mask: Tensor, k: Tensor, temperature: float) -> Tensor:
-    """`(rows, 1)`: tau of rows `(rows, key_blocks)`, anything finite where there is no choice."""
-    # In units of the temperature, and -inf where there is no choice: sigmoid(-inf) = 0 stays out of every sum.
-    values = (scores / temperature).masked_fill_(~mask, -torch.inf)
-    live = mask.any(-1, keepdim=True)
-    high = values.amax(-1, keepdim=True) + 30
-    low = values.masked_fill(~mask, torch.inf).amin(-1, keepdim=True) - 30
-    low, high = low.masked_fill_(~live, -1.0), high.masked_fill_(~live, 1.0)
-    # Bisection until Newton is safe; Newton's error squares with every pass.
-    for _ in range(12):
-        middle = (low + high) / 2
-        too_many = (values - middle).sigmoid_().sum(-1, keepdim=True) > k
-        low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
-    tau = (low + high) / 2
-    for _ in range(4 if scores.dtype == torch.float32 else 7):
-        p = (values - tau).sigmoid_()
-        total = p.sum(-1, keepdim=True)
-        slope = (total - p.square_().sum(-1, keepdim=True)).clamp_(min=torch.finfo(p.dtype).tiny)
-        # Never out of the bracket, wherever a flat slope points.
-        tau = (tau + (total - k) / slope).clamp(low, high)
-    return tau * temperature
+    mask = (candidates & live.unsqueeze(-1)).expand(scores.shape)
+    return _LogProbabilities.apply(scores, k.expand(live.shape), mask, temperature, at)
 
 
 class _LogProbabilities(torch.autograd.Function):
-    """`log sigmoid((s - tau) / T)` where `mask` is, else 0; keeps no tensor of its own for the backward pass."""
+    """`log sigmoid((s - tau) / T)` of the candidates in rows with a choice, else 0; keeps tau for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, tau: Tensor, mask: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(scores, tau, mask)
-        ctx.temperature = temperature
+    def forward(
+        ctx: Any, scores: Tensor, k: Tensor, candidates: Tensor, temperature: float, at: Tensor | None
+    ) -> Tensor:
+        count = candidates.sum(-1)
+        live = ((k > 0) & (k < count)).expand(scores.shape[:-1]).unsqueeze(-1)
+        tau = scores.new_zeros(live.shape)
+        rows, known, choice, found, kept, of = _as_rows(
+            scores, candidates, live, tau, k.unsqueeze(-1), count.unsqueeze(-1)
+        )
+        slabs = _slabs(known)
+        for here, reach in slabs:
+            mask = known[here, :reach] & choice[here]
+            found[here] = _threshold(rows[here, :reach], mask, kept[here], of[here], temperature)
+        ctx.save_for_backward(scores, candidates, live, tau, at)
+        ctx.temperature, ctx.slabs = temperature, slabs
+        candidates = candidates.expand(scores.shape)
+        if at is not None:
+            scores, candidates = scores.gather(-1, at), candidates.gather(-1, at)
         log_p = torch.nn.functional.logsigmoid((scores - tau).div_(temperature))
-        return log_p.masked_fill_(~mask, 0.0)
+        return log_p.masked_fill_(~(candidates & live), 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scores, tau, mask = ctx.saved_tensors
-        p = (scores - tau).div_(ctx.temperature).sigmoid_().masked_fill_(~mask, 0.0)
-        direct = (1 - p).mul_(grad).div_(ctx.temperature).masked_fill_(~mask, 0.0)
-        weight = p.sub_(p.square())
-        weight = weight.div_(weight.sum(-1, keepdim=True).clamp_(min=torch.finfo(p.dtype).tiny))
-        return direct.sub_(weight.mul_(direct.sum(-1, keepdim=True))), None, None, None
+        scores, candidates, live, tau, at = ctx.saved_tensors
+        d_scores = torch.zeros_like(scores, memory_format=torch.contiguous_format)
+        rows, known, choice, found, out = _as_rows(scores, candidates, live, tau, d_scores)
+        incoming = grad.reshape(-1, grad.shape[-1])
+        listed = None if at is None else at.reshape(-1, at.shape[-1])
+        for here, reach in ctx.slabs:
+            mask = known[here, :reach] & choice[here]
+            p = (rows[here, :reach] - found[here]).div_(ctx.temperature).sigmoid_().masked_fill_(~mask, 0.0)
+            # What a block's own score does for its p. A slot may stand for a block that is no candidate.
+            if listed is None:
+                direct = (1 - p).mul_(incoming[here, :reach]).masked_fill_(~mask, 0.0)
+                out[here, :reach] = direct
+            else:
+                slot = listed[here]
+                mask = known[here].gather(-1, slot) & choice[here]
+                direct = (1 - p.gather(-1, slot.clamp(max=reach - 1))).mul_(incoming[here]).masked_fill_(~mask, 0.0)
+                out[here].scatter_add_(-1, slot, direct)
+            # What it does for those of all candidates, through tau.
+            weight = p.sub_(p.square())
+            share = direct.sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_(min=torch.finfo(p.dtype).tiny)
+            out[here, :reach] -= weight.mul_(share)
+        return d_scores.div_(ctx.temperature), None, None, None, None
+
+
+SCORES_AT_A_TIME = 2**17
+"""Scores whose soft threshold is looked for together on the CPU: 512 KiB of them stay in its cache."""
+
+MOST_STEPS = 16
+"""Steps towards a soft threshold: three to seven are enough for scores that spread evenly, twice as many for others."""
+
+
+def _as_rows(scores: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Each `(rows, its last dimension)`, with as many rows as `scores` has."""
+    shape = scores.shape[:-1]
+    return tuple(x.expand(*shape, x.shape[-1]).reshape(-1, x.shape[-1]) for x in (scores, *others))
+
+
+def _slabs(candidates: Tensor) -> list[tuple[slice, int]]:
+    """Of `(rows, key_blocks)` rows to look at together, and how many columns hold all their candidates."""
+    rows, width = candidates.shape
+    if candidates.device.type != "cpu":  # neither cut nor asked, for which a GPU would wait
+        return [(slice(0, rows), width)]
+    step = max(1, SCORES_AT_A_TIME // max(1, width))
+    slabs = []
+    for start in range(0, rows, step):
+        here = slice(start, start + step)
+        columns = candidates[here].view(torch.uint8).amax(0).nonzero()  # any() takes forty times as long
+        if len(columns):
+            slabs.append((here, int(columns[-1]) + 1))
+    return slabs
+
+
+def _threshold(scores: Tensor, mask: Tensor, k: Tensor, count: Tensor, temperature: float) -> Tensor:
+    """`(rows, 1)`: tau of rows `(rows, key_blocks)`, k of `count` candidates; anything finite where that is no choice.
+
+    Newton's method for `logit(mean of p) = logit(k / n)`, which is a straight line where the scores are all equal or
+    spread like a logistic distribution, from the tau that one of their mean and variance has. A step that leaves the
+    bracket becomes one of bisection.
+    """
+    live = (k > 0) & (k < count)
+    count, k = torch.where(live, count, 2).to(scores.dtype), torch.where(live, k, 1).to(scores.dtype)
+    wanted = (k / (count - k)).log()
+    values = (scores / temperature).masked_fill_(~mask, 0.0)  # in units of the temperature
+    mean = values.sum(-1, keepdim=True) / count
+    variance = (_square_sum(values) / count - mean.square()).clamp_(min=0.0)
+    low = values.masked_fill(~mask, torch.inf).amin(-1, keepdim=True).masked_fill_(~live, 0.0) - wanted
+    # sigmoid(-inf) = 0 stays out of every sum.
+    values.masked_fill_(~mask, -torch.inf)
+    high = values.amax(-1, keepdim=True).masked_fill_(~live, 0.0) - wanted
+    # A logistic distribution of scale b has variance (pi b)^2 / 3; the noise of p has scale 1.
+    tau = (mean - wanted * (1 + 3 / math.pi**2 * variance).sqrt()).clamp(low, high)
+    precise = scores.dtype == torch.float64
+    enough = 1e-12 if precise else 1e-5
+    for _ in range(2 * MOST_STEPS if precise or scores.device.type == "cpu" else MOST_STEPS):
+        p = (values - tau).sigmoid_()
+        total = p.sum(-1, keepdim=True)
+        slope = total - _square_sum(p)
+        low, high = torch.where(total > k, tau, low), torch.where(total > k, high, tau)
+        step = (total / (count - total)).log_().sub_(wanted) * total * (count - total) / (count * slope)
+        near = (total - k).abs() <= enough * torch.minimum(k, count - k)
+        moved = tau + step
+        inside = (moved >= low) & (moved <= high)
+        tau = torch.where(inside, moved, torch.where(near, tau, (low + high) / 2))
+        if scores.device.type == "cpu" and bool((near | ~live).all()):
+            break
+    return tau * temperature
+
+
+def _square_sum(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()

@@ -480,3 +480,42 @@ def test_soft_top_k_sums_to_k_and_its_gradient_is_right():
     assert torch.autograd.gradcheck(lambda s: (soft_top_k(s, k, candidates, 0.5) * weight).sum(), (scores,), atol=1e-6)
     grad = torch.autograd.grad((soft_top_k(scores, k, candidates, 0.5) * weight).sum(), scores)[0]
     assert (grad[~live] == 0).all() and (grad[~candidates] == 0).all()
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("shape", ["normal", "cauchy", "two hills", "outlier", "steps", "equal"])
+def test_soft_top_k_of_scores_however_they_are_spread(shape, spread):
+    g = torch.Generator().manual_seed(0)
+    normal, uniform = (make(64, 40, generator=g) for make in (torch.randn, torch.rand))
+    scores = {
+        "normal": normal,
+        "cauchy": (3 * (uniform - 0.5)).tan(),
+        "two hills": normal + 20 * (uniform > 0.8),
+        "outlier": torch.cat([normal[:, 1:], torch.full((64, 1), 50.0)], 1),
+        "steps": torch.arange(40.0).flip(0).expand(64, 40),
+        "equal": torch.ones(64, 40),
+    }[shape] * spread
+    k = torch.arange(64) % 39 + 1
+    candidates = torch.ones_like(scores, dtype=torch.bool)
+    p = soft_top_k(scores, k, candidates, 0.5).double().exp()
+    # A step of float32 at 1e6 temperatures is an eighth of one.
+    torch.testing.assert_close(p.sum(-1), k.double(), rtol=1e-3, atol=1e-3 if spread < 1e3 else 0.1)
+
+
+def test_soft_top_k_at_some_blocks_is_what_it_is_there(monkeypatch):
+    monkeypatch.setattr("astbench_kernels.select.SCORES_AT_A_TIME", 64)  # several slabs, cut after their candidates
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 3, 20, 16, generator=g, dtype=torch.float64, requires_grad=True)
+    candidates = torch.arange(16) <= torch.arange(20)[:, None] - 2
+    k = torch.randint(0, 5, (2, 1, 20), generator=g)
+    at = torch.randint(0, 16, (2, 3, 20, 7), generator=g)  # some twice, some no candidates
+    weight = torch.randn(at.shape, generator=g, dtype=torch.float64)
+    everywhere = candidates.expand(scores.shape)
+    whole = soft_top_k(scores, k.expand(2, 3, 20), everywhere, 0.5)
+    some = soft_top_k(scores, k.expand(2, 3, 20), everywhere, 0.5, at=at)
+    torch.testing.assert_close(some, whole.gather(-1, at), rtol=0, atol=0)
+    expected = torch.autograd.grad((whole.gather(-1, at) * weight).sum(), scores)[0]
+    torch.testing.assert_close(torch.autograd.grad((some * weight).sum(), scores)[0], expected)
+    live = (k.expand(2, 3, 20) > 0) & (k.expand(2, 3, 20) < everywhere.sum(-1))
+    p = whole.exp() * everywhere
+    torch.testing.assert_close(p.sum(-1)[live], k.expand(2, 3, 20)[live].double(), rtol=0, atol=1e-9)

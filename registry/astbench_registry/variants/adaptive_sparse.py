@@ -200,16 +200,14 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         learning = self.training and torch.is_grad_enabled()
         wants_bias = config.estimator == "soft" or (config.estimator == "straight_through" and learning)
         policy = learning and config.estimator == "policy_gradient"
-        if wants_bias or policy or (learning and config.lambda_entropy):
-            log_p = soft_top_k(scores, self._gate_budget(keep, selection), free, config.temperature)
-            if wants_bias:
-                bias = log_p.gather(-1, layout.indices.long()).masked_fill(~layout.slots, 0.0)
-                if config.estimator == "straight_through":
-                    bias = bias - bias.detach()
-            if policy:
-                log_prob = _log_probability(log_p, keep, free)
-            if learning and config.lambda_entropy:
-                losses["entropy"] = config.lambda_entropy * _binary_entropy(log_p, free)
+        if wants_bias:
+            bias = self._gate(scores, keep, selection, at=layout.indices.long()).masked_fill(~layout.slots, 0.0)
+            if config.estimator == "straight_through":
+                bias = bias - bias.detach()
+        if policy:
+            log_prob = _log_probability(self._gate(scores, keep, selection), keep, free)
+        if learning and config.lambda_entropy:
+            losses["entropy"] = config.lambda_entropy * _binary_entropy(self._gate(scores, keep, selection), free)
         if learning and config.lambda_density:
             losses["density"] = config.lambda_density * self._density_error(scores, keep, selection, context)
         weight = self._distill_weight(context.step)
@@ -220,6 +218,11 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     def _draws(self) -> bool:
         """Whether this call keeps blocks by scores plus noise."""
         return self.training and (self.config.sample or self.config.estimator == "policy_gradient")
+
+    def _gate(self, scores: Tensor, keep: Tensor, selection: Selection, at: Tensor | None = None) -> Tensor:
+        """Log-probabilities of the differentiable top-k, of all blocks or those `at`."""
+        budget = self._gate_budget(keep, selection)
+        return soft_top_k(scores, budget, selection.free, self.config.temperature, at=at)
 
     def _gate_budget(self, keep: Tensor, selection: Selection) -> Tensor:
         """Free blocks that the differentiable top-k counts with: those kept, but no more than the schedule ends with.
