@@ -102,11 +102,13 @@ class Taught(NamedTuple):
         bias: `(batch, num_heads, groups, width)`, the kernel's `block_bias`, through which the task's gradient comes.
         losses: Auxiliary losses.
         log_prob: As in :class:`AttentionOutput`.
+        rest: What :meth:`BlockSelectingAttention.rest` returns.
     """
 
     bias: Tensor | None = None
     losses: Mapping[str, Tensor] = MappingProxyType({})
     log_prob: Tensor | None = None
+    rest: tuple[Tensor, Tensor] | None = None
 
 
 class BlockSelectingAttention(Attention):
@@ -207,12 +209,15 @@ class BlockSelectingAttention(Attention):
             key_valid=mask.key_valid,
             backend=backend,
         )
-        if coarse is not None:
-            out, _ = merge_attention([(out, lse), (coarse.out, coarse.lse)])
+        others = [] if coarse is None else [(coarse.out, coarse.lse)]
+        if taught.rest is not None:
+            others.append(taught.rest)
+        if others:
+            out, _ = merge_attention([(out, lse), *others])
         stats = None
         if context.listen:
             ran = what_runs(backend, q, k, v, layout, causal=mask.causal, block_bias=taught.bias)
-            stats = self._stats(q, k, mask, layout, coarse, ran)
+            stats = self._stats(q, k, mask, layout, coarse, taught.rest, ran)
         return AttentionOutput(out, taught.losses, stats, taught.log_prob)
 
     def taught_layout(
@@ -227,7 +232,10 @@ class BlockSelectingAttention(Attention):
             scores = block_scores(*self.factors(q, blocks, mask, selection, scale), selection.num_blocks)
         keep = self.choose(scores.detach(), selection, context)
         layout = selection.layout(keep, q, k, mask)
-        return layout, self.teach(scores, keep, layout, q, k, v, mask, selection, scale, context)
+        taught = self.teach(scores, keep, layout, q, k, v, mask, selection, scale, context)
+        if blocks is not None:
+            taught = taught._replace(rest=self.rest(scores, keep, blocks, q, k, v, mask, selection, scale))
+        return layout, taught
 
     def needs_scores(self) -> bool:
         """Whether anything but keeping each row's best hangs on the scores.
@@ -373,6 +381,36 @@ class BlockSelectingAttention(Attention):
         """Attention to coarse tokens that joins the softmax, for variants that have them; None for nothing."""
         return None
 
+    def rest(
+        self,
+        scores: Tensor,
+        keep: Tensor,
+        blocks: tuple[Tensor, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        selection: Selection,
+        scale: float,
+    ) -> tuple[Tensor, Tensor] | None:
+        """What stands in the softmax for all that was not kept, for variants that have it; None for nothing.
+
+        Args:
+            scores: `(batch, num_heads, groups, blocks)`.
+            keep: Bool, as `scores`.
+            blocks: From :meth:`summarise`.
+            q: Queries, and `k` keys, `v` values.
+            k: Keys.
+            v: Values.
+            mask: What may be seen.
+            selection: What there is a choice among.
+            scale: Factor on q . k.
+
+        Returns:
+            Output `(batch, num_heads, query_length, value_dim)` and log-sum-exp `(batch, num_heads, query_length)`.
+        """
+        return None
+
     def speaker(self, q: Tensor, mask: AttentionMask, grid: Grid) -> Tensor:
         """`(batch, num_heads, groups, head_dim)`, float32 or more: the query that speaks for each group."""
         group = grid.query_group
@@ -397,6 +435,7 @@ class BlockSelectingAttention(Attention):
         mask: AttentionMask,
         layout: BlockLayout,
         coarse: CoarseAttention | None,
+        rest: tuple[Tensor, Tensor] | None,
         backend: str,
     ) -> AttentionStats:
         attended = layout.attended_pairs(causal=mask.causal, key_valid=mask.key_valid)
@@ -404,6 +443,9 @@ class BlockSelectingAttention(Attention):
         if coarse is not None:
             pooled = coarse.layout.attended_pairs(causal=mask.causal, key_valid=coarse.key_valid)
             pooled = pooled.expand_as(attended)
+        if rest is not None:
+            one_a_row = (rest[1] > -torch.inf).sum(-1).to(attended.dtype)
+            pooled = one_a_row if pooled is None else pooled + one_a_row
         return AttentionStats(attended, mask.visible_pairs(q, k), backend, layout, pooled)
 
     def kept_keys(self, query_length: int, key_length: int, mask: AttentionMask) -> int:

@@ -25,6 +25,8 @@ AST_OPTIONS = {
         "density_start": 0.9, "density_hold": 1, "density_steps": 4, "density_schedule": "mixed"
     },
     "coarse-tokens": {"coarse_stride": 3},
+    "rest": {"rest": True},
+    "rest-of-means-and-coarse-tokens": {"rest": True, "sub_blocks": 2, "coarse_stride": 3, "budget": "adaptive"},
     "density-schedule": {"density_start": 0.9, "density_steps": 2},
     "reference-backend": {"backend": "reference"},
 }  # fmt: skip

@@ -46,6 +46,8 @@ class ASTConfig(BlockSelectionConfig):
         density_schedule: What happens in between. "linear": the density moves evenly from one to the other;
             "mixed": each step has one or the other, `density` more and more often, so that what was learned at
             `density_start` is kept up while the choice is learned.
+        rest: What a row did not choose joins its softmax as one token, of the mass that the scores predict and the mean
+            of all values that may be known. It costs no product; on a GPU the fused kernel's choice is not used.
         coarse_stride: Tokens that a coarse token stands for, in the first layer that sees such tokens beside the
             chosen blocks; 0 = none does.
         coarse_from: First layer (from 0) that does.
@@ -73,6 +75,7 @@ class ASTConfig(BlockSelectionConfig):
     density_hold: int = 0
     density_steps: int = 0
     density_schedule: Literal["linear", "mixed"] = "linear"
+    rest: bool = False
     coarse_stride: int = 0
     coarse_from: int = 0
     coarse_every: int = 0

@@ -19,6 +19,7 @@ from astbench_registry.block_selection import (
     Grid,
     Selection,
     Taught,
+    block_scores,
 )
 from astbench_registry.coarse_keys import CoarseAttention, CoarseKeys
 from astbench_registry.configs.adaptive_sparse import ASTConfig
@@ -54,6 +55,12 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
     that way, and its log-probability is left to whoever knows how the sequence fared. While training, a distillation
     loss moves the scores towards the layer's own dense attention, pooled over blocks, on a sample of query rows.
 
+    With `rest`, the blocks that a row may choose and did not join its softmax as one token: its logit the logarithm of
+    the mass that their scores predict, `sum_j n_j exp(s_ij)` over their n_j tokens, its value c_i. Scores that nothing
+    taught yet are those of the mean keys, which is less than the true mass (Jensen); what the task loss teaches the
+    predictor through it comes without any estimator. After Ribar et al. 2023 (SparQ attention, arXiv 2312.04985,
+    algorithm 1), who share out the weight between the best keys and the mean value by approximate scores of all keys.
+
     With `coarse_stride`, layers from `coarse_from` on also see every window of s tokens as one coarse token, in the
     same softmax (:class:`astbench_registry.coarse_keys.CoarseKeys`); s doubles every `coarse_every` layers.
     """
@@ -73,9 +80,22 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
 
     def summarise(self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool) -> tuple[Tensor, ...]:
         """See the base class: the rows that are scored, and for the global context mean values and sizes."""
-        compute = torch.promote_types(k.dtype, torch.float32)
-        if self.config.detach and self.config.estimator != "soft":
+        if self._detaches():
             k, v = k.detach(), v.detach()
+        return self._summarise(k, v, mask, grid, fused=fused)
+
+    def factors(
+        self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See the base class. Time O(N + M / block_size) for the features."""
+        return self._factors(q.detach() if self._detaches() else q, blocks, mask, grid, scale)
+
+    def _detaches(self) -> bool:
+        """Whether what teaches the predictor stops at its inputs."""
+        return self.config.detach and self.config.estimator != "soft"
+
+    def _summarise(self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool) -> tuple[Tensor, ...]:
+        compute = torch.promote_types(k.dtype, torch.float32)
         if fused:
             mean_key, max_key, min_key, mean_value, counts = pool_blocks(k, v, mask.key_valid, grid.block_size)
         else:
@@ -96,13 +116,10 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
             key_side.append(weight[:, None, :, None].expand(*k.shape[:2], -1, -1))
         return torch.cat(key_side, -1), mean_value, counts.to(compute)[:, None, :, None]
 
-    def factors(
+    def _factors(
         self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See the base class. Time O(N + M / block_size) for the features."""
         compute = torch.promote_types(q.dtype, torch.float32)
-        if self.config.detach and self.config.estimator != "soft":
-            q = q.detach()
         key_side, mean_value, counts = blocks
         context = _global_context(mean_value, counts, mask, grid)
         context = context.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
@@ -121,9 +138,10 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         return torch.cat(query_side, -1), key_side
 
     def needs_scores(self) -> bool:
-        """Also for the bias of "soft", for sampling, and for the adaptive budget."""
+        """Also for the bias of "soft", for sampling, for the adaptive budget, and for what stands for the rest."""
         config = self.config
-        return super().needs_scores() or self._draws() or config.estimator == "soft" or config.budget == "adaptive"
+        forward = config.estimator == "soft" or config.budget == "adaptive" or config.rest
+        return super().needs_scores() or self._draws() or forward
 
     @torch.no_grad()
     def fused_layout(
@@ -156,6 +174,38 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         if self.coarse_keys is None or k.shape[2] < self.coarse_keys.stride:
             return None
         return self.coarse_keys(q, k, v, mask, scale, backend)
+
+    def rest(
+        self,
+        scores: Tensor,
+        keep: Tensor,
+        blocks: tuple[Tensor, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        selection: Selection,
+        scale: float,
+    ) -> tuple[Tensor, Tensor] | None:
+        """See the base class: one token, the same for all rows of a group."""
+        if not self.config.rest:
+            return None
+        if torch.is_grad_enabled() and self._detaches():  # part of the forward pass, its gradient stops nowhere
+            blocks = self._summarise(k, v, mask, selection, fused=False)
+            scores = block_scores(*self._factors(q, blocks, mask, selection, scale), selection.num_blocks)
+        _, mean_value, counts = blocks
+        mass = scores
+        if self.config.sub_blocks == 1:  # the scores of several means hold their sizes
+            mass = mass + counts.squeeze(-1).unsqueeze(-2).clamp(min=1).log()
+        left = selection.free & ~keep
+        # Rows that left nothing: exp(-inf - 0), and no NaN in their gradient.
+        empty = ~left.any(-1, keepdim=True)
+        lse = mass.masked_fill(~left, -torch.inf).masked_fill(empty, 0.0).logsumexp(-1)
+        lse = lse.masked_fill(empty.squeeze(-1), -torch.inf)
+        value = _global_context(mean_value, counts, mask, selection)
+        value = value.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
+        group = torch.arange(q.shape[2], device=q.device) // selection.query_group
+        return value[:, :, group], lse[:, :, group]
 
     def density_at(self, step: int) -> float:
         """The scheduled density while training, the final one otherwise."""
