@@ -251,13 +251,13 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         wants_bias = config.estimator == "soft" or (config.estimator == "straight_through" and learning)
         policy = learning and config.estimator == "policy_gradient"
         if wants_bias:
-            bias = self._gate(scores, keep, selection, at=layout.indices.long()).masked_fill(~layout.slots, 0.0)
+            bias = self._gate(scores, layout, selection, at=layout.indices.long()).masked_fill(~layout.slots, 0.0)
             if config.estimator == "straight_through":
                 bias = bias - bias.detach()
         if policy:
-            log_prob = _log_probability(self._gate(scores, keep, selection), keep, free)
+            log_prob = _log_probability(self._gate(scores, layout, selection), keep, free)
         if learning and config.lambda_entropy:
-            losses["entropy"] = config.lambda_entropy * _binary_entropy(self._gate(scores, keep, selection), free)
+            losses["entropy"] = config.lambda_entropy * _binary_entropy(self._gate(scores, layout, selection), free)
         if learning and config.lambda_density:
             losses["density"] = config.lambda_density * self._density_error(scores, keep, selection, context)
         weight = self._distill_weight(context.step)
@@ -269,23 +269,20 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         """Whether this call keeps blocks by scores plus noise."""
         return self.training and (self.config.sample or self.config.estimator == "policy_gradient")
 
-    def _gate(self, scores: Tensor, keep: Tensor, selection: Selection, at: Tensor | None = None) -> Tensor:
-        """Log-probabilities of the differentiable top-k, of all blocks or those `at`."""
-        budget = self._gate_budget(keep, selection)
-        return soft_top_k(scores, budget, selection.free, self.config.temperature, at=at)
+    def _gate(self, scores: Tensor, layout: BlockLayout, selection: Selection, at: Tensor | None = None) -> Tensor:
+        """Log-probabilities of the differentiable top-k, of all blocks or those `at`.
 
-    def _gate_budget(self, keep: Tensor, selection: Selection) -> Tensor:
-        """Free blocks that the differentiable top-k counts with: those kept, but no more than the schedule ends with.
-
-        So steps at a higher density already teach the last one's choice, dense steps best of all: there the task's
-        gradient says of every block whether more of it would help. A gate that is felt in the forward pass ("soft"),
-        and the probability of a choice, have to agree with what is kept.
+        It counts with the free blocks that were kept, but with no more than the schedule ends with. So steps at a
+        higher density already teach the last one's choice, dense steps best of all: there the task's gradient says of
+        every block whether more of it would help. A gate that is felt in the forward pass ("soft"), and the
+        probability of a choice, have to agree with what is kept.
         """
-        kept = (keep & selection.free).sum(-1)
-        if self.config.budget == "adaptive" or self.config.estimator in ("soft", "policy_gradient"):
-            return kept
-        final = self.budget(selection.visible.sum(-1), AttentionContext(step=self.config.density_steps))
-        return torch.minimum(kept, (final - selection.forced.sum(-1)).clamp(min=1))
+        forced = selection.forced.sum(-1)
+        kept = layout.counts - forced
+        if self.config.budget == "fixed" and self.config.estimator not in ("soft", "policy_gradient"):
+            final = self.budget(selection.visible.sum(-1), AttentionContext(step=self.config.density_steps))
+            kept = torch.minimum(kept, (final - forced).clamp(min=1))
+        return soft_top_k(scores, kept, selection.free, self.config.temperature, at=at)
 
     def _distill_weight(self, step: int) -> float:
         config = self.config
