@@ -152,6 +152,8 @@ def _described(record: Record) -> str:
         said.append("with patterns")
     if options["coarse_stride"]:
         said.append("with coarse tokens")
+    if options.get("rest"):
+        said.append("the rest as one token")
     return ", ".join([name, *said])
 
 
