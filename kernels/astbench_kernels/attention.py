@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,6 +69,13 @@ _BACKENDS = {
             "triton",
             "kernels for CUDA",
             triton.triton_attention,
+            triton.device_refusals,
+            lambda call: triton.call_refusals(call.dtype, call.head_dim),
+        ),
+        Backend(
+            "triton_one_pass",
+            "the same with one backward pass in place of two; to measure which is faster",
+            partial(triton.triton_attention, one_pass=True),
             triton.device_refusals,
             lambda call: triton.call_refusals(call.dtype, call.head_dim),
         ),
@@ -165,7 +173,7 @@ def what_runs(
     """
     if backend == "gather":
         return named(backend, schedule_of(q, k, v, layout, causal=causal))
-    if backend == "triton":
+    if backend.startswith("triton"):
         gradients = wants_gradients(q, k, v, block_bias)
         return named(backend, make_plan(q, k, v, layout, causal=causal, gradients=gradients).schedule)
     return backend

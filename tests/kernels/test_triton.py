@@ -323,3 +323,58 @@ def test_auto_takes_triton_on_cuda_only(monkeypatch):
 def test_import_does_not_import_triton():
     code = "import astbench_kernels, sys; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(47, 63, 16, 16, offset=16, padding="tail", batch=2),
+        Case(40, 80, 32, 32, offset=40, causal=False, lists=2, bias=False),
+        Case(63, 63, 16, 64, lists=1, dtype=torch.float16),
+    ],
+    ids=["a-list-a-head", "a-list-a-key-head", "one-list-half-precision"],
+)
+def test_one_backward_pass_in_place_of_two(case, monkeypatch):
+    from astbench_kernels.triton import function
+
+    def refuse(*arguments, **options):
+        raise AssertionError("there is to be one pass")
+
+    monkeypatch.setattr(function, "_backward_query_major", refuse)
+    inputs, layout, valid = make(case)
+    got = results(case, inputs, layout, valid, backend="triton_one_pass")
+    expected = results(case, [x.double() for x in inputs], layout, valid, backend="reference")
+    for name, value in got.items():
+        off = (value.double() - expected[name]).nan_to_num(0, 0, 0).norm() / expected[name].nan_to_num(0, 0, 0).norm()
+        assert off < TOLERANCE[case.dtype], (name, float(off))
+
+
+def test_a_fixed_order_of_additions_takes_two_passes():
+    case = Case(32, 32, 16, 16, lists=1)
+    (q, k, v, _), layout, _ = make(case)
+    from astbench_kernels.triton.plan import make_plan
+
+    plan = make_plan(q, k, v, layout, causal=True, one_pass=True)
+    assert plan.schedule == "query_major" and plan.adds_up_queries
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not plan.adds_up_queries
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_longest_lists_and_the_busiest_blocks_start_first():
+    from astbench_kernels.triton.lists import block_states, order_lists, transpose_lists
+    from astbench_kernels.triton.plan import make_plan
+
+    case = Case(128, 128, 16, 16, causal=False, batch=2)
+    (q, k, v, _), layout, _ = make(case)
+    plan = make_plan(q, k, v, layout, causal=False)
+    states = block_states(plan, None, q.device)
+    turns = order_lists(plan, layout, states, even=True).turns.long().cpu()
+    lengths = layout.counts.cpu().gather(-1, turns)
+    assert (lengths.diff(dim=-1) <= 0).all() and torch.equal(turns.sort(-1).values, torch.arange(8).expand_as(turns))
+    assert (layout.counts.diff(dim=-1) > 0).any(), "they are of several lengths, in no order"
+    turns = transpose_lists(plan, layout, states, even=True).turns.long().cpu()
+    rows = layout.to_mask().cpu().sum(2).view(2, case.kv_heads, -1, 8).sum(2).gather(-1, turns)
+    assert (rows.diff(dim=-1) <= 0).all() and torch.equal(turns.sort(-1).values, torch.arange(8).expand_as(turns))

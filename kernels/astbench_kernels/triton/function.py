@@ -30,15 +30,18 @@ def triton_attention(
     key_valid: Tensor | None,
     schedule: Schedule | None = None,
     arch: int | None = None,
+    one_pass: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`astbench_kernels.block_sparse_attention`; `schedule` and `arch` are for `make_plan`.
+    """See :func:`astbench_kernels.block_sparse_attention`; `schedule`, `arch` and `one_pass` are for `make_plan`.
 
     Cost: O(query rows x listed keys) time. Beside inputs, outputs and gradients, memory for the lists once more
     (twice in the backward pass) and, where few rows share a list, PARTIAL_BYTES. The decode schedule makes no lists;
     it holds up to MAX_SPLITS float32 outputs.
     """
     gradients = wants_gradients(q, k, v, block_bias)
-    plan = make_plan(q, k, v, layout, causal=causal, schedule=schedule, arch=arch, gradients=gradients)
+    plan = make_plan(
+        q, k, v, layout, causal=causal, schedule=schedule, arch=arch, gradients=gradients, one_pass=one_pass
+    )
     if q.numel() == 0 or k.numel() == 0 or layout.indices.numel() == 0:
         return _nothing(q, v)
     with torch.cuda.device_of(q):  # Triton launches on the current device
@@ -104,14 +107,12 @@ class _TritonAttention(torch.autograd.Function):
             arguments = _inputs(plan, q, k, v, bias, valid, ctx.scale)
             arguments |= {"d_out": d_out, "lse": lse, "delta": delta, "softmax_scale": ctx.scale}
             arguments |= dict(zip(("stride_ob", "stride_oh", "stride_on"), d_out.stride(), strict=False))
-            # Additions of many programs to one row come in any order: not where torch is asked for a fixed one.
-            apart = plan.schedule == "query_major" or torch.are_deterministic_algorithms_enabled()
             d_q: Tensor | None
-            if apart:
+            if plan.adds_up_queries:
+                d_q, d_k, d_v, d_bias = _backward_key_major(plan, transposed, arguments, both=True)
+            else:
                 _, d_k, d_v, _ = _backward_key_major(plan, transposed, arguments, both=False)
                 d_q, d_bias = _backward_query_major(plan, layout, states, arguments)
-            else:
-                d_q, d_k, d_v, d_bias = _backward_key_major(plan, transposed, arguments, both=True)
         d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
         return d_q, d_k, d_v, d_bias, None, None, None, None
 
@@ -300,6 +301,7 @@ def _transposed(plan: Plan, lists: TransposedLists) -> _Arguments:
     return {
         "entries": lists.entries,
         "starts": lists.starts,
+        "turns": lists.turns,
         "num_chunks": lists.num_chunks,
         "num_blocks": plan.num_blocks,
     }

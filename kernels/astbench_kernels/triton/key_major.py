@@ -18,6 +18,12 @@ _SIZES = [
 
 
 @triton.jit
+def _tile_in_turn(turns, tile, PARTS: tl.constexpr):
+    """The part of a key block that is this program's turn: the blocks with most rows start first."""
+    return tl.load(turns + tile // PARTS) * PARTS + tile % PARTS
+
+
+@triton.jit
 def _keys_of_program(
     tile, key_valid, key_length, HAS_VALID: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr
 ):
@@ -67,7 +73,7 @@ def _partial_steps(
 
 @triton.jit(do_not_specialize=[*_SIZES, "chunk", "chunk_start", "chunk_rows"])
 def forward(
-    q, k, v, bias, key_valid, entries, starts, partial, partial_lse,
+    q, k, v, bias, key_valid, entries, starts, turns, partial, partial_lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, chunk, chunk_start, chunk_rows,
     num_tiles, num_blocks, num_chunks, groups, width, first_group, query_offset, query_length, key_length,
@@ -82,6 +88,7 @@ def forward(
     bundle, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     batch, bundle = (bundle // BUNDLES).to(tl.int64), (bundle % BUNDLES).to(tl.int64)
     kv_head = bundle * KV_HEADS // BUNDLES
+    tile = _tile_in_turn(turns + (batch * KV_HEADS + kv_head) * num_blocks, tile, parts)
     unit = batch * LISTS + bundle * LISTS // BUNDLES
     starts += unit * (num_blocks * 2 * num_chunks + 1)
     cell = (tile // parts) * 2 * num_chunks + chunk
@@ -201,7 +208,7 @@ def _backward_steps(
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward(
-    q, k, v, bias, key_valid, entries, starts, d_out, lse, delta, d_q, d_k, d_v, d_bias,
+    q, k, v, bias, key_valid, entries, starts, turns, d_out, lse, delta, d_q, d_k, d_v, d_bias,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
     scale, softmax_scale,
@@ -220,6 +227,7 @@ def backward(
     size: tl.constexpr = GROUP * each
     kv_head, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     batch, kv_head = (kv_head // KV_HEADS).to(tl.int64), (kv_head % KV_HEADS).to(tl.int64)
+    tile = _tile_in_turn(turns + (batch * KV_HEADS + kv_head) * num_blocks, tile, (BLOCK_SIZE + KEYS - 1) // KEYS)
     key_valid += batch * key_length
     block, _part, key, live = _keys_of_program(tile, key_valid, key_length, HAS_VALID, BLOCK_SIZE, KEYS)
     key_position = key * KEY_STRIDE + (KEY_STRIDE - 1)

@@ -33,12 +33,15 @@ class OrderedLists:
         slots: int32, the same shape: where in the caller's list each stands (block_bias is aligned with that).
         num_full: int32 `(batch, lists, groups)`.
         num_seen: int32 `(batch, lists, groups)`: full and partial ones.
+        turns: int32 `(batch, lists, groups)`: groups, those with the longest lists first, so that none of them starts
+            when all others are done.
     """
 
     blocks: Tensor
     slots: Tensor
     num_full: Tensor
     num_seen: Tensor
+    turns: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,13 @@ class TransposedLists:
         entries: int32 `(batch, lists, groups * width)`: `group * width + slot`, cell after cell.
         starts: int32 `(batch, lists, cells + 1)`; cell `(block * 2 + partial) * chunks + chunk` holds the entries
             of one block, apart by whether it is full for the entry's group, and by chunk of groups.
+        turns: int32 `(batch, kv_heads, blocks)`: key blocks, those that most entries name first.
         num_chunks: Chunks of groups.
     """
 
     entries: Tensor
     starts: Tensor
+    turns: Tensor
     num_chunks: int
 
 
@@ -82,7 +87,12 @@ def order_lists(plan: Plan, layout: BlockLayout, states: Tensor, *, even: bool) 
         {**_list_constants(plan, even), "BLOCK": min(1024, next_power_of_two(plan.width))},
         _SCAN,
     )
-    return OrderedLists(blocks, slots, num_full, num_seen)
+    return OrderedLists(blocks, slots, num_full, num_seen, _largest_first(num_seen))
+
+
+def _largest_first(sizes: Tensor) -> Tensor:
+    """Places along the last dimension; equal ones in their own order."""
+    return sizes.sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
 
 
 def transpose_lists(plan: Plan, layout: BlockLayout, states: Tensor, *, even: bool) -> TransposedLists:
@@ -107,7 +117,11 @@ def transpose_lists(plan: Plan, layout: BlockLayout, states: Tensor, *, even: bo
     launch(_scatter, programs, arguments, {**constants, "CELLS_ONLY": ordered}, _BLOCKWISE)
     if ordered:
         entries = entries.sort(dim=-1, stable=True).indices.to(torch.int32)
-    return TransposedLists(entries, starts, chunks)
+    named = starts[..., :: 2 * chunks].diff(dim=-1)
+    if plan.lists > plan.kv_heads:  # those of one key/value head are neighbours
+        named = named.unflatten(1, (plan.kv_heads, -1)).sum(2)
+    turns = _largest_first(named).expand(-1, plan.kv_heads, -1).contiguous()
+    return TransposedLists(entries, starts, turns, chunks)
 
 
 def _list_arguments(plan: Plan, layout: BlockLayout, states: Tensor) -> dict[str, object]:

@@ -62,6 +62,16 @@ class Plan:
     schedule: Schedule
     arch: int
     processors: int
+    one_pass: bool = False
+
+    @property
+    def adds_up_queries(self) -> bool:
+        """Whether the key blocks' programs of the backward pass add up the queries' gradients too, in float32.
+
+        Additions of many programs to one row come in any order: not where torch is asked for a fixed one.
+        """
+        wanted = self.one_pass or self.schedule == "key_major"
+        return wanted and not torch.are_deterministic_algorithms_enabled()
 
     @property
     def widest(self) -> int:
@@ -131,8 +141,9 @@ class Plan:
         keys = min(most, 64)
         if not backward:
             return Tile(64, keys, 4, 2)
-        # With a key-major schedule the gradient of the rows is one more accumulator.
-        rows = 16 if self.schedule == "key_major" and self.arch < 90 and self.widest > 64 else 32
+        # The gradient of the rows is one more accumulator.
+        alone = self.schedule == "query_major" and not self.one_pass
+        rows = 32 if alone or self.arch >= 90 or self.widest <= 64 else 16
         return Tile(rows, keys, 8 if keys == 64 else 4, 2)
 
     def decode_tile(self) -> Tile:
@@ -191,8 +202,11 @@ def make_plan(
     schedule: Schedule | None = None,
     arch: int | None = None,
     gradients: bool = True,
+    one_pass: bool = False,
 ) -> Plan:
     """The plan of a call; `schedule` overrides the rule, `arch` the device, for tests and measurements.
+
+    With `one_pass` there is one backward pass, over the key blocks, where rows share lists too.
 
     The rule, where `gradients` are wanted: rows that share a list and keys run query-major when there are at least
     MIN_ROWS_PER_LIST of them, for then a tile of them fills a matrix instruction and reads each listed key block
@@ -233,6 +247,7 @@ def make_plan(
         schedule=schedule or "query_major",
         arch=arch or _arch(q.device),
         processors=_processors(q.device),
+        one_pass=one_pass,
     )
     return plan if schedule else replace(plan, schedule=_rule(plan, gradients))
 

@@ -25,13 +25,15 @@ _SIZES = ["num_tiles", "groups", "width", "first_group", "query_offset", "query_
 
 
 @triton.jit
-def _tile_of_program(num_tiles, groups, TILES_PER_GROUP: tl.constexpr, CAUSAL: tl.constexpr):
-    """(bundle, group, tile in the group); causal lists grow with the position, so the longest start first."""
-    bundle = tl.program_id(0) // num_tiles
-    tile = tl.program_id(0) % num_tiles
-    if CAUSAL:
-        tile = num_tiles - 1 - tile
-    return bundle, tile // TILES_PER_GROUP, tile % TILES_PER_GROUP
+def _tile_of_program(
+    turns, num_tiles, groups, LISTS: tl.constexpr, BUNDLES: tl.constexpr, TILES_PER_GROUP: tl.constexpr
+):
+    """(batch, bundle, list, group, tile in the group) as int64 but the last; a bundle's longest lists start first."""
+    bundle, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
+    batch, bundle = (bundle // BUNDLES).to(tl.int64), (bundle % BUNDLES).to(tl.int64)
+    unit = (batch * LISTS + bundle * LISTS // BUNDLES) * groups
+    group = tl.load(turns + unit + tile // TILES_PER_GROUP)
+    return batch, bundle, unit + group, group, tile % TILES_PER_GROUP
 
 
 @triton.jit
@@ -118,7 +120,7 @@ def _forward_steps(
 
 @triton.jit(do_not_specialize=_SIZES)
 def forward(
-    q, k, v, bias, key_valid, blocks, slots, num_full, num_seen, out, lse,
+    q, k, v, bias, key_valid, blocks, slots, num_full, num_seen, turns, out, lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, num_tiles, groups, width, first_group, query_offset, query_length, key_length,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, BUNDLES: tl.constexpr,
@@ -129,10 +131,8 @@ def forward(
 ):  # fmt: skip
     """Writes `out` `(batch, heads, query_length, VALUE_DIM)` and `lse` (natural log), both contiguous."""
     each: tl.constexpr = HEADS // BUNDLES
-    bundle, group, part = _tile_of_program(num_tiles, groups, TILES_PER_GROUP, CAUSAL)
-    batch, bundle = (bundle // BUNDLES).to(tl.int64), (bundle % BUNDLES).to(tl.int64)
+    batch, bundle, unit, group, part = _tile_of_program(turns, num_tiles, groups, LISTS, BUNDLES, TILES_PER_GROUP)
     kv_head = bundle * KV_HEADS // BUNDLES
-    unit = (batch * LISTS + bundle * LISTS // BUNDLES) * groups + group
     blocks += unit * width
     slots += unit * width
     head, position, row, exists = rows_of_group(
@@ -215,7 +215,7 @@ def _backward_steps(
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward(
-    q, k, v, bias, key_valid, blocks, slots, num_full, num_seen, d_out, lse, delta, d_q, d_bias,
+    q, k, v, bias, key_valid, blocks, slots, num_full, num_seen, turns, d_out, lse, delta, d_q, d_bias,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
     scale, softmax_scale, num_tiles, groups, width, first_group, query_offset, query_length, key_length,
@@ -230,10 +230,8 @@ def backward(
     `d_bias` starts at zero; `scale` is in base 2, `softmax_scale` the caller's.
     """
     each: tl.constexpr = HEADS // BUNDLES
-    bundle, group, part = _tile_of_program(num_tiles, groups, TILES_PER_GROUP, CAUSAL)
-    batch, bundle = (bundle // BUNDLES).to(tl.int64), (bundle % BUNDLES).to(tl.int64)
+    batch, bundle, unit, group, part = _tile_of_program(turns, num_tiles, groups, LISTS, BUNDLES, TILES_PER_GROUP)
     kv_head = bundle * KV_HEADS // BUNDLES
-    unit = (batch * LISTS + bundle * LISTS // BUNDLES) * groups + group
     blocks += unit * width
     slots += unit * width
     head, position, row, exists = rows_of_group(

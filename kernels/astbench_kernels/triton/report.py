@@ -52,6 +52,7 @@ class Call:
     padding: bool = False
     dtype: str = "bfloat16"
     decode: bool = False
+    one_pass: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def matrix() -> Iterator[Call]:
         yield replace(call, head_dim=16)
         yield replace(call, head_dim=32)
         yield replace(call, head_dim=256)
+    for head_dim, block_size in product((64, 96, 128), (16, 32, 64, 128)):
+        yield Call(head_dim, block_size, one_pass=True)
     for head_dim, block_size in product((64, 96, 128), (16, 32, 64, 128)):
         yield Call(head_dim, block_size, query_group=1, decode=True)
     call = Call(query_group=1, decode=True)
@@ -210,7 +213,16 @@ def _attention(call: Call, arch: int, *, queries: int, keys: int) -> Tensor:
     bias = torch.zeros(table.shape, requires_grad=gradients) if call.bias else None
     valid = torch.ones(batch, keys, dtype=torch.bool) if call.padding else None
     return triton_attention(
-        q, k, v, layout, block_bias=bias, scale=1.0, causal=call.causal, key_valid=valid, arch=arch
+        q,
+        k,
+        v,
+        layout,
+        block_bias=bias,
+        scale=1.0,
+        causal=call.causal,
+        key_valid=valid,
+        arch=arch,
+        one_pass=call.one_pass,
     )[0]
 
 
