@@ -6,7 +6,7 @@ Imports torch and nothing else of this project. Public names:
 * :func:`block_sparse_attention`: attention over just those blocks, differentiable.
 * :func:`block_sparse_attention_varlen`: the same of packed sequences of unequal lengths.
 * :func:`merge_attention`: one softmax over several sets of keys, each attended to by itself.
-* :func:`select_blocks`, :func:`soft_top_k`: from scores to a layout, and the gradient that goes with it.
+* :func:`select_blocks`, :func:`soft_top_k`, :func:`log_mass`: from scores to lists, and their gradients.
 * :func:`backends`: what can run here, and why the rest cannot; :func:`what_runs`: what a call runs.
 * :func:`dense_attention`, :func:`dense_backends`: the same for dense attention.
 """
@@ -15,7 +15,7 @@ from astbench_kernels.attention import Backend, backends, block_sparse_attention
 from astbench_kernels.dense import DenseBackend, check_dense_backend, dense_attention, dense_backends
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.merge import merge_attention
-from astbench_kernels.select import select_blocks, soft_top_k
+from astbench_kernels.select import log_mass, select_blocks, soft_top_k
 from astbench_kernels.varlen import block_sparse_attention_varlen
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "choose_backend",
     "dense_attention",
     "dense_backends",
+    "log_mass",
     "merge_attention",
     "select_blocks",
     "soft_top_k",

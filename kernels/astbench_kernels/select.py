@@ -170,6 +170,52 @@ class _LogProbabilities(torch.autograd.Function):
         return d_scores.div_(ctx.temperature), None, None, None, None
 
 
+def log_mass(scores: Tensor, blocks: Tensor, log_sizes: Tensor) -> Tensor:
+    """Log-sum-exp of `scores + log_sizes` over some blocks, without a table of those sums.
+
+    Args:
+        scores: `(batch, heads, groups, key_blocks)`, finite on those blocks.
+        blocks: Bool, of the shape of `scores`: which they are.
+        log_sizes: `(batch, key_blocks)`, finite, in the dtype of `scores`; gets no gradient.
+
+    Returns:
+        `(batch, heads, groups)`, -inf where there are no blocks; differentiable once, in `scores`.
+    """
+    return _LogMass.apply(scores, blocks, log_sizes)
+
+
+class _LogMass(torch.autograd.Function):
+    """A few rows at a time, which stay in a CPU's cache; keeps its result for the backward pass and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, blocks: Tensor, log_sizes: Tensor) -> Tensor:
+        lse = scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+        ctx.slabs = []
+        for rows, known, found, sizes in zip(scores, blocks, lse, log_sizes, strict=True):
+            rows, known, found = _as_rows(rows, known, found)
+            ctx.slabs.append(_slabs(known))
+            for here, reach in ctx.slabs[-1]:
+                mass = (rows[here, :reach] + sizes[:reach]).masked_fill_(~known[here, :reach], -torch.inf)
+                found[here] = mass.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(scores, blocks, log_sizes, lse)
+        return lse.squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scores, blocks, log_sizes, lse = ctx.saved_tensors
+        d_scores = torch.zeros_like(scores, memory_format=torch.contiguous_format)
+        pivot = lse.masked_fill(lse == -torch.inf, 0.0)  # of rows without blocks: exp(-inf - 0) is 0, not NaN
+        for part in zip(ctx.slabs, scores, blocks, log_sizes, pivot, grad.unsqueeze(-1), d_scores, strict=True):
+            slabs, rows, known, sizes, *others = part
+            rows, known, whole, incoming, out = _as_rows(rows, known, *others)
+            for here, reach in slabs:
+                mass = (rows[here, :reach] + sizes[:reach]).sub_(whole[here])
+                mass.masked_fill_(~known[here, :reach], -torch.inf)
+                out[here, :reach] = mass.exp_().mul_(incoming[here])
+        return d_scores, None, None
+
+
 SCORES_AT_A_TIME = 2**17
 """Scores whose soft threshold is looked for together on the CPU: 512 KiB of them stay in its cache."""
 

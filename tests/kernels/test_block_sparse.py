@@ -12,6 +12,7 @@ from astbench_kernels import (
     dispatch,
     gather,
     key_major,
+    log_mass,
     select,
     select_blocks,
     soft_top_k,
@@ -519,3 +520,19 @@ def test_soft_top_k_at_some_blocks_is_what_it_is_there(monkeypatch):
     live = (k.expand(2, 3, 20) > 0) & (k.expand(2, 3, 20) < everywhere.sum(-1))
     p = whole.exp() * everywhere
     torch.testing.assert_close(p.sum(-1)[live], k.expand(2, 3, 20)[live].double(), rtol=0, atol=1e-9)
+
+
+def test_log_mass_is_the_logsumexp_and_so_is_its_gradient(monkeypatch):
+    monkeypatch.setattr("astbench_kernels.select.SCORES_AT_A_TIME", 50)
+    g = torch.Generator().manual_seed(0)
+    scores = (30 * torch.randn(2, 3, 9, 11, generator=g, dtype=torch.float64)).requires_grad_()
+    blocks = (torch.rand(2, 3, 9, 11, generator=g) < 0.4) & (torch.arange(11) <= torch.arange(9)[:, None])
+    sizes = torch.rand(2, 11, generator=g, dtype=torch.float64)
+    got = log_mass(scores, blocks, sizes)
+    masked = (scores + sizes[:, None, None]).masked_fill(~blocks, -torch.inf)
+    some = blocks.any(-1)
+    assert some.any() and not some.all() and (got[~some] == -torch.inf).all()
+    torch.testing.assert_close(got[some], masked.logsumexp(-1)[some])
+    weight = torch.randn(some.shape, generator=g, dtype=torch.float64)
+    expected = torch.autograd.grad((masked.logsumexp(-1)[some] * weight[some]).sum(), scores)[0]
+    torch.testing.assert_close(torch.autograd.grad(got, scores, weight)[0], expected)

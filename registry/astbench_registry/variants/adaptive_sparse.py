@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, rms_norm
 
-from astbench_kernels import BlockLayout, select_blocks, soft_top_k
+from astbench_kernels import BlockLayout, log_mass, select_blocks, soft_top_k
 from astbench_kernels.layout import ceil_div
 from astbench_kernels.triton import pool_blocks
 from astbench_registry.block_pooling import extremes_of_blocks, mean_of_blocks, real_in_blocks, valid_in_blocks
@@ -194,14 +194,10 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
             blocks = self._summarise(k, v, mask, selection, fused=False)
             scores = block_scores(*self._factors(q, blocks, mask, selection, scale), selection.num_blocks)
         _, mean_value, counts = blocks
-        mass = scores
-        if self.config.sub_blocks == 1:  # the scores of several means hold their sizes
-            mass = mass + counts.squeeze(-1).unsqueeze(-2).clamp(min=1).log()
-        left = selection.free & ~keep
-        # Rows that left nothing: exp(-inf - 0), and no NaN in their gradient.
-        empty = ~left.any(-1, keepdim=True)
-        lse = mass.masked_fill(~left, -torch.inf).masked_fill(empty, 0.0).logsumexp(-1)
-        lse = lse.masked_fill(empty.squeeze(-1), -torch.inf)
+        sizes = counts.flatten(1).expand(q.shape[0], -1).clamp(min=1).log()
+        if self.config.sub_blocks > 1:  # the scores of several means hold their sizes
+            sizes = torch.zeros_like(sizes)
+        lse = log_mass(scores, selection.free & ~keep, sizes.to(scores.dtype))
         value = _global_context(mean_value, counts, mask, selection)
         value = value.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
         group = torch.arange(q.shape[2], device=q.device) // selection.query_group
