@@ -36,7 +36,7 @@ class ASTConfig(BlockSelectionConfig):
         sample: While training, choose by the scores plus logistic noise of `temperature`, so that a block is kept
             about as often as the differentiable top-k says, and blocks that are never kept get their chance.
         detach: What teaches the predictor stops at its inputs; off, it moves the backbone's queries, keys and values
-            too. (The gate of "soft" is part of the forward pass, and its gradient stops nowhere.)
+            too. (The gate of "soft" and what `rest` adds are part of the forward pass, and their gradient stops nowhere.)
         distill_weight: Weight of the loss that teaches the predictor the layer's own dense attention.
         distill_decay_steps: Training steps over which that weight falls linearly to 0; 0 = it stays.
         distill_fraction: Share of the query rows whose dense attention is computed for that loss.
@@ -47,7 +47,8 @@ class ASTConfig(BlockSelectionConfig):
             "mixed": each step has one or the other, `density` more and more often, so that what was learned at
             `density_start` is kept up while the choice is learned.
         rest: What a row did not choose joins its softmax as one token, of the mass that the scores predict and the mean
-            of all values that may be known. It costs no product; on a GPU the fused kernel's choice is not used.
+            of all values that may be known. Worth it with blocks of a few tokens. It costs sums of exponentials, while
+            training (with `detach`) the scores a second time, and on a GPU the fused kernel's choice is not used.
         coarse_stride: Tokens that a coarse token stands for, in the first layer that sees such tokens beside the
             chosen blocks; 0 = none does.
         coarse_from: First layer (from 0) that does.
