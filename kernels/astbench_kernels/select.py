@@ -113,9 +113,9 @@ def soft_top_k(
         the same projection, which they reach by bisection.
     """
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    live = (k > 0) & (k < candidates.sum(-1))
-    mask = (candidates & live.unsqueeze(-1)).expand(scores.shape)
-    return _LogProbabilities.apply(scores, k.expand(live.shape), mask, temperature, at)
+    if scores.numel() == 0 or (at is not None and at.numel() == 0):
+        return torch.zeros_like(scores if at is None else at, dtype=scores.dtype)
+    return _LogProbabilities.apply(scores, k, candidates, temperature, at)
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -165,8 +165,9 @@ class _LogProbabilities(torch.autograd.Function):
                 out[here].scatter_add_(-1, slot, direct)
             # What it does for those of all candidates, through tau.
             weight = p.sub_(p.square())
-            share = direct.sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_(min=torch.finfo(p.dtype).tiny)
-            out[here, :reach] -= weight.mul_(share)
+            # First the division: where all p are 0 or 1 the weights are 0, and stay so.
+            weight = weight.div_(weight.sum(-1, keepdim=True).clamp_(min=torch.finfo(p.dtype).tiny))
+            out[here, :reach] -= weight.mul_(direct.sum(-1, keepdim=True))
         return d_scores.div_(ctx.temperature), None, None, None, None
 
 
@@ -220,7 +221,8 @@ SCORES_AT_A_TIME = 2**17
 """Scores whose soft threshold is looked for together on the CPU: 512 KiB of them stay in its cache."""
 
 MOST_STEPS = 16
-"""Steps towards a soft threshold: three to seven are enough for scores that spread evenly, twice as many for others."""
+"""Steps towards a soft threshold: three to seven are enough for most rows, and twice as many for nearly all others. The
+CPU may take twice this number, a GPU takes it without asking."""
 
 
 def _as_rows(scores: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -263,18 +265,19 @@ def _threshold(scores: Tensor, mask: Tensor, k: Tensor, count: Tensor, temperatu
     high = values.amax(-1, keepdim=True).masked_fill_(~live, 0.0) - wanted
     # A logistic distribution of scale b has variance (pi b)^2 / 3; the noise of p has scale 1.
     tau = (mean - wanted * (1 + 3 / math.pi**2 * variance).sqrt()).clamp(low, high)
+    tau = torch.where(tau.isfinite(), tau, low / 2 + high / 2)  # the variance of scores of 1e20 overflows
     precise = scores.dtype == torch.float64
-    enough = 1e-12 if precise else 1e-5
+    enough, rounding = 1e-12 if precise else 1e-5, torch.finfo(scores.dtype).eps
     for _ in range(2 * MOST_STEPS if precise or scores.device.type == "cpu" else MOST_STEPS):
         p = (values - tau).sigmoid_()
         total = p.sum(-1, keepdim=True)
         slope = total - _square_sum(p)
         low, high = torch.where(total > k, tau, low), torch.where(total > k, high, tau)
         step = (total / (count - total)).log_().sub_(wanted) * total * (count - total) / (count * slope)
-        near = (total - k).abs() <= enough * torch.minimum(k, count - k)
+        near = (total - k).abs() <= enough * torch.minimum(k, count - k) + rounding * count
         moved = tau + step
         inside = (moved >= low) & (moved <= high)
-        tau = torch.where(inside, moved, torch.where(near, tau, (low + high) / 2))
+        tau = torch.where(inside, moved, torch.where(near, tau, low / 2 + high / 2))
         if scores.device.type == "cpu" and bool((near | ~live).all()):
             break
     return tau * temperature

@@ -117,8 +117,8 @@ class BlockSelectingAttention(Attention):
     Under a sequential mask (causal self-attention, or cross-attention from a decoder) a group's first token
     (the first that is no padding) speaks for it, and only completed blocks, all of whose keys precede the
     group, compete; the blocks that the group itself stands in are always kept and masked per token. So no
-    choice depends on the future. Pooling a causal group's queries would leak it. Without such a mask the
-    group's mean query speaks.
+    choice depends on later tokens (in groups of several only on how many of its own group there are). Pooling a causal
+    group's queries would leak them. Without such a mask the group's mean query speaks.
     """
 
     config: BlockSelectionConfig

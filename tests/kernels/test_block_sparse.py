@@ -536,3 +536,19 @@ def test_log_mass_is_the_logsumexp_and_so_is_its_gradient(monkeypatch):
     weight = torch.randn(some.shape, generator=g, dtype=torch.float64)
     expected = torch.autograd.grad((masked.logsumexp(-1)[some] * weight[some]).sum(), scores)[0]
     torch.testing.assert_close(torch.autograd.grad(got, scores, weight)[0], expected)
+
+
+@pytest.mark.parametrize("at", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize("scale", [1.0, 1e20, 1e30])
+def test_soft_top_k_where_nothing_is_soft_stays_finite(at, scale):
+    scores = (torch.tensor([[100.0, 0, 0, 0, 0, 0], [0, 1, 0, 2, 0, 300]]) * scale).requires_grad_()
+    places = torch.tensor([[0, 1], [5, 2]]) if at else None
+    log_p = soft_top_k(scores, torch.tensor(1), torch.ones(2, 6, dtype=torch.bool), 0.05, at=places)
+    (grad,) = torch.autograd.grad(100 * log_p.clamp(min=-1e9).sum(), scores)
+    assert not log_p.isnan().any() and grad.isfinite().all()
+
+
+def test_soft_top_k_of_nothing():
+    scores, candidates = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool)
+    assert soft_top_k(scores, torch.tensor(2), candidates, 0.5, at=torch.zeros(3, 0, dtype=torch.long)).shape == (3, 0)
+    assert soft_top_k(scores[:, :0], torch.tensor(2), candidates[:, :0], 0.5).shape == (3, 0)

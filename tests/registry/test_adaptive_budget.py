@@ -85,3 +85,18 @@ def test_runs_of_before_still_load():
     assert build(budget="fixed", mass=0.9).config.mass == 0.9
     with pytest.raises(ValueError, match=r"--attention.mass must be left out: .* by --attention.share"):
         build(mass=0.9)
+
+
+def test_the_regulariser_of_a_batch_that_sees_nothing_is_finite():
+    module = build(lambda_density=1.0)
+    mask = AttentionMask("causal_self", 0, torch.zeros(BATCH, TOKENS, dtype=torch.bool))
+    out = module.train()(*(x.float() for x in draw()), mask)
+    assert sum(out.losses.values()).isfinite()
+
+
+def test_a_schedule_from_dense_keeps_gradients_finite_where_no_choice_is_soft():
+    options = {"budget": "fixed", "temperature": 0.05, "density_start": 1.0, "density_steps": 100, "min_blocks": 1}
+    module = build(**options).train()
+    q, k, v = (x.float() for x in draw(16.0))
+    module(q, k, v, AttentionMask("causal_self"), context=AttentionContext(step=0)).context.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())

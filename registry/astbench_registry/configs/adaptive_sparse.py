@@ -36,7 +36,7 @@ class ASTConfig(BlockSelectionConfig):
         sample: While training, choose by the scores plus logistic noise of `temperature`, so that a block is kept
             about as often as the differentiable top-k says, and blocks that are never kept get their chance.
         detach: What teaches the predictor stops at its inputs; off, it moves the backbone's queries, keys and values
-            too. (The gate of "soft" and what `rest` adds are part of the forward pass, and their gradient stops nowhere.)
+            too. (The gate of "soft" and what `rest` adds are part of the forward pass; their gradient stops nowhere.)
         distill_weight: Weight of the loss that teaches the predictor the layer's own dense attention.
         distill_decay_steps: Training steps over which that weight falls linearly to 0; 0 = it stays.
         distill_fraction: Share of the query rows whose dense attention is computed for that loss.

@@ -302,7 +302,7 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
             kept = selection.forced.sum(-1) + (-(p * log_p).sum(-1)).exp() * free.any(-1)
         visible = selection.visible.sum(-1).expand_as(kept)
         kept, live = torch.minimum(kept, visible), visible > 0
-        predicted = (kept / visible.clamp(min=1))[live].mean()
+        predicted = (kept / visible.clamp(min=1) * live).sum() / live.sum().clamp(min=1)
         return (predicted - self.density_at(context.step)) ** 2
 
     def _distill(
