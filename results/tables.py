@@ -67,12 +67,14 @@ def triviaqa() -> str:
     """Real questions over whole Wikipedia articles."""
     rows = []
     found = records("triviaqa")
-    for record in sorted(found.values(), key=lambda r: (r.get("train", {}).get("steps", 0), -r["metrics"]["f1"])):
+    by_f1 = sorted(found.items(), key=lambda one: (one[1].get("train", {}).get("steps", 0), -one[1]["metrics"]["f1"]))
+    for name, record in by_f1:
         train = record.get("train")
+        start = STARTS[record["config"].get("init_from")] + (", trained again" if name.endswith("-again") else "")
         rows.append(
             [
                 f"`{attention(record)['name']}`",
-                STARTS[record["config"].get("init_from")],
+                start,
                 f"{record['metrics']['f1']:.1f}",
                 f"{record['metrics']['em']:.1f}",
                 f"{record['density']['mean']:.2f}",
@@ -186,17 +188,18 @@ def scratch() -> str:
 
 
 def multi30k() -> str:
-    """Small translation models from scratch, all seeds of an attention in one row."""
-    found: dict[str, list[Record]] = {}
+    """Small translation models from scratch, all seeds of an attention in the same places in one row."""
+    found: dict[tuple[str, str], list[Record]] = {}
     for record in records("multi30k").values():
-        found.setdefault(_described(record), []).append(record)
+        where = record["config"]["task"]["where"].replace("_", " ").replace(",", ", ")
+        found.setdefault((_described(record), where), []).append(record)
     rows = []
-    for name, runs in found.items():
+    for (name, where), runs in found.items():
         bleu = [run["metrics"]["bleu"] for run in runs]
         rows.append(
             [
                 name,
-                runs[0]["config"]["task"]["where"].replace("_", " ").replace(",", ", "),
+                where,
                 f"{_mean(run['density']['mean'] for run in runs):.3f}",
                 f"{runs[0]['parameters']['attention']:,}",
                 f"{len(runs)}",
