@@ -77,7 +77,7 @@ _BACKENDS = {
             "the same with one backward pass in place of two; to measure which is faster",
             partial(triton.triton_attention, one_pass=True),
             triton.device_refusals,
-            lambda call: triton.call_refusals(call.dtype, call.head_dim),
+            lambda call: [*triton.call_refusals(call.dtype, call.head_dim), *triton.one_pass_refusals()],
         ),
         Backend(
             "flex",

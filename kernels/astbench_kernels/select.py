@@ -240,7 +240,7 @@ def _slabs(candidates: Tensor) -> list[tuple[slice, int]]:
     slabs = []
     for start in range(0, rows, step):
         here = slice(start, start + step)
-        columns = candidates[here].view(torch.uint8).amax(0).nonzero()  # any() takes forty times as long
+        columns = candidates[here].view(torch.uint8).amax(0).nonzero()  # any() takes twenty times as long
         if len(columns):
             slabs.append((here, int(columns[-1]) + 1))
     return slabs

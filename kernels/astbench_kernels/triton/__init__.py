@@ -41,6 +41,13 @@ def call_refusals(dtype: torch.dtype, head_dim: int) -> list[str]:
     return reasons
 
 
+def one_pass_refusals() -> list[str]:
+    """Why the backward pass may not be one that adds up the queries' gradients."""
+    if torch.are_deterministic_algorithms_enabled():
+        return ["torch is asked for deterministic algorithms, and its additions come in any order; take triton"]
+    return []
+
+
 def interpreted() -> bool:
     """Whether Triton is asked to interpret kernels instead of compiling them."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

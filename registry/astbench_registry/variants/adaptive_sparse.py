@@ -246,14 +246,18 @@ class AdaptiveSparseAttention(BlockSelectingAttention):
         learning = self.training and torch.is_grad_enabled()
         wants_bias = config.estimator == "soft" or (config.estimator == "straight_through" and learning)
         policy = learning and config.estimator == "policy_gradient"
-        if wants_bias:
-            bias = self._gate(scores, layout, selection, at=layout.indices.long()).masked_fill(~layout.slots, 0.0)
-            if config.estimator == "straight_through":
-                bias = bias - bias.detach()
-        if policy:
-            log_prob = _log_probability(self._gate(scores, layout, selection), keep, free)
-        if learning and config.lambda_entropy:
-            losses["entropy"] = config.lambda_entropy * _binary_entropy(self._gate(scores, layout, selection), free)
+        whole = policy or (learning and config.lambda_entropy > 0)
+        if wants_bias or whole:
+            listed = layout.indices.long()
+            log_p = self._gate(scores, layout, selection, at=None if whole else listed)
+            if wants_bias:
+                bias = (log_p.gather(-1, listed) if whole else log_p).masked_fill(~layout.slots, 0.0)
+                if config.estimator == "straight_through":
+                    bias = bias - bias.detach()
+            if policy:
+                log_prob = _log_probability(log_p, keep, free)
+            if learning and config.lambda_entropy:
+                losses["entropy"] = config.lambda_entropy * _binary_entropy(log_p, free)
         if learning and config.lambda_density:
             losses["density"] = config.lambda_density * self._density_error(scores, keep, selection, context)
         weight = self._distill_weight(context.step)
