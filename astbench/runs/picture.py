@@ -50,9 +50,9 @@ def draw_pattern(
             share = share[: -(-queries // s.layout.query_group), : -(-keys // s.layout.block_size)]
         image = axes.imshow(share.cpu().numpy(), vmin=0, vmax=1, cmap="magma_r", aspect="auto", interpolation="nearest")
         axes.set_title(f"{_layer(path)}, density {float(s.density.mean()):.2f}", fontsize=9)
-        axes.set_xlabel(f"key blocks of {s.layout.block_size} tokens", fontsize=8)
+        axes.set_xlabel(f"key blocks of {_tokens(s.layout.block_size)}", fontsize=8)
         if number == 0:
-            axes.set_ylabel(f"query groups of {s.layout.query_group} tokens", fontsize=8)
+            axes.set_ylabel(f"query groups of {_tokens(s.layout.query_group)}", fontsize=8)
         axes.tick_params(labelsize=7)
     if image is not None:
         figure.colorbar(image, ax=figure.axes, label="share of heads that keep the block", shrink=0.9)
@@ -68,3 +68,7 @@ def _layer(path: str) -> str:
     stacks = {"encoder_attn": "cross", "encoder.": "encoder", "decoder.": "decoder"}
     stack = next((f"{name} " for mark, name in stacks.items() if mark in path), "")
     return f"{stack}layer {numbers[-1]}"
+
+
+def _tokens(number: int) -> str:
+    return "1 token" if number == 1 else f"{number} tokens"
