@@ -153,7 +153,7 @@ def test_recipes_parse(tmp_path):
 
 @pytest.mark.parametrize("recipe", BENCHES, ids=lambda path: path.stem)
 def test_bench_recipes_parse(recipe):
-    from astbench.commands.bench import _parse
+    from astbench.cli.commands.bench import _parse
 
     config = _parse([f"--config={recipe}"])
     for key, value in yaml.safe_load(recipe.read_text()).items():

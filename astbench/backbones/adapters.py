@@ -17,7 +17,7 @@ WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 def save_adapter(handle: SwapHandle, folder: str | Path) -> None:
     """Write `adapter.safetensors` (the variant's parameters only) and `adapter.json` (name and options)."""
-    from astbench.runs.files import write_atomic, write_json
+    from astbench.files.writing import write_atomic, write_json
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
-from astbench_registry.block_summaries import BlockSummaries
+from astbench_registry.block_selection.summaries import BlockSummaries
 
 Layer = DynamicLayer | StaticLayer
 

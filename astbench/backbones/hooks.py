@@ -15,15 +15,9 @@ from transformers.utils import logging
 
 from astbench.backbones.cache_watch import kept_summaries
 from astbench_registry import CapabilityError, Pattern, build_attention
-from astbench_registry.block_summaries import BlockSummaries
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-    AttentionStats,
-)
+from astbench_registry.block_selection.summaries import BlockSummaries
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+from astbench_registry.mask import AttentionMask
 
 logger = logging.get_logger(__name__)
 

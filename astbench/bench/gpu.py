@@ -24,7 +24,7 @@ from astbench.bench.goals import GOALS
 from astbench.bench.processes import Worker
 from astbench.console import say
 from astbench.errors import AstbenchError, ConfigError, MissingPackageError
-from astbench.runs.files import write_json, write_text
+from astbench.files.writing import write_json, write_text
 from astbench.runs.folder import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]

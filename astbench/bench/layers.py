@@ -70,10 +70,10 @@ def chosen(config: BenchConfig, say: Callable[[str], None]) -> list[Entry]:
     if stray:
         raise ConfigError(f"--options speaks of {stray[0]}, which --attention={config.attention} does not measure")
     if config.peers:
-        from astbench_kernels import backends  # imports torch
+        from astbench_kernels import sparse_backends  # imports torch
 
-        if unknown := sorted(set(words(config.peers)) - set(backends())):
-            raise ConfigError(f"--peers has no backend {unknown[0]!r}; choose from {', '.join(backends())}")
+        if unknown := sorted(set(words(config.peers)) - set(sparse_backends())):
+            raise ConfigError(f"--peers has no backend {unknown[0]!r}; choose from {', '.join(sparse_backends())}")
     found = _dense(config, say)
     for name in dict.fromkeys(asked):
         if name != "dense":

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from astbench_kernels import BlockLayout, select_blocks
 from astbench_registry.block_selection import BlockSelectingAttention, Selection
-from astbench_registry.interface import AttentionContext, AttentionMask
+from astbench_registry.interface import AttentionContext
+from astbench_registry.mask import AttentionMask
 
 TRAINING = 3.5
 """Matmuls of a forward and a backward pass over those of a forward pass: 2 and 5 for 2."""

@@ -17,7 +17,7 @@ from astbench.bench.processes import Worker
 from astbench.bench.report import report
 from astbench.console import say
 from astbench.errors import ConfigError, MissingPackageError
-from astbench.runs.files import write_json, write_text
+from astbench.files.writing import write_json, write_text
 from astbench.runs.folder import RECORD, RunFolder, default_run_dir
 from astbench.runs.record import new_record
 

@@ -24,7 +24,7 @@ from astbench.bench.processes import ANSWER, lost
 from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, what_runs
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention, load_plugin
 from astbench_registry.block_selection import BlockSelectingAttention
-from astbench_registry.block_summaries import BlockSummaries
+from astbench_registry.block_selection.summaries import BlockSummaries
 from astbench_registry.interface import AttentionStats
 
 Tensors = tuple[Tensor, Tensor, Tensor]

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from astbench.errors import CheckpointError
-from astbench.runs.files import sync_folder, write_atomic
+from astbench.files.writing import sync_folder, write_atomic
 from astbench.runs.folder import LAST, PREVIOUS, RunFolder, checkpoint_file
 
 

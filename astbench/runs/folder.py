@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from astbench.errors import CheckpointError, ConfigError
-from astbench.runs.files import TEMPORARY, sha256, write_json
+from astbench.files.writing import TEMPORARY, sha256, write_json
 
 CONFIG, RECORD, DONE, METRICS = "config.yaml", "record.json", "done.json", "metrics.csv"
 LAST, PREVIOUS, MANIFEST, LOCK = "last.ckpt", "previous.ckpt", "manifest.json", ".lock"

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from astbench.runs.files import write_text
+from astbench.files.writing import write_text
 
 
 class MetricsLogger(Logger):

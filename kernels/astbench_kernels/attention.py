@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from astbench_kernels import flex, triton
+from astbench_kernels import triton
+from astbench_kernels.backends import flex
+from astbench_kernels.backends.cpu.query_major import gather_attention, schedule_of
+from astbench_kernels.backends.reference import reference_attention
+from astbench_kernels.backends.self_check import self_check
 from astbench_kernels.dispatch import named
-from astbench_kernels.gather import gather_attention, schedule_of
 from astbench_kernels.layout import BlockLayout
-from astbench_kernels.reference import reference_attention
-from astbench_kernels.self_check import self_check
 from astbench_kernels.triton.plan import make_plan, wants_gradients
 
 
@@ -97,7 +98,7 @@ _BACKENDS = {
 }
 
 
-def backends() -> dict[str, Backend]:
+def sparse_backends() -> dict[str, Backend]:
     """Every backend by name, whether or not it can run here."""
     return dict(_BACKENDS)
 
@@ -117,7 +118,7 @@ def choose_backend(
     backend that is asked for by name runs or refuses; nothing else is tried.
 
     Args:
-        name: "auto" or a name from :func:`backends`.
+        name: "auto" or a name from :func:`sparse_backends`.
         device: Where the call will run.
         dtype: Of the inputs; None leaves open what depends on it.
         head_dim: The larger of the head sizes of queries and values; None likewise.
@@ -204,7 +205,7 @@ def block_sparse_attention(
         scale: Factor on `q . k`; 1/sqrt(head_dim) by default.
         causal: Query at position p sees keys at positions <= p (positions as in :class:`BlockLayout`).
         key_valid: Bool `(batch, key_length)`, False for padding; what padding holds never matters.
-        backend: "auto" or a name from :func:`backends`.
+        backend: "auto" or a name from :func:`sparse_backends`.
 
     Returns:
         `out` `(batch, heads, query_length, value_dim)` in the dtype of `q`, and the log-sum-exp of each row's

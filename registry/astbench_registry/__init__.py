@@ -22,22 +22,16 @@ from astbench_registry.registry import (
 )
 
 if TYPE_CHECKING:
-    from astbench_registry.interface import (
-        Attention,
-        AttentionContext,
-        AttentionMask,
-        AttentionOutput,
-        AttentionShape,
-        AttentionStats,
-    )
+    from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+    from astbench_registry.mask import AttentionMask
 
 _LAZY = (
     "Attention",
     "AttentionContext",
-    "AttentionMask",
     "AttentionOutput",
     "AttentionShape",
     "AttentionStats",
+    "CacheState",
 )
 
 __all__ = [
@@ -64,6 +58,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "AttentionMask":
+        return import_module("astbench_registry.mask").AttentionMask
     if name in _LAZY:
         return getattr(import_module("astbench_registry.interface"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

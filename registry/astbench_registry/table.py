@@ -44,7 +44,7 @@ class Row:
 _VARIANTS = "astbench_registry.variants"
 
 BUILTIN: dict[str, Row] = {
-    "ast": Row(f"{_VARIANTS}.adaptive_sparse:AdaptiveSparseAttention", ASTConfig),
+    "ast": Row(f"{_VARIANTS}.ast.attention:AdaptiveSparseAttention", ASTConfig),
     "bigbird": Row(f"{_VARIANTS}.bigbird:BigBirdAttention", BigBirdConfig),
     "dense": Row(f"{_VARIANTS}.dense:DenseAttention", DenseConfig),
     "dsa": Row(f"{_VARIANTS}.dsa:DeepSeekSparseAttention", DSAConfig),

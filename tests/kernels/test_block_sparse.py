@@ -6,18 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from astbench_kernels import (
-    BlockLayout,
-    block_sparse_attention,
-    dispatch,
-    gather,
-    key_major,
-    log_mass,
-    select,
-    select_blocks,
-    soft_top_k,
-    what_runs,
-)
+from astbench_kernels import BlockLayout, block_sparse_attention, log_mass, select_blocks, soft_top_k, what_runs
+from astbench_kernels import selection as select
+from astbench_kernels.backends.cpu import key_major
+from astbench_kernels.backends.cpu import query_major as gather
+from astbench_kernels.dispatch import rules
 
 # Distinct primes, so that a swapped axis cannot pass.
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
@@ -40,7 +33,7 @@ WAYS = ["query-major", "key-major", "masked", "masked in slabs"]
 def take(monkeypatch, way):
     """The gather backend goes this way, whatever the shape."""
     if way == "masked in slabs":  # which otherwise hold whole lists here
-        monkeypatch.setattr(dispatch, "SLAB_PAIRS", 1000)
+        monkeypatch.setattr(rules, "SLAB_PAIRS", 1000)
     monkeypatch.setattr(gather, "schedule_of", lambda *args, **kwargs: way.partition(" ")[0].replace("-", "_"))
 
 
@@ -389,7 +382,7 @@ def test_rows_whose_blocks_are_all_hidden_by_a_bias_get_no_gradient(backend):
 def test_pairs_that_are_counted_are_those_computed(monkeypatch):
     """Of the masked schedule, whatever lists nothing or sees nothing yet left out."""
     for pairs in (500, 2000, 2**18):
-        monkeypatch.setattr(dispatch, "SLAB_PAIRS", pairs)
+        monkeypatch.setattr(rules, "SLAB_PAIRS", pairs)
         (q, k, v, _), layout, _ = random_case(127, 127, 8, 1, 0)
         layout = dataclasses.replace(layout, counts=layout.counts * (torch.arange(127) % 50 > 20))
         for causal in (False, True):
@@ -504,7 +497,7 @@ def test_soft_top_k_of_scores_however_they_are_spread(shape, spread):
 
 
 def test_soft_top_k_at_some_blocks_is_what_it_is_there(monkeypatch):
-    monkeypatch.setattr("astbench_kernels.select.SCORES_AT_A_TIME", 64)  # several slabs, cut after their candidates
+    monkeypatch.setattr("astbench_kernels.selection.SCORES_AT_A_TIME", 64)  # several slabs, cut after their candidates
     g = torch.Generator().manual_seed(0)
     scores = torch.randn(2, 3, 20, 16, generator=g, dtype=torch.float64, requires_grad=True)
     candidates = torch.arange(16) <= torch.arange(20)[:, None] - 2
@@ -523,7 +516,7 @@ def test_soft_top_k_at_some_blocks_is_what_it_is_there(monkeypatch):
 
 
 def test_log_mass_is_the_logsumexp_and_so_is_its_gradient(monkeypatch):
-    monkeypatch.setattr("astbench_kernels.select.SCORES_AT_A_TIME", 50)
+    monkeypatch.setattr("astbench_kernels.selection.SCORES_AT_A_TIME", 50)
     g = torch.Generator().manual_seed(0)
     scores = (30 * torch.randn(2, 3, 9, 11, generator=g, dtype=torch.float64)).requires_grad_()
     blocks = (torch.rand(2, 3, 9, 11, generator=g) < 0.4) & (torch.arange(11) <= torch.arange(9)[:, None])

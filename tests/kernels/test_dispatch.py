@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from astbench.bench.analysis import ratio
-from astbench_kernels import BlockLayout, choose_backend, dispatch, what_runs
-from astbench_kernels.dispatch import TABLE, Shapes, explain
-from astbench_kernels.efficiencies import EFFICIENCIES
+from astbench_kernels import BlockLayout, choose_backend, what_runs
+from astbench_kernels.dispatch import TABLE, Shapes, explain, rules
+from astbench_kernels.dispatch.measured import EFFICIENCIES
 from astbench_kernels.triton.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_keys_seen_are_those_of_the_mask(queries, keys, stride):
     for offset in (0, keys * stride - queries):
         position = torch.arange(queries) + offset
         exact = ((position + 1).div(stride, rounding_mode="floor").clamp(0, keys)).double().mean()
-        found = dispatch.keys_seen(queries, keys, offset, causal=True, key_stride=stride)
+        found = rules.keys_seen(queries, keys, offset, causal=True, key_stride=stride)
         assert found == pytest.approx(float(exact), abs=1)
 
 
@@ -173,8 +173,8 @@ def test_nothing_is_quoted_far_from_what_was_measured():
 
 
 def test_thresholds_are_nowhere_else():
-    names = [n for n in vars(dispatch) if n.isupper() and n not in ("TABLE", "EFFICIENCIES")]
+    names = [n for n in vars(rules) if n.isupper() and n not in ("TABLE", "EFFICIENCIES")]
     for path in (ROOT / "kernels").rglob("*.py"):
-        if path.name != "dispatch.py":
+        if path.name != "rules.py":
             text = path.read_text()
             assert not [n for n in names if f"\n{n} = " in text], path

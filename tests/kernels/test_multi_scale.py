@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from astbench_kernels import BlockLayout, block_sparse_attention, gather, key_major, merge_attention
+from astbench_kernels import BlockLayout, block_sparse_attention, merge_attention
+from astbench_kernels.backends.cpu import key_major
+from astbench_kernels.backends.cpu import query_major as gather
 from astbench_kernels.layout import visible_pairs
 
 # Distinct primes, so that a swapped axis cannot pass.

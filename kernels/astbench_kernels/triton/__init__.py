@@ -12,10 +12,10 @@ from torch import Tensor
 
 from astbench_kernels.dispatch import TRITON_DTYPES, TRITON_MAX_HEAD_DIM
 from astbench_kernels.layout import BlockLayout
-from astbench_kernels.triton.rule import BlockRule
+from astbench_kernels.triton.selection.rule import BlockRule
 
 if TYPE_CHECKING:
-    from astbench_kernels.triton.pool import PooledBlocks
+    from astbench_kernels.triton.selection.pool import PooledBlocks
 
 
 def device_refusals(device: str) -> list[str]:
@@ -55,14 +55,14 @@ def interpreted() -> bool:
 
 def triton_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """See :func:`astbench_kernels.block_sparse_attention`."""
-    from astbench_kernels.triton.function import triton_attention as run
+    from astbench_kernels.triton.attention.function import triton_attention as run
 
     return run(*args, **kwargs)
 
 
 def pool_blocks(k: Tensor, v: Tensor, key_valid: Tensor | None, block_size: int) -> PooledBlocks:
-    """See :func:`astbench_kernels.triton.pool.pool_blocks`."""
-    from astbench_kernels.triton.pool import pool_blocks as run
+    """See :func:`astbench_kernels.triton.selection.pool.pool_blocks`."""
+    from astbench_kernels.triton.selection.pool import pool_blocks as run
 
     return run(k, v, key_valid, block_size)
 
@@ -75,7 +75,7 @@ def choose_blocks(
     *,
     seen: Tensor | None = None,
 ) -> BlockLayout:
-    """See :func:`astbench_kernels.triton.choose.choose_blocks`."""
-    from astbench_kernels.triton.choose import choose_blocks as run
+    """See :func:`astbench_kernels.triton.selection.choose.choose_blocks`."""
+    from astbench_kernels.triton.selection.choose import choose_blocks as run
 
     return run(rows, blocks, rule, budget, seen=seen)

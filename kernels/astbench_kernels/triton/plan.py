@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from astbench_kernels import dispatch
+from astbench_kernels.dispatch import rules
 from astbench_kernels.layout import BlockLayout, ceil_div
 
 Schedule = Literal["query_major", "key_major", "decode"]
@@ -109,7 +109,7 @@ class Plan:
         value_bytes = self.value_dim * (2 if self.half else 4) + 4
         parts = ceil_div(self.block_size, self.key_major_tile().keys)
         per_group = self.batch * self.heads * self.query_group * self.width * parts * value_bytes
-        return min(self.groups, max(1, dispatch.PARTIAL_BYTES // per_group))
+        return min(self.groups, max(1, rules.PARTIAL_BYTES // per_group))
 
     @property
     def num_chunks(self) -> int:
@@ -153,10 +153,10 @@ class Plan:
         """
         rows = max(16, next_power_of_two(self.rows_per_group))
         if not self.half:
-            return Tile(dispatch.DECODE_TILE_ROWS_FLOAT32, 32, 8, 2 + self._ahead(32))
+            return Tile(rules.DECODE_TILE_ROWS_FLOAT32, 32, 8, 2 + self._ahead(32))
         most = 128 if self.widest <= 64 else 64 if self.widest <= 128 else 32
         keys = min(most, max(64, self.padded_block))
-        return Tile(min(rows, dispatch.DECODE_TILE_ROWS), keys, 4, 3 + self._ahead(keys))
+        return Tile(min(rows, rules.DECODE_TILE_ROWS), keys, 4, 3 + self._ahead(keys))
 
     def _ahead(self, keys: int) -> int:
         """Stages for the numbers of blocks, which a tile of several blocks loads before it can load their keys."""
@@ -179,7 +179,7 @@ class Plan:
         From the width of the lists and not from their counts, which only the device knows.
         """
         steps = ceil_div(self.width * self.padded_block, self.decode_tile().keys)
-        fill = self.processors * dispatch.PROGRAMS_PER_PROCESSOR // self.decode_tiles
+        fill = self.processors * rules.PROGRAMS_PER_PROCESSOR // self.decode_tiles
         return max(1, min(fill, steps // STEPS_PER_SPLIT, MAX_SPLITS))
 
     def query_major_even(self, *, backward: bool = False) -> bool:
@@ -260,9 +260,9 @@ def wants_gradients(*inputs: Tensor | None) -> bool:
 def _rule(plan: Plan, gradients: bool) -> Schedule:
     """See :func:`make_plan`."""
     rows = plan.query_length * plan.heads_per_bundle
-    if not gradients and dispatch.is_decode(rows, plan.decode_tiles, plan.batch * plan.bundles, plan.processors):
+    if not gradients and rules.is_decode(rows, plan.decode_tiles, plan.batch * plan.bundles, plan.processors):
         return "decode"
-    return dispatch.triton_schedule(plan.rows_per_list)
+    return rules.triton_schedule(plan.rows_per_list)
 
 
 def _arch(device: torch.device) -> int:
@@ -275,7 +275,7 @@ def _arch(device: torch.device) -> int:
 
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
-        return dispatch.ASSUMED_PROCESSORS
+        return rules.ASSUMED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from astbench_kernels.layout import BlockLayout, ceil_div
 from astbench_kernels.triton import choose_blocks, interpreted, pool_blocks, triton_attention
 from astbench_kernels.triton.launch import OPTIONS, Launch, writing_down
-from astbench_kernels.triton.rule import BlockRule
+from astbench_kernels.triton.selection.rule import BlockRule
 
 _TYPES = {
     torch.float16: "*fp16",

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, select_blocks, what_runs
-from astbench_kernels.gather import gathered_pairs
+from astbench_kernels.backends.cpu.query_major import gathered_pairs
 from astbench_kernels.layout import ceil_div
-from astbench_registry.block_pooling import valid_in_blocks
+from astbench_registry.block_selection.pooling import valid_in_blocks
 from astbench_registry.configs.bigbird import BigBirdConfig
-from astbench_registry.hashing import hashed_uniform
-from astbench_registry.interface import Attention, AttentionContext, AttentionMask, AttentionOutput, AttentionStats
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionStats
+from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.randomness import hashed_uniform
 
 
 class BigBirdAttention(Attention):

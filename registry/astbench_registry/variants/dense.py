@@ -6,15 +6,10 @@ import torch
 from torch import Tensor
 
 from astbench_kernels import check_dense_backend
-from astbench_registry.all_keys import attend_to_all
 from astbench_registry.configs.dense import DenseConfig
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-)
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.dense import attend_to_all
 
 
 class DenseAttention(Attention):

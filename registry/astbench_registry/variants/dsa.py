@@ -10,16 +10,11 @@ from torch.nn.functional import linear
 
 from astbench_kernels import block_sparse_attention, choose_backend, what_runs
 from astbench_registry.block_selection import BlockSelectingAttention, Selection, block_scores
+from astbench_registry.block_selection.dense_layers import attend_densely
+from astbench_registry.block_selection.dense_weights import dense_weights, rows_at_a_time
 from astbench_registry.configs.dsa import DSAConfig
-from astbench_registry.dense_weights import dense_weights, rows_at_a_time
-from astbench_registry.densely import attend_densely
-from astbench_registry.interface import (
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-    AttentionStats,
-)
+from astbench_registry.interface import AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+from astbench_registry.mask import AttentionMask
 
 
 class DeepSeekSparseAttention(BlockSelectingAttention):

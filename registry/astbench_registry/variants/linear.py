@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from astbench_registry.configs.linear import LinearConfig
-from astbench_registry.interface import Attention, AttentionContext, AttentionMask, AttentionOutput
-from astbench_registry.linear_attention import linear_attention_flops, normalised_linear_attention
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput
+from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.linear import linear_attention_flops, normalised_linear_attention
 
 
 class LinearAttention(Attention):

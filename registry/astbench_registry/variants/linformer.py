@@ -7,14 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from astbench_registry.configs.linformer import LinformerConfig
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-)
-from astbench_registry.positions import longest_input, require_length
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.positions import longest_input, require_length
 
 
 class LinformerAttention(Attention):

@@ -8,13 +8,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from astbench_kernels.layout import ceil_div
 from astbench_registry.configs.local import LocalConfig
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionStats,
-)
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionStats
+from astbench_registry.mask import AttentionMask
 
 MIN_CHUNK = 32
 """Query rows handled together at least; below, the copies of the keys cost more than they save."""

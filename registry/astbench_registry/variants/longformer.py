@@ -9,17 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from astbench_kernels.layout import ceil_div
-from astbench_registry import sliding_chunks
 from astbench_registry.configs.longformer import LongformerConfig
 from astbench_registry.errors import CapabilityError
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-    AttentionStats,
-)
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox import sliding_chunks
 
 MIN_CHUNK = 32
 """Query rows handled together at least; below, the copies of the keys cost more than they save."""

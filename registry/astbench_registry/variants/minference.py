@@ -9,7 +9,8 @@ from torch.nn.functional import pad
 from astbench_kernels.layout import ceil_div
 from astbench_registry.block_selection import BlockSelectingAttention, Selection, block_scores
 from astbench_registry.configs.minference import MInferenceConfig
-from astbench_registry.interface import AttentionContext, AttentionMask
+from astbench_registry.interface import AttentionContext
+from astbench_registry.mask import AttentionMask
 
 
 class MInferenceAttention(BlockSelectingAttention):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from astbench_registry.block_pooling import mean_keys
 from astbench_registry.block_selection import BlockSelectingAttention, Grid
+from astbench_registry.block_selection.pooling import mean_keys
 from astbench_registry.configs.moba import MoBAConfig
-from astbench_registry.interface import AttentionMask
+from astbench_registry.mask import AttentionMask
 
 
 class MoBAttention(BlockSelectingAttention):

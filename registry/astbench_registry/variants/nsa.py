@@ -11,16 +11,16 @@ from torch.nn.functional import gelu, linear, pad
 from astbench_kernels import block_sparse_attention, choose_backend, what_runs
 from astbench_kernels.layout import last_key
 from astbench_registry.block_selection import BlockSelectingAttention, Selection, block_scores
-from astbench_registry.coarse_keys import COARSE_BLOCK, COARSE_GROUP, every_coarse_block, listed_coarse_blocks
-from astbench_registry.configs.nsa import NSAConfig
-from astbench_registry.dense_weights import rows_at_a_time
-from astbench_registry.interface import (
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-    AttentionStats,
+from astbench_registry.block_selection.coarse_keys import (
+    COARSE_BLOCK,
+    COARSE_GROUP,
+    every_coarse_block,
+    listed_coarse_blocks,
 )
+from astbench_registry.block_selection.dense_weights import rows_at_a_time
+from astbench_registry.configs.nsa import NSAConfig
+from astbench_registry.interface import AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+from astbench_registry.mask import AttentionMask
 from astbench_registry.registry import build_attention
 
 

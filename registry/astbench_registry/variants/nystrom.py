@@ -7,13 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from astbench_registry.configs.nystrom import NystromConfig
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-)
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.mask import AttentionMask
 
 
 class NystromAttention(Attention):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from astbench_registry.block_selection import BlockSelectingAttention, Selection
-from astbench_registry.interface import AttentionMask
+from astbench_registry.mask import AttentionMask
 
 ROWS_AT_A_TIME = 2**22
 """Logits held at once; the N x M matrix never is."""

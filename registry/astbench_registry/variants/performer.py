@@ -14,8 +14,9 @@ from torch import Tensor
 
 from astbench_registry.configs.performer import PerformerConfig
 from astbench_registry.errors import CapabilityError
-from astbench_registry.interface import Attention, AttentionContext, AttentionMask, AttentionOutput, AttentionShape
-from astbench_registry.linear_attention import Features, linear_attention_flops, normalised_linear_attention
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.linear import Features, linear_attention_flops, normalised_linear_attention
 
 
 class PerformerAttention(Attention):

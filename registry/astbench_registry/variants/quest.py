@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from astbench_kernels.triton import pool_blocks
-from astbench_registry.block_pooling import extremes_of_blocks
 from astbench_registry.block_selection import BlockSelectingAttention, Grid
+from astbench_registry.block_selection.dense_layers import attend_densely
+from astbench_registry.block_selection.pooling import extremes_of_blocks
 from astbench_registry.configs.quest import QuestConfig
-from astbench_registry.densely import attend_densely
-from astbench_registry.interface import AttentionContext, AttentionMask, AttentionOutput
+from astbench_registry.interface import AttentionContext, AttentionOutput
+from astbench_registry.mask import AttentionMask
 
 
 class QuestAttention(BlockSelectingAttention):

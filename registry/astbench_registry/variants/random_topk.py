@@ -7,8 +7,8 @@ from torch import Tensor
 
 from astbench_registry.block_selection import BlockSelectingAttention, Selection
 from astbench_registry.configs.block_selection import RandomTopKConfig
-from astbench_registry.hashing import hashed_uniform
-from astbench_registry.interface import AttentionMask
+from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.randomness import hashed_uniform
 
 
 class RandomTopKAttention(BlockSelectingAttention):

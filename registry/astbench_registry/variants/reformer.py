@@ -11,16 +11,10 @@ from torch.nn.functional import normalize, pad
 
 from astbench_kernels.layout import ceil_div
 from astbench_registry.configs.reformer import ReformerConfig
-from astbench_registry.draws import generator
 from astbench_registry.errors import CapabilityError
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-    AttentionStats,
-)
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.randomness import generator
 
 SELF_LOGIT = -5e4
 """Logit of a token with itself (the paper subtracts 1e5): zero weight beside any other key, all of it if alone."""

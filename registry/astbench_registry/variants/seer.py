@@ -8,23 +8,24 @@ from torch.nn.functional import pad
 
 from astbench_kernels import select_blocks
 from astbench_kernels.layout import ceil_div
-from astbench_registry.block_pooling import (
-    block_mean,
-    extremes_of_blocks,
-    in_blocks,
-    mean_of_blocks,
-    valid_in_blocks,
-)
 from astbench_registry.block_selection import (
     BIDIRECTIONAL_GROUP,
     BlockSelectingAttention,
     Selection,
     block_scores,
 )
+from astbench_registry.block_selection.dense_layers import attend_densely
+from astbench_registry.block_selection.dense_weights import dense_weights, rows_at_a_time
+from astbench_registry.block_selection.pooling import (
+    block_mean,
+    extremes_of_blocks,
+    in_blocks,
+    mean_of_blocks,
+    valid_in_blocks,
+)
 from astbench_registry.configs.seer import SeerConfig
-from astbench_registry.dense_weights import dense_weights, rows_at_a_time
-from astbench_registry.densely import attend_densely
-from astbench_registry.interface import AttentionContext, AttentionMask, AttentionOutput, AttentionShape
+from astbench_registry.interface import AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.mask import AttentionMask
 
 
 class SeerAttention(BlockSelectingAttention):

@@ -8,15 +8,9 @@ from torch.nn.functional import pad, rms_norm
 
 from astbench_kernels.layout import ceil_div
 from astbench_registry.configs.sinkhorn import SinkhornConfig
-from astbench_registry.draws import generator
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-    AttentionStats,
-)
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.randomness import generator
 
 HIDDEN = -1e9
 """Logarithm of nothing, finite so that a row of nothing has gradients of zero."""

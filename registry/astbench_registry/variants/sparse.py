@@ -9,17 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, what_runs
-from astbench_kernels.gather import gathered_pairs
+from astbench_kernels.backends.cpu.query_major import gathered_pairs
 from astbench_kernels.layout import ceil_div
 from astbench_registry.configs.sparse import SparseConfig
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-    AttentionStats,
-)
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+from astbench_registry.mask import AttentionMask
 
 
 class SparseAttention(Attention):

@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from astbench_registry.all_keys import attend_to_all
 from astbench_registry.configs.sqa import SQAConfig
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-)
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.dense import attend_to_all
 
 
 class SQAttention(Attention):

@@ -6,15 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from astbench_registry.all_keys import attend_to_all
 from astbench_registry.configs.ssa import SSAConfig
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-)
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.dense import attend_to_all
 
 ALPHA = -2.0
 """Where alpha starts; sigmoid(-2) = 0.12 leaves most of the range above and still has a slope."""

@@ -8,14 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from astbench_registry.configs.synthesizer import SynthesizerConfig
-from astbench_registry.interface import (
-    Attention,
-    AttentionContext,
-    AttentionMask,
-    AttentionOutput,
-    AttentionShape,
-)
-from astbench_registry.positions import longest_input, require_length
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.positions import longest_input, require_length
 
 
 class SynthesizerAttention(Attention):

@@ -1,0 +1,109 @@
+"""`astbench check NAME`: the conformance suite, on any attention, ours or a plugin's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from astbench.cli.names import attention_options, name_of_class, select
+from astbench.console import say
+from astbench.errors import ConfigError
+
+if TYPE_CHECKING:
+    from astbench_registry.conformance import Result
+
+
+def run(words: list[str]) -> int:
+    """Print a table of passes, failures and skips, of several attentions a matrix; 0 when nothing fails."""
+    everything = "--all" in words
+    words = [w for w in words if w != "--all"]
+    found = select(words)
+    names = [w for w in found.argv if not w.startswith("-")]
+    if found.help:
+        print(
+            "usage: astbench check NAME... [--attention.OPTION=VALUE...] [--all] [--plugins=FILE.py|MODULE]\n\n"
+            "Causality, padding and batch invariance, gradients, decoding, grouped heads, full density, empty rows,\n"
+            "poisoned padding, low precision, determinism: pass, fail, or skip with the reason."
+        )
+        return 0
+    options = attention_options(found, "check")
+    from astbench_registry.registry import config_class, make_config, registered
+
+    for position, name in enumerate(names):
+        if ":" in name:
+            names[position] = name_of_class(name)
+    names = names or (list(registered()) if everything else [])
+    if not names:
+        raise ConfigError("astbench check needs a name, or --all; `astbench list` shows the names")
+    if options and len(names) > 1:
+        raise ConfigError("options are of one attention: name just one, or leave --attention.OPTION out")
+    for name in names:
+        make_config(name, {**config_class(name).conformance_options, **options})  # mistakes end here, before any work
+
+    from astbench_registry.conformance import buildable, check
+
+    for name in names:
+        buildable(name, options)  # a backend that cannot run here is one line, not a page of failures
+
+    failed = 0
+    matrix: dict[str, list[Result]] = {}
+    for name in names:
+        matrix[name] = results = check(name, options)
+        failed += sum(r.status == "fail" for r in results)
+        if len(names) == 1:
+            _details(name, results)
+        else:
+            say(_summary(name, results))
+    if len(names) > 1:
+        say(_matrix(matrix))
+    return 1 if failed else 0
+
+
+def _summary(name: str, results: list[Result]) -> str:
+    counts = {s: sum(r.status == s for r in results) for s in ("pass", "fail", "skip")}
+    lines = [f"{name}: {counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped"]
+    lines += [f"  fail  {r.property}  {r.pattern}  {r.detail}" for r in results if r.status == "fail"]
+    return "\n".join(lines)
+
+
+def _details(name: str, results: list[Result]) -> None:
+    width = max(len(r.property) for r in results)
+    say(name)
+    for r in results:
+        say(f"  {r.status:<4}  {r.property:<{width}}  {r.pattern:<20} {r.detail}")
+    say("  " + _summary(name, results).splitlines()[0].partition(": ")[2])
+
+
+def _matrix(found: dict[str, list[Result]]) -> str:
+    """Variant x property: every pattern that the variant has, in one sign; below, why something was skipped."""
+    properties = list(dict.fromkeys(r.property for results in found.values() for r in results))
+    width = max(map(len, found))
+    lines = ["", f"{'':<{width}} {''.join(f'{n:>3}' for n in range(1, len(properties) + 1))}"]
+    reasons: dict[str, list[str]] = {}
+    for name, results in found.items():
+        row = ""
+        for wanted in properties:
+            mine = [r for r in results if r.property == wanted]
+            sign = _sign({r.status for r in mine})
+            row += f"{sign:>3}"
+            for r in mine:
+                who = reasons.setdefault(f"{r.property}: {r.detail}", []) if r.status == "skip" else []
+                entry = name if sign == "-" else f"{name} ({r.pattern})"
+                if entry not in who:
+                    who.append(entry)
+        lines.append(f"{name:<{width}} {row}")
+    lines += [
+        "",
+        "+ passes  x fails  - skipped, as its record says  / skipped for some patterns  . no such pattern",
+        "",
+    ]
+    lines += [f"{n:>3} {wanted}" for n, wanted in enumerate(properties, 1)]
+    lines += ["", *(f"skipped, {why}: {', '.join(who)}" for why, who in reasons.items())]
+    return "\n".join(lines)
+
+
+def _sign(statuses: set[str]) -> str:
+    if "fail" in statuses:
+        return "x"
+    if len(statuses) == 2:
+        return "/"
+    return {"pass": "+", "skip": "-"}[statuses.pop()] if statuses else "."

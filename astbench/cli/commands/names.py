@@ -1,0 +1,15 @@
+"""The commands and what each is for. Imports nothing."""
+
+LIGHTNING = {
+    "fit": "train, evaluate, and leave a record",
+    "validate": "evaluate on the validation split",
+    "test": "evaluate on the test split",
+    "predict": "answer a question about a document, continue a text, translate",
+}
+OWN = {
+    "list": "attentions, tasks and backbones by name",
+    "describe": "options, abilities and paper of an attention",
+    "check": "run the conformance suite on an attention",
+    "bench": "time and memory of attention layers over the length",
+    "doctor": "what this machine has, which backends work here and why the others do not",
+}

@@ -1,0 +1,49 @@
+"""`astbench fit|validate|test|predict`: names first, then one LightningCLI for exactly those classes."""
+
+from __future__ import annotations
+
+from astbench.cli.commands.names import LIGHTNING
+from astbench.cli.names import check_names, select
+from astbench.tasks import TASKS
+from astbench_registry import registered
+
+
+def run(command: str, words: list[str]) -> int:
+    """Run one Lightning subcommand. Without both names, `--help` needs no torch."""
+    found = select(words)
+    if found.help and (found.attention is None or found.task is None):
+        print(_overview(command))
+        return 0
+    check_names(found)
+    # The heavy imports start here, when everything that needs no torch has been checked.
+    from astbench.cli.lightning import run as run_lightning
+
+    return run_lightning(command, found)
+
+
+def _overview(command: str) -> str:
+    attentions = "\n".join(f"  {row.name:<13} {row.summary}" for row in registered().values())
+    tasks = "\n".join(f"  {task.name:<13} {task.summary}" for task in TASKS.values())
+    return f"""usage: astbench {command} --attention=NAME --task=NAME [options]
+
+{LIGHTNING[command]}
+
+attentions (options: astbench describe NAME)
+{attentions}
+
+tasks
+{tasks}
+
+options, all of them with their help: astbench {command} --attention=NAME --task=NAME --help
+  --backbone=NAME         preset, folder with pretrained weights, or Hugging Face name
+  --data.source=SOURCE    where the data comes from; --data.path=... for local files
+  --trainer.max_steps=N   and everything else of Lightning's Trainer under --trainer.
+  --optim.lr=X            learning rate and schedule
+  --seed=N                weights, data order and every random draw
+  --config=FILE           YAML with any of these; a run's config.yaml runs again
+  --run_dir=FOLDER        where the run is kept; default runs/TASK-ATTENTION-TIME
+  --resume=FOLDER         go on with a run that was stopped (fit)
+  --ckpt_path=FOLDER      a run, or its checkpoint, to evaluate (validate, test, predict)
+  --init_from=FOLDER      start from the trained weights of another run
+  --plugins=FILE|MODULE   attentions of your own; also --attention=./mine.py:Mine
+  --debug                 show tracebacks"""

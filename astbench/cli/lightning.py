@@ -1,0 +1,355 @@
+"""Second phase of the command line: one LightningCLI parser for the chosen attention and task."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from astbench import console
+from astbench.backbones.presets import BackboneConfig, resolve_preset
+from astbench.cli.config_files import fit_configs, said
+from astbench.cli.names import Selection
+from astbench.cli.parser import ALLOWED, Parser
+from astbench.cli.run_callback import RunCallback
+from astbench.errors import CheckpointError, ConfigError, Interrupted, MissingPackageError
+from astbench.runs.checkpoints import SafeCheckpointIO, read_checkpoint
+from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, default_run_dir
+from astbench.runs.progress import build_loggers, progress_bar
+from astbench.tasks import Task, find_task
+from astbench.training.optim import OptimConfig
+from astbench_registry import AttentionConfig
+from astbench_registry.registry import config_class, make_config
+
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
+
+_TRAINER = {
+    "max_steps": 1000,
+    "max_epochs": -1,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "gradient_clip_val": 1.0,
+    # Evaluation happens once, after training; ask for more with --trainer.val_check_interval.
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1_000_000_000,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    # The sampler deals the batches out to the processes itself.
+    "use_distributed_sampler": False,
+}
+
+
+_CUT_SHORT = {
+    "limit_train_batches": "--data.max_train=N",
+    "limit_val_batches": "--data.max_eval=N",
+    "limit_test_batches": "--data.max_eval=N",
+    "limit_predict_batches": "a shorter input",
+    "overfit_batches": "--data.max_train=N",
+    "fast_dev_run": "--trainer.max_steps=3 --data.max_eval=8",
+}
+"""Trainer options that skip samples behind the data module's back, and what says the same openly."""
+
+
+class CLI(LightningCLI):
+    """Builds data, model and trainer from the options, and wraps the run in its folder and record."""
+
+    def __init__(self, command: str, found: Selection, task: Task) -> None:
+        self.command, self.found, self.task = command, found, task
+        assert found.attention is not None
+        self.attention = found.attention
+        self.module_class, self.data_class, self.task_config = task.load()
+        self.folder: RunFolder | None = None
+        sys.argv[1:] = [command, *found.argv]
+        super().__init__(
+            self.module_class,
+            self.data_class,
+            save_config_callback=None,
+            trainer_defaults=_TRAINER,
+            seed_everything_default=0,
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the parser in use is built."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Groups of our own; the model receives them as plain dictionaries."""
+        parser.add_argument("--attention.name", type=str, default=self.attention, help="registered attention")
+        parser.add_class_arguments(config_class(self.attention), "attention", instantiate=False)
+        parser.add_argument("--task.name", type=str, default=self.task.name, help="registered task")
+        parser.add_class_arguments(self.task_config, "task", instantiate=False)
+        parser.add_class_arguments(BackboneConfig, "backbone", instantiate=False)
+        parser.add_class_arguments(OptimConfig, "optim", instantiate=False)
+        parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run")
+        parser.add_argument("--init_from", type=str | None, default=None, help="run folder to take weights from")
+        parser.add_argument("--plugins", type=list[str], default=self.found.plugins, help="plugins to load")
+        parser.add_argument("--checkpoint_every", type=int, default=100, help="optimizer steps between checkpoints")
+        parser.add_argument(
+            "--loggers",
+            type=LoggerName | list[LoggerName],
+            default=["csv", "tensorboard"],
+            help="where metrics go; --loggers+=wandb adds one",
+        )
+        for group in ("attention", "task", "backbone", "optim"):
+            parser.link_arguments(group, f"model.{group}", compute_fn=_without_name if group == "task" else _as_dict)
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("init_from", "model.init_from")
+        parser.set_defaults(self._demo_defaults(parser))
+
+    def _demo_defaults(self, parser: LightningArgumentParser) -> dict[str, Any]:
+        """Settings measured for the first source, where it is used and for options that exist here."""
+        if not self.task.demo or said(self.found, "data.source") not in (None, self.task.sources[0]):
+            return {}
+        known = {a.dest for a in parser._actions}
+        return {key: value for key, value in self.task.demo.items() if key in known}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; refuse a seed that some generator would not take."""
+        super().parse_arguments(parser, args)
+        seed = self.options.seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise ConfigError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
+
+    def before_instantiate_classes(self) -> None:
+        """Check what can be checked before anything is built or read."""
+        sys.argv[1:] = [self.command, *self.found.said]  # Lightning starts a run's other processes with these
+        options = self.options
+        attention = {k: v for k, v in vars(options.attention).items() if k != "name"}
+        config = make_config(self.attention, attention)
+        task = self.task_config(**_without_name(options.task))
+        self._check_attention(config, task)
+        BackboneConfig(**vars(options.backbone))
+        OptimConfig(**vars(options.optim))
+        if options.checkpoint_every < 1:
+            raise ConfigError(f"--checkpoint_every must be at least 1 step, got {options.checkpoint_every}")
+        if self.command == "fit" and options.trainer.max_steps < 1:
+            raise ConfigError("--trainer.max_steps must be at least 1: schedules and resuming count in steps")
+        if options.init_from:
+            checkpoint_file(options.init_from)
+        if self.command == "fit" and options.get("ckpt_path"):
+            raise ConfigError("fit goes on with --resume=RUN, or starts from trained weights with --init_from=RUN")
+        for option, instead in _CUT_SHORT.items():
+            value = options.trainer.get(option)
+            # A fraction of 1.0 is everything; the whole number 1 is one batch.
+            everything = value == 0 if option == "overfit_batches" else isinstance(value, float) and value == 1
+            if not (value is None or value is False or everything):
+                instead = instead.replace("max_eval", self.task.eval_limit)
+                raise ConfigError(f"--trainer.{option} would count what it leaves out as done; use {instead}")
+        if options.trainer.get("accumulate_grad_batches", 1) < 1:
+            raise ConfigError("--trainer.accumulate_grad_batches must be at least 1")
+        untrained = not (options.get("ckpt_path") or options.init_from)
+        head = self.module_class.head
+        if self.command == "predict" and head == "question_answering" and not options.get("ckpt_path"):
+            raise ConfigError("predict needs a trained run: --ckpt_path=runs/NAME")
+        if self.command != "fit" and untrained:
+            if resolve_preset(options.backbone.name, head):
+                raise ConfigError(
+                    f"{self.command} needs trained weights: --ckpt_path=runs/NAME, --init_from=runs/NAME, or a "
+                    "pretrained --backbone"
+                )
+            if head == "question_answering":
+                console.say("note: no --ckpt_path and no --init_from: the backbone's answer layer may be untrained")
+        if options.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
+            raise MissingPackageError(
+                f"--trainer.accelerator={options.trainer.accelerator}: torch sees no GPU here (astbench doctor says "
+                "what it sees); leave the option out to run on the CPU"
+            )
+
+    def _check_attention(self, config: AttentionConfig, task: Any) -> None:
+        """Refuse an attention that cannot do what the task asks of it, and say where it could be used."""
+        option = self.data_class.length_option
+        layer = {
+            "length": self.options.data[option],
+            "length_flag": f"--data.{option}",
+            **{"padded": self.data_class.pads, **self.module_class.needs(self.command, self.options.data)},
+        }
+        wanted = self.module_class.patterns(task)
+        able = [place for place, pattern in wanted.items() if pattern in config.can.patterns]
+        if 0 < len(able) < len(wanted):
+            lacking = ", ".join(place for place in wanted if place not in able)
+            raise ConfigError(
+                f"attention '{self.attention}' cannot serve {lacking} (it has: {', '.join(config.can.patterns)}); "
+                f"--task.where={','.join(able)} leaves the rest dense"
+            )
+        for pattern in wanted.values():
+            config.can.check(self.attention, pattern, **layer)
+
+    @property
+    def options(self) -> Namespace:
+        """The parsed options of the subcommand."""
+        return self.config[self.command]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with our checkpoint files, callback, progress and loggers."""
+        options = self.options
+        self.folder = RunFolder(options.run_dir or self._new_run_dir())
+        self.run_callback = RunCallback(self.folder, self.command, self.task, options.checkpoint_every)
+        trainer = self._get(self.config_init, "trainer").as_dict()
+        callbacks = [*(trainer.pop("callbacks", None) or []), self.run_callback]
+        trainer["enable_progress_bar"] = trainer.get("enable_progress_bar") is not False
+        if trainer["enable_progress_bar"]:
+            callbacks.append(progress_bar())
+        plugins = [*(trainer.pop("plugins", None) or []), SafeCheckpointIO()]
+        if trainer.get("logger") in (None, True) and self.command == "fit":
+            names = [options.loggers] if isinstance(options.loggers, str) else options.loggers
+            trainer["logger"] = build_loggers(names, self.folder, resume=self.found.resume is not None)
+        elif trainer.get("logger") in (None, True):
+            trainer["logger"] = False
+        trainer["default_root_dir"] = str(self.folder.path)
+        return Trainer(**trainer, callbacks=callbacks, plugins=plugins)
+
+    def _new_run_dir(self) -> Path:
+        """A folder of its own, named on the command line that Lightning starts its other processes with."""
+        if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+            raise ConfigError("processes started from outside must agree on a folder: name it with --run_dir=FOLDER")
+        path = default_run_dir(self.task.name, self.attention)
+        sys.argv.append(f"--run_dir={path}")
+        return path
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        assert self.folder is not None
+        checkpoint = self._checkpoint()
+        self._prepare_data(checkpoint)
+        writer = self.trainer.is_global_zero
+        if writer:
+            self.folder.open_for_writing(resume=self.found.resume is not None)
+        with closing(self.folder):
+            if writer and self.found.resume is None:
+                self._save_config()
+            self.run_callback.begin(_plain(self.options), self.found.said, checkpoint, writer=writer)
+            run: Callable[..., Any] = getattr(self.trainer, subcommand)
+            with self.run_callback.recording():
+                quiet = {"verbose": False} if subcommand in ("validate", "test") else {}
+                try:
+                    run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, **quiet)
+                    if subcommand == "fit":
+                        self.run_callback.evaluate(self.trainer, self.model, self.datamodule)
+                except SystemExit as error:
+                    raise Interrupted("interrupted") from error  # what Lightning makes of Ctrl-C
+            self.run_callback.finish(self.model, self.datamodule)
+
+    def _checkpoint(self) -> str | None:
+        """The checkpoint to load, verified; refuse one of another attention."""
+        options = self.options
+        if self.found.resume:
+            newest = RunFolder(self.found.resume).newest_checkpoint()
+            if newest is None:
+                console.say(f"{self.found.resume} was stopped before its first checkpoint: starting again")
+                return None
+            return str(newest[0])
+        if not options.get("ckpt_path"):
+            return None
+        file = checkpoint_file(options.ckpt_path)
+        trained = read_checkpoint(file)["hyper_parameters"]
+        fixed = {k: (trained["task"] or {}).get(k) for k in self.module_class.fixed_task_options}
+        for group in ("attention", "backbone", "task"):
+            now = _as_dict(options[group])
+            before = fixed if group == "task" else {k: v for k, v in trained[group].items() if k not in _FREE}
+            differs = {k: (v, now.get(k)) for k, v in before.items() if now.get(k) != v}
+            if differs:
+                raise CheckpointError(
+                    f"{file} was trained with other {group} options (checkpoint, given): {differs}; to run its "
+                    "weights with another attention use --init_from"
+                )
+        return str(file)
+
+    def _prepare_data(self, checkpoint: str | None) -> None:
+        options = self.options
+        folder = None
+        source = checkpoint or options.init_from
+        if source:
+            path = Path(source)
+            folder = path if path.is_dir() else path.parent
+        self.datamodule.prepare(BackboneConfig(**vars(options.backbone)), options.seed_everything, folder)
+
+    def _save_config(self) -> None:
+        from astbench.files.writing import write_text
+
+        assert self.folder is not None
+        config = self.options.clone()
+        for key in ("config", "run_dir", "weights_only", "verbose"):
+            config.pop(key, None)
+        text = self._parser(self.command).dump(config, skip_unset=False, skip_validation=True)
+        head = f"# astbench {self.command} --config={CONFIG} runs this again.\n"
+        write_text(self.folder / CONFIG, head + text)
+
+
+_FREE = ("backend",)
+"""Options that may differ between training and evaluation: they change the kernel, not the function."""
+
+
+def run(command: str, found: Selection) -> int:
+    """Parse, build and run; returns the exit code."""
+    _quiet()
+    if not found.trust_config:
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
+    assert found.task is not None
+    task = find_task(found.task)
+    if command not in task.commands:
+        raise ConfigError(f"task {task.name} has only `astbench {'|'.join(task.commands)}` so far, not {command}")
+    if found.resume and command != "fit":
+        raise ConfigError(f"--resume goes with fit; {command} takes --ckpt_path={found.resume}")
+    if found.resume and RunFolder(found.resume).done:
+        console.say(f"{found.resume} is done already; nothing to resume")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="astbench-") as folder:
+        found.argv = fit_configs(found, task, Path(folder))
+        try:
+            CLI(command, found, task)
+        except MisconfigurationException as error:
+            raise ConfigError(str(error)) from error
+    return 0
+
+
+def _as_dict(group: Any) -> dict[str, Any]:
+    return dict(vars(group)) if isinstance(group, Namespace) else dict(asdict(group))
+
+
+def _without_name(group: Any) -> dict[str, Any]:
+    return {k: v for k, v in _as_dict(group).items() if k != "name"}
+
+
+def _plain(options: Namespace) -> dict[str, Any]:
+    """The options as JSON-able data."""
+    import json
+
+    plain = dict(json.loads(json.dumps(options.as_dict(), default=str)))
+    plain.pop("config", None)  # where the options were read from; they are all here
+    return plain
+
+
+def _quiet() -> None:
+    """Third parties' chatter off; our own messages say what matters."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*treespec.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*GPU available but not used.*",
+        ".*resuming from a checkpoint that ended before the epoch ended.*",  # the sampler goes on where it stood
+        ".*recommended to use `self.log.*sync_dist=True.*",  # every process has gathered all guesses by then
+        ".*is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message)

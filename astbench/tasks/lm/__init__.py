@@ -1,0 +1,1 @@
+"""Language modelling: WikiText-103 and plain text."""

@@ -1,0 +1,1 @@
+"""Long Range Arena: five classifications of long sequences."""

@@ -1,0 +1,224 @@
+"""Readers of the Long Range Arena's data in the files that it is published in.
+
+Rows are (inputs, label) with one input, or the two of a pair, as bytes: characters, grey levels or numbers of symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from astbench.errors import DataError
+from astbench.files.reading import UNREADABLE, one_line, open_bytes, read_bytes, read_text, unreadable
+from astbench.tasks.lra.base_data import Row
+from astbench.tasks.lra.listops import SYMBOLS
+
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR_FILES = {"train": [f"data_batch_{n}.bin" for n in range(1, 6)], "test": ["test_batch.bin"]}
+_PIXELS = 32 * 32
+_CIFAR_RECORD = 1 + 3 * _PIXELS
+_SPLIT_NAMES = {"train": ("train",), "validation": ("val", "eval", "valid"), "test": ("test",)}
+_LISTOPS_IDS = {symbol: number for number, symbol in enumerate(SYMBOLS)}
+
+
+def local_folder(path: str) -> Path:
+    """The folder that `--data.path` names.
+
+    Raises:
+        DataError: none named, or no folder there.
+    """
+    if not path:
+        raise DataError("--data.source=local needs --data.path=FOLDER")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"--data.path={path} is not a folder")
+    return folder
+
+
+def read_listops(folder: Path, split: str, length: int) -> list[Row]:
+    """`basic_<train|val|test>.tsv`: a header, then Source and Target; its round brackets are left out.
+
+    Raises:
+        DataError: missing or damaged file, an unknown symbol, a target that is no digit; with the line.
+    """
+    rows: list[Row] = []
+    for where, (source, target) in _tsv(_split_file(folder, "basic_*.tsv", split), columns=2):
+        if not rows and (source, target) == ("Source", "Target"):
+            continue
+        symbols = [symbol for symbol in source.split() if symbol not in "()"]
+        unknown = [symbol for symbol in symbols if symbol not in _LISTOPS_IDS]
+        if unknown or not symbols:
+            raise DataError(f"{where}: unknown symbol {unknown[0]!r}" if unknown else f"{where}: no expression")
+        if target not in SYMBOLS[:10]:
+            raise DataError(f"{where}: the target must be a digit, got {target[:40]!r}")
+        rows.append(((bytes(_LISTOPS_IDS[symbol] for symbol in symbols[:length]),), int(target)))
+    return rows
+
+
+def read_aan(folder: Path, split: str, length: int) -> list[Row]:
+    """`*.<train|eval|test>.tsv` of ACL Anthology Network pairs: label, two ids, two texts, no header, no quotes.
+
+    Raises:
+        DataError: missing or damaged file, a label other than 0 and 1, an empty text; with the line.
+    """
+    rows: list[Row] = []
+    for where, (label, _, _, one, two) in _tsv(_split_file(folder, "*.tsv", split), columns=5):
+        if label not in ("0", "1", "0.0", "1.0"):
+            raise DataError(f"{where}: the label must be 0 or 1, got {label[:40]!r}")
+        if not (one and two):
+            raise DataError(f"{where}: one of the two texts is empty")
+        rows.append(((one.encode()[:length], two.encode()[:length]), int(float(label))))
+    return rows
+
+
+def read_imdb(folder: Path, split: str, length: int) -> list[Row]:
+    """`aclImdb/<train|test>/<neg|pos>/*.txt`, the classes in turns: 0 negative, 1 positive.
+
+    Raises:
+        DataError: missing folders, no reviews, one that is empty or not UTF-8; names the file.
+    """
+    if (folder / "aclImdb").is_dir():
+        folder = folder / "aclImdb"
+    return _class_folders(folder / split, ("neg", "pos"), "*.txt", lambda file: _review(file, length))
+
+
+def read_cifar(folder: Path, split: str) -> list[Row]:
+    """CIFAR-10 in grey: the binary version, or folders of images a class in `train/` and `test/`.
+
+    The version for Python is pickled, and reading a pickle runs what is in it: it is refused.
+
+    Raises:
+        DataError: none of these there, or a damaged file; names it.
+    """
+    if (folder / "cifar-10-batches-bin").is_dir():
+        folder = folder / "cifar-10-batches-bin"
+    files = [folder / name for name in _CIFAR_FILES[split]]
+    if any(file.is_file() for file in files):
+        return [row for file in files for row in _cifar_file(file)]
+    if (folder / split).is_dir():
+        return _class_folders(folder / split, CIFAR_CLASSES, "*.*", _grey_image)
+    if any(folder.glob("**/data_batch_1")):
+        raise DataError(
+            f"--data.path={folder} holds CIFAR-10's pickled version, which is not read (a pickle is code); get the "
+            "binary version, cifar-10-batches-bin"
+        )
+    raise DataError(f"--data.path={folder} holds neither {_CIFAR_FILES[split][0]} nor {split}/{CIFAR_CLASSES[0]}/")
+
+
+def has_jpegs(folder: Path) -> bool:
+    """Whether a folder of image folders holds JPEG files: CIFAR-10 is not published so."""
+    return any(True for ending in ("jpg", "jpeg", "JPG", "JPEG") for _ in folder.glob(f"*/*/*.{ending}"))
+
+
+def read_pathfinder(folder: Path, contour_length: int) -> list[Row]:
+    """Every image of one difficulty of `pathfinder32/`: `curv_*/metadata/*.npy` (text) and `curv_*/imgs/`.
+
+    Raises:
+        DataError: missing or damaged files; names them.
+    """
+    name = "curv_baseline" if contour_length == 6 else f"curv_contour_length_{contour_length}"
+    for top in (folder, folder / "pathfinder32"):
+        lists = sorted((top / name / "metadata").glob("*.npy"), key=lambda file: (len(file.name), file.name))
+        if lists:
+            return [row for file in lists for row in _pathfinder_file(file, top / name)]
+    raise DataError(f"--data.path={folder} holds no {name}/metadata/*.npy")
+
+
+def _pathfinder_file(file: Path, folder: Path) -> Iterator[Row]:
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        words = line.split()
+        if len(words) < 4 or words[3] not in ("0", "1"):
+            raise DataError(f"{file}:{number}: expected folder, image, number and label 0 or 1, got {line[:60]!r}")
+        image = (folder / words[0] / words[1]).resolve()
+        # The name comes from a file: it may not lead out of the folder.
+        if not image.is_relative_to(folder.resolve()) or not image.is_file():
+            raise DataError(f"{file}:{number}: image {folder / words[0] / words[1]} does not exist")
+        if image.stat().st_size:  # some of the published images are empty files, which its authors skip too
+            yield (_grey_image(image),), int(words[3])
+
+
+def _split_file(folder: Path, pattern: str, split: str) -> Path:
+    """The one table of a split: its name without the ending ends with the split's."""
+    names = _SPLIT_NAMES[split]
+    found = sorted(
+        file
+        for ending in ("", ".gz")
+        for file in folder.glob(pattern + ending)
+        if file.name.removesuffix(".gz").removesuffix(".tsv").endswith(names)
+    )
+    if len(found) != 1:
+        wanted = pattern.replace("*", f"*{'|'.join(names)}")
+        raise DataError(f"--data.path={folder} must hold one {wanted} (also .gz), found {len(found)}")
+    return found[0]
+
+
+def _tsv(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
+    """(where it stands, cells) of each line; streams, for tables can be larger than memory."""
+    number = 0
+    try:
+        with open_bytes(file) as lines:
+            for number, line in enumerate(lines, 1):
+                cells = line.decode("utf-8").rstrip("\r\n").split("\t")
+                if len(cells) != columns:
+                    raise DataError(f"{file}:{number}: expected {columns} columns, got {len(cells)}")
+                yield f"{file}:{number}", cells
+    except UNREADABLE as error:
+        raise unreadable(f"{file}:{number + 1}", error) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}:{number} is not UTF-8 text: {one_line(error)}") from error
+
+
+def _class_folders(folder: Path, names: tuple[str, ...], pattern: str, read: Callable[[Path], bytes]) -> list[Row]:
+    """The files of a folder per class, sorted; one of each class in turns, so that any first N are balanced."""
+    columns: list[list[tuple[Path, int]]] = []
+    for label, name in enumerate(names):
+        files = sorted((folder / name).glob(pattern))
+        if not files:
+            raise DataError(f"{folder / name} holds no {pattern}")
+        columns.append([(file, label) for file in files])
+    picks = [pick for pick in chain.from_iterable(zip_longest(*columns)) if pick is not None]
+    return [((read(file),), label) for file, label in picks]
+
+
+def _review(file: Path, length: int) -> bytes:
+    text = read_text(file)
+    if not text.strip():
+        raise DataError(f"{file} is empty")
+    return text.encode()[:length]
+
+
+def _grey_image(file: Path) -> bytes:
+    """The 1,024 grey levels of an image, row by row."""
+    try:
+        with Image.open(file) as image:
+            size, mode = image.size, image.mode
+            data = image.tobytes() if mode in ("L", "RGB") else image.convert("RGB").tobytes()
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} cannot be read as an image: {one_line(error)}") from error
+    if size != (32, 32):
+        raise DataError(f"{file} is {size[0]} x {size[1]} pixels, expected 32 x 32")
+    if mode == "L":
+        return data
+    return _grey(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(1, _PIXELS, 3))[0]
+
+
+def _cifar_file(file: Path) -> Iterator[Row]:
+    data = read_bytes(file)
+    if not data or len(data) % _CIFAR_RECORD:
+        raise DataError(f"{file} holds {len(data)} bytes, expected a multiple of {_CIFAR_RECORD} (label and image)")
+    records = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, _CIFAR_RECORD)
+    labels = records[:, 0].tolist()
+    if (wrong := max(labels)) >= len(CIFAR_CLASSES):
+        raise DataError(f"{file}: image {labels.index(wrong) + 1} has the label {wrong}, expected 0 to 9")
+    greys = _grey(records[:, 1:].view(-1, 3, _PIXELS).transpose(1, 2))
+    yield from (((grey,), label) for grey, label in zip(greys, labels, strict=True))
+
+
+def _grey(colours: torch.Tensor) -> list[bytes]:
+    """Grey levels of uint8 RGB `(images, pixels, 3)`, weighted as by the arena's TensorFlow."""
+    weights = torch.tensor([0.2989, 0.587, 0.114])
+    return [bytes(row.tolist()) for row in (colours.float() @ weights).round().to(torch.uint8)]

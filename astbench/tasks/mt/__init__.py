@@ -1,0 +1,1 @@
+"""Translation: WMT14 English-German and other pairs."""

@@ -1,0 +1,1 @@
+"""Extractive question answering over long documents: TriviaQA and SQuAD."""

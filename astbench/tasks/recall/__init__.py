@@ -1,0 +1,1 @@
+"""Recall probes: multi-query associative recall and needles in a haystack."""

@@ -1,0 +1,272 @@
+"""What every task's LightningModule shares: backbone, swapped attention, losses, optimizer, bitwise resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from astbench.backbones.load import load_backbone
+from astbench.backbones.presets import BackboneConfig, Head
+from astbench.backbones.swap import WHERE, SwapHandle, Where, swap_attention
+from astbench.errors import CheckpointError, ConfigError, NumericError
+from astbench.runs.checkpoints import read_checkpoint
+from astbench.training.averaging import final_weights
+from astbench.training.optim import OptimConfig
+from astbench.training.seeds import derived_seed
+from astbench.training.sharding import FullyShardedStrategy, shard
+from astbench_registry import Pattern
+
+
+class TaskModule(pl.LightningModule):
+    """Base of the tasks: a Hugging Face model with a registered attention in it.
+
+    Args:
+        attention: `{"name": ..., **options}`, plain data, so that checkpoints load with `weights_only`.
+        backbone: Fields of :class:`BackboneConfig`.
+        optim: Fields of :class:`OptimConfig`.
+        task: Fields of the task's own config.
+        seed: Initial weights and every random draw derive from it.
+        init_from: Run folder whose trained backbone to start from.
+    """
+
+    head: ClassVar[Head]
+    fixed_task_options: ClassVar[tuple[str, ...]] = ()  # task options that belong to trained weights
+    where: Sequence[Where] = tuple(dict.fromkeys(WHERE.values()))  # which attention is replaced
+
+    def __init__(
+        self,
+        attention: dict[str, Any],
+        backbone: dict[str, Any] | None = None,
+        optim: dict[str, Any] | None = None,
+        task: dict[str, Any] | None = None,
+        seed: int = 0,
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.attention = dict(attention)
+        self.backbone = BackboneConfig(**(backbone or {}))
+        self.optim = OptimConfig(**(optim or {}))
+        self.seed = seed
+        self.init_from = init_from
+        self.model: PreTrainedModel | None = None
+        self.handle: SwapHandle | None = None
+        self.answers: dict[str, str] = {}
+
+    @classmethod
+    def patterns(cls, task: Any) -> dict[str, Pattern]:
+        """How attention works at each place where these task options replace it."""
+        return {"encoder_self": "bidirectional_self"} if cls.head != "causal_lm" else {"decoder_self": "causal_self"}
+
+    @classmethod
+    def needs(cls, command: str, data: Any) -> dict[str, bool]:
+        """What a command asks of the attention with these data options, as :meth:`Capabilities.problems` takes it."""
+        return {}
+
+    def configure_model(self) -> None:
+        """Build the backbone and swap its attention, once; the data module knows the tokenizer by now."""
+        if self.model is not None:
+            return
+        torch.manual_seed(self.seed)
+        self.model = self.build_model()
+        self.trainer.datamodule.check_model(self.model)  # type: ignore[attr-defined]
+        options = {key: value for key, value in self.attention.items() if key != "name"}
+        # A generator of its own for the variant's parameters: the backbone's are the same for every variant.
+        torch.manual_seed(self.seed + 1)
+        self.handle = swap_attention(self.model, self.attention["name"], options, where=self.where)
+        if self.backbone.gradient_checkpointing:
+            # transformers 5.23 calls it by another name and warns of the old one.
+            name = "activation_checkpointing_enable"
+            enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
+            # Not the reentrant kind, which would lose the gradients of the attention's own losses.
+            enable({"use_reentrant": False})
+        if self.backbone.compile and self.trainer.state.fn == TrainerFn.FITTING:
+            self._compile_layers()
+        if self.init_from:
+            self._load_trained_backbone(self.init_from)
+        if self.optim.train == "attention":
+            self._freeze_backbone()
+        # Pretrained models come in evaluation mode.
+        self.model.train()
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            shard(self, self._layers("--trainer.strategy=fsdp2"))
+
+    def build_model(self) -> PreTrainedModel:
+        """The backbone, before its attention is swapped."""
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        return load_backbone(self.backbone, self.head, tokenizer=tokenizer)
+
+    def _load_trained_backbone(self, folder: str) -> None:
+        """Weights of another run; the attention's own parameters only when that run had the same attention."""
+        assert self.model is not None and self.handle is not None
+        checkpoint = read_checkpoint(folder)
+        same_attention = checkpoint["hyper_parameters"]["attention"]["name"] == self.attention["name"]
+        weights = {
+            name.removeprefix("model."): value
+            for name, value in final_weights(checkpoint).items()
+            if name.startswith("model.")
+        }
+        own = set(self.handle.state_dict())
+        mine = self.model.state_dict()
+        wanted = {n for n in mine if n not in own}
+        wrong = sorted(n for n in wanted if n not in weights or weights[n].shape != mine[n].shape)
+        if wrong:
+            raise CheckpointError(f"--init_from={folder} was trained on another backbone: {wrong[0]} differs")
+        fitting = {n for n in own & weights.keys() if same_attention and weights[n].shape == mine[n].shape}
+        if own - fitting:
+            self.handle.notes.append(f"{len(own - fitting)} of the attention's {len(own)} own tensors start anew")
+        usable = {n: w for n, w in weights.items() if n in wanted | fitting}
+        self.model.load_state_dict(usable, strict=False)
+
+    def _compile_layers(self) -> None:
+        """Layer by layer: one short compilation serves them all, and masks are made outside of it."""
+        for layer in self._layers("--backbone.compile"):
+            layer.compile()
+
+    def _layers(self, option: str) -> list[nn.Module]:
+        assert self.model is not None
+        layers: list[nn.Module] = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigError(f"{option} knows no layers in {type(self.model).__name__}; leave it off")
+        return layers
+
+    def _freeze_backbone(self) -> None:
+        assert self.model is not None and self.handle is not None
+        own = {id(p) for p in self.handle.parameters()}
+        if not own:
+            raise ConfigError(
+                f"--optim.train=attention needs an attention with parameters; {self.attention['name']} has none"
+            )
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in own)
+
+    @property
+    def swapped(self) -> SwapHandle:
+        """The handle of the swapped attention."""
+        assert self.handle is not None, "configure_model() has not run"
+        return self.handle
+
+    def total_loss(self, task_loss: Tensor, each: Tensor) -> Tensor:
+        """The task's loss and the attention's auxiliary ones, each logged; not finite ends the run.
+
+        Args:
+            task_loss: Of the batch.
+            each: `(batch,)`, of each sequence as the attention met them, for attention that learns by policy gradient.
+        """
+        auxiliary = self.swapped.losses()
+        log_prob = self.swapped.log_prob()
+        if log_prob is not None:
+            auxiliary["policy"] = policy_loss(each, log_prob)
+        total = task_loss + sum(auxiliary.values()) if auxiliary else task_loss
+        if not torch.isfinite(total):
+            parts = {
+                "task": float(task_loss.detach()),
+                **{n: float(v.detach()) for n, v in auxiliary.items()},
+            }
+            raise NumericError(
+                f"the loss is not finite at step {self.global_step}: {parts}; lower --optim.lr, or "
+                "--trainer.gradient_clip_val (the weights are as they were before this step)"
+            )
+        self.log("train/loss", task_loss.detach(), prog_bar=True)
+        for name, value in auxiliary.items():
+            self.log(f"train/{name}", value.detach())
+        return total
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Randomness from (seed, batch number): a resumed run draws what the uninterrupted one would."""
+        accumulate = self.trainer.accumulate_grad_batches
+        count = self.global_step * accumulate + batch_idx % accumulate
+        torch.manual_seed(derived_seed(self.seed, count, self.global_rank))
+        self.swapped.set_step(self.global_step)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """No update from a gradient that is not finite: better to stop with the weights intact."""
+        if self.trainer.precision == "16-mixed":
+            return  # its loss scaler meets infinities on purpose, and skips those steps itself
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if not torch.isfinite(norm):
+            raise NumericError(
+                f"the gradient is not finite at step {self.global_step}; lower --optim.lr, or "
+                "--trainer.gradient_clip_val (the weights are as they were before this step)"
+            )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up, its schedule a function of the step and `max_steps` alone."""
+        own = {id(p) for p in self.swapped.parameters()}
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                groups.setdefault((id(parameter) in own, parameter.dim() >= 2), []).append(parameter)
+        optim = self.optim
+        optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "lr": (optim.attention_lr or optim.lr) if is_own else optim.lr,
+                    "weight_decay": optim.weight_decay if decays else 0.0,
+                }
+                for (is_own, decays), parameters in groups.items()
+            ],
+            betas=(optim.beta1, optim.beta2),
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _factor(self, step: int) -> float:
+        optim, steps = self.optim, self.trainer.max_steps
+        if step < optim.warmup_steps:
+            return (step + 1) / optim.warmup_steps
+        if optim.schedule == "constant" or steps <= optim.warmup_steps:
+            return 1.0
+        left = max(0.0, (steps - step) / (steps - optim.warmup_steps))
+        return left if optim.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+    def real_lengths(self, batch: dict[str, Any], pattern: Pattern) -> tuple[int, int] | None:
+        """Queries and keys of the first sequence that are no padding, in attention of a pattern; None for all."""
+        if "attention_mask" not in batch:
+            return None
+        real = int(batch["attention_mask"][0].sum())
+        return real, real
+
+    def counts(self) -> dict[str, int]:
+        """Parameters in all, those that learn, and the attention's own."""
+        own = sum(p.numel() for p in self.swapped.parameters())
+        return {
+            "total": sum(p.numel() for p in self.parameters()),
+            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "attention": own,
+        }
+
+
+def policy_loss(each: Tensor, log_prob: Tensor) -> Tensor:
+    """REINFORCE: the gradient raises the probability of choices whose sequence lost less than the others on average.
+
+    Each sequence's baseline is the mean of the others' losses: Kool, van Hoof and Welling 2019 (Buy 4 REINFORCE
+    Samples, Get a Baseline for Free!), eq. 6, with a batch in the place of samples for one input.
+
+    Args:
+        each: Losses `(batch,)`.
+        log_prob: `(batch,)`.
+
+    Raises:
+        ConfigError: for a batch of one, which nothing can be compared with.
+    """
+    batch = len(each)
+    if batch < 2:
+        raise ConfigError(
+            "--attention.estimator=policy_gradient compares the sequences of a batch; set --data.batch_size=2 or more"
+        )
+    advantage = (each.detach() - each.detach().mean()) * batch / (batch - 1)
+    return (advantage * log_prob).mean()

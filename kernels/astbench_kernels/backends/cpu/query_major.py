@@ -1,0 +1,250 @@
+"""Block-sparse attention by gathering: for each query group, copy its key blocks together, then two matmuls.
+
+Lists that few rows share go the other way round: see `key_major.py`. Where leaving products
+out costs more than it saves, none are: see `masked.py`.
+
+Plain torch on any device, written for the CPU, where a few MB of gathered keys stay in cache. The backward pass
+gathers again instead of saving the copies: autograd through the gather would keep `1/density` times the memory
+of the keys for every group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from astbench_kernels.backends.cpu.key_major import KeyMajorAttention
+from astbench_kernels.backends.cpu.masked import MaskedAttention, masked_pairs
+from astbench_kernels.backends.cpu.units import (
+    LOG2_E,
+    Plan,
+    Scratch,
+    from_blocks,
+    from_units,
+    make_plan,
+    one_list_per_kv_head,
+    to_blocks,
+    to_units,
+)
+from astbench_kernels.backends.reference import reference_attention
+from astbench_kernels.dispatch import rules
+from astbench_kernels.layout import BlockLayout
+
+
+def schedule_of(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool) -> rules.GatherSchedule:
+    """Which way a call is computed; see :func:`astbench_kernels.dispatch.gather_schedule`."""
+    schedule = _schedule(layout, q.shape[1], k.shape[1], causal)
+    if schedule == "masked" and not (_is_finite(k) and _is_finite(v)):
+        # In a sum over all keys a weight of 0 would not keep out what no list names.
+        return _schedule(layout, q.shape[1], k.shape[1], causal, masked=False)
+    return schedule
+
+
+def _is_finite(x: Tensor) -> bool:
+    """False where a sum overflows, too: the other schedules are only slower."""
+    return math.isfinite(float(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))))
+
+
+def _schedule(
+    layout: BlockLayout, num_heads: int, num_kv_heads: int, causal: bool, *, masked: bool = True
+) -> rules.GatherSchedule:
+    layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
+    size, length = layout.block_size, layout.key_length
+    rows = rules.rows_per_list(num_heads, num_kv_heads, layout.indices.shape[1], layout.query_group)
+    met = int(layout.counts.sum()) * rows / max(1, layout.indices.shape[0] * num_kv_heads * layout.num_blocks)
+    query_rows = layout.num_groups * layout.query_group * num_heads // num_kv_heads if masked else 0
+    seen = rules.keys_seen(
+        layout.query_length, length, layout.query_offset, causal=causal, key_stride=layout.key_stride
+    )
+    return rules.gather_schedule(rows, size, met, query_rows, length, seen)
+
+
+def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, int]]:
+    """Runs of units with the width of the longest list among them; units without keys are left out."""
+    start = 0
+    while start < len(counts):
+        width, stop = counts[start], start + 1
+        while stop < len(counts):
+            wider = max(width, counts[stop])
+            if (stop + 1 - start) * wider * bytes_per_block > rules.CHUNK_BYTES:
+                break
+            width, stop = wider, stop + 1
+        if width > 0:
+            yield slice(start, stop), width
+        start = stop
+
+
+def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes_per_key: int, *, causal: bool) -> int:
+    """(query, key) pairs that :func:`gather_attention` computes.
+
+    Query-major, each chunk's lists are as long as its longest one; key-major, every list has its own length (tiles that
+    are filled up, and blocks that nobody sees yet, left aside); masked, all keys up to a slab's last one are computed,
+    and a column of nothing.
+
+    Args:
+        layout: The lists.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads.
+        bytes_per_key: Of one key of one head; the longer, the shorter the chunks.
+        causal: Whether under a causal mask.
+    """
+    layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
+    rows = num_heads // layout.indices.shape[1] * layout.query_group
+    schedule = _schedule(layout, num_heads, num_kv_heads, causal)
+    if schedule == "masked":
+        return masked_pairs(layout, num_heads, causal)
+    if schedule == "key_major":
+        return int(layout.counts.sum()) * layout.block_size * rows
+    chunks = _chunks(layout.counts.flatten().tolist(), layout.block_size * bytes_per_key)
+    blocks = sum((units.stop - units.start) * width for units, width in chunks)
+    return blocks * layout.block_size * rows
+
+
+def gather_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    block_bias: Tensor | None,
+    scale: float,
+    causal: bool,
+    key_valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`astbench_kernels.block_sparse_attention`.
+
+    Cost: O(N x width x block_size) time, or O(N x M) where that is less; beside inputs and outputs, and copies as large
+    as those, O(CHUNK_BYTES) memory, in both directions. For lists that few rows share
+    (`key_major.py`) O(PIECE_ROWS x width), for short sequences times the key/value heads; where all
+    pairs are computed (`masked.py`) O(SLAB_PAIRS), or those of one list.
+    """
+    if 0 in (q.numel(), k.numel(), v.numel(), layout.indices.numel()):  # nothing to gather
+        return reference_attention(
+            q, k, v, layout, block_bias=block_bias, scale=scale, causal=causal, key_valid=key_valid
+        )
+    layout = one_list_per_kv_head(layout, q.shape[1], k.shape[1])
+    if block_bias is not None and block_bias.shape[1] != layout.indices.shape[1]:
+        block_bias = block_bias.repeat_interleave(layout.indices.shape[1] // block_bias.shape[1], 1)
+    run = _SCHEDULES[schedule_of(q, k, v, layout, causal=causal)]
+    out, lse = run.apply(q, k, v, block_bias, layout, scale, causal, key_valid)
+    return out, lse
+
+
+class _GatherAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_bias: Tensor | None,
+        layout: BlockLayout,
+        scale: float,
+        causal: bool,
+        key_valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        plan = make_plan(q, k, layout, scale, causal, key_valid)
+        compute = torch.promote_types(q.dtype, torch.float32)
+        queries = to_units(q, plan).to(compute) * (scale * LOG2_E)
+        keys, values = to_blocks(k, key_valid, layout), to_blocks(v, key_valid, layout)
+        bias = None if block_bias is None else block_bias.detach().flatten(0, 2).to(compute) * LOG2_E
+        out = queries.new_zeros(len(queries), plan.rows, v.shape[-1])
+        lse = torch.full(queries.shape[:2], -torch.inf, dtype=compute, device=q.device)
+        scratch = Scratch(queries)
+        for units, width in _chunks_of(plan, k):
+            index = plan.blocks[units, :width].reshape(-1)
+            key = scratch.gather("key", keys, index, units, k.shape[-1])
+            weights = _logits(queries[units], key, plan, units, width, bias, scratch)
+            # Rows that see nothing: weights 0, log-sum-exp log 0 = -inf; no NaN on the way.
+            highest = weights.amax(-1, keepdim=True)
+            highest.masked_fill_(highest == -torch.inf, 0.0)
+            weights.sub_(highest).exp2_()
+            total = weights.sum(-1, keepdim=True)
+            lse[units] = (highest + total.log2()).squeeze(-1)
+            torch.bmm(weights, scratch.gather("key", values, index, units, v.shape[-1]), out=out[units])
+            out[units].div_(total.clamp_(min=torch.finfo(compute).tiny))
+        ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
+        ctx.plan = plan
+        return from_units(out, plan).to(q.dtype), from_units(lse.unsqueeze(-1) / LOG2_E, plan).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse = grads
+        q, k, v, block_bias, key_valid, out, lse = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        compute = lse.dtype
+        queries, d_out = to_units(q, plan).to(compute) * (plan.scale * LOG2_E), to_units(grad_out, plan).to(compute)
+        d_lse = to_units(grad_lse.unsqueeze(-1), plan)
+        keys, values = to_blocks(k, key_valid, plan.layout), to_blocks(v, key_valid, plan.layout)
+        bias = None if block_bias is None else block_bias.flatten(0, 2).to(compute) * LOG2_E
+        d_queries = torch.zeros_like(queries)
+        # Many groups add to one block: sum in float32 whatever the inputs are.
+        d_keys, d_values = torch.zeros_like(keys, dtype=compute), torch.zeros_like(values, dtype=compute)
+        d_bias = None if bias is None else torch.zeros_like(bias)
+        # d logits = P * (dP - delta + d lse), delta = rowsum(dO * O)
+        shift = (d_out * out).sum(-1, keepdim=True) - d_lse
+        known_lse = lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)  # rows that see nothing: exp(-inf - 0) = 0
+        scratch = Scratch(queries)
+        for units, width in _chunks_of(plan, k):
+            index = plan.blocks[units, :width].reshape(-1)
+            key = scratch.gather("key", keys, index, units, k.shape[-1])
+            weights = _logits(queries[units], key, plan, units, width, bias, scratch)
+            weights.sub_(known_lse[units]).exp2_()
+            d_value = scratch.bmm("product", weights.transpose(1, 2), d_out[units])
+            d_values.index_add_(0, index, d_value.view(len(index), -1))
+            value = scratch.gather("value", values, index, units, v.shape[-1])
+            d_logits = scratch.bmm("d_logits", d_out[units], value.transpose(1, 2))
+            d_logits.sub_(shift[units]).mul_(weights)
+            if d_bias is not None:
+                d_bias[units, :width] = d_logits.sum(1).view(-1, width, plan.layout.block_size).sum(-1)
+            torch.bmm(d_logits, key, out=d_queries[units])
+            d_key = scratch.bmm("product", d_logits.transpose(1, 2), queries[units])
+            d_keys.index_add_(0, index, d_key.view(len(index), -1))
+        return (
+            from_units(d_queries.mul_(plan.scale), plan).to(q.dtype),
+            from_blocks(d_keys.div_(LOG2_E), k, key_valid),  # the queries above hold scale * LOG2_E
+            from_blocks(d_values, v, key_valid),
+            None if d_bias is None else d_bias.view_as(block_bias).to(block_bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+_SCHEDULES: dict[rules.GatherSchedule, type[torch.autograd.Function]] = {
+    "query_major": _GatherAttention,
+    "key_major": KeyMajorAttention,
+    "masked": MaskedAttention,
+}
+
+
+def _chunks_of(plan: Plan, k: Tensor) -> Iterator[tuple[slice, int]]:
+    bytes_per_block = plan.layout.block_size * k.shape[-1] * k.element_size()
+    return _chunks(plan.layout.counts.flatten().tolist(), bytes_per_block)
+
+
+def _logits(
+    queries: Tensor, key: Tensor, plan: Plan, units: slice, width: int, bias: Tensor | None, scratch: Scratch
+) -> Tensor:
+    """`(units, rows, keys)` in powers of two, -inf where a pair may not be seen."""
+    logits = scratch.bmm("logits", queries, key.transpose(1, 2))
+    if bias is not None:
+        tiles = logits.view(len(queries), plan.rows, width, plan.layout.block_size)
+        tiles += bias[units, None, :width, None]
+    _hide(logits, plan, units, width)
+    return logits
+
+
+def _hide(logits: Tensor, plan: Plan, units: slice, width: int) -> None:
+    """Set unseen pairs of `(units, rows, width * block_size)` to -inf; few blocks hold any, only they are touched."""
+    masked = plan.masked[units, :width]
+    if not bool(masked.any()):
+        return
+    unit, slot = masked.nonzero(as_tuple=True)
+    tiles = logits.view(len(masked), plan.rows, width, plan.layout.block_size).transpose(1, 2)
+    tiles[unit, slot] = tiles[unit, slot].masked_fill_(plan.hidden(unit + units.start, slot), -torch.inf)

@@ -1,0 +1,393 @@
+"""Which kernel runs a call, and why: all rules and thresholds, each with where it was measured.
+
+The backends take their thresholds from here, `explain` says what they come to. Shapes and densities only: nothing
+here reads a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from astbench_kernels.dispatch.measured import EFFICIENCIES, Efficiency
+
+GatherSchedule = Literal["query_major", "key_major", "masked"]
+
+CHUNK_BYTES = 2**20
+"""gather, query-major: gathered keys held at a time. Measured (docs/cpu-notes.md, the table of changes): 0.5-2 MB is
+the flat bottom of the curve on the CPUs measured."""
+
+KEY_MAJOR_BELOW = 0.5
+"""gather: query rows a list, over the keys of a block, below which the work is done key block by key block. Measured
+(docs/cpu-notes.md, "Where the two meet"): with blocks of 16 both ways cost the same at 8 rows, with blocks of 64 at
+32; at one row the difference is tenfold."""
+
+SHORTEST_TILE = 16
+"""gather: query rows that a block must meet on average for that, and a key/value head must have for all its pairs to be
+computed; a decoding step's one or few rows gather their own keys. Not measured."""
+
+QUERY_MAJOR_PAIR, QUERY_MAJOR_COPY = 0.7, 30
+"""gather, query-major: what a pair costs, and copying its key for the list, over that, if one query row shared it. This
+and the next ones measured (docs/cpu-notes.md, "All pairs"), forward and backward, heads of 64; in pairs of the masked
+schedule that no list names, 15 ns."""
+
+KEY_MAJOR_PAIR, KEY_MAJOR_ROW, KEY_MAJOR_BLOCK = 0.5, 55, 1500
+"""gather, key block by key block: what a pair costs, a row with every block that it meets, and a block, likewise."""
+
+MASKED_PICK = 0.7
+"""gather, masked: what a listed pair costs more than others."""
+
+SLAB_PAIRS = 2**18
+"""gather, masked: pairs of queries with all keys that are computed at a time. Measured (docs/cpu-notes.md, "All
+pairs"): half of it and twice as many are slower by up to a fifth."""
+
+MIN_ROWS_PER_LIST = 16
+"""triton: fewer rows than this cannot fill the smallest matrix instruction: they are gathered around their key
+blocks. Not measured; it follows from the instruction."""
+
+DECODE_ROWS = 128
+"""triton: most query rows of the heads that share a list and its keys for the decode schedule. Not measured."""
+
+DECODE_TILE_ROWS, DECODE_TILE_ROWS_FLOAT32 = 32, 16
+"""triton, decode: most query rows of a program. Not measured; 64 rows of head size 128 do not fit in registers."""
+
+PROGRAMS_PER_PROCESSOR = 2
+"""triton, decode: programs that one multiprocessor is given before lists are no longer split. Not measured: at head
+size 128 an A100 has shared memory for two, an H100 for three."""
+
+ASSUMED_PROCESSORS = 132
+"""triton: multiprocessors of an H100, where there is no device to ask."""
+
+PARTIAL_BYTES = 64 * 2**20
+"""triton, key-major: partial outputs of the forward pass held at a time. Not measured: L2 of an H100 is 50 MB."""
+
+TRITON_MAX_HEAD_DIM = 256
+"""triton: the largest head size of its kernels. Not measured; chosen so that tiles fit in registers."""
+
+TRITON_DTYPES = ("float16", "bfloat16", "float32")
+"""triton: what its kernels compute in."""
+
+
+BEYOND = 2
+"""How far, as a factor, a call's tokens and density may lie from measured ones for their R to be quoted."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A call without its tensors.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        dtype: "float32", "bfloat16", "float16" or "float64".
+        batch: Sequences.
+        heads: Query heads.
+        kv_heads: Key/value heads.
+        list_heads: Heads with lists of their own: 1, `kv_heads` or `heads`.
+        head_dim: The larger head size.
+        query_length: Queries.
+        key_length: Keys.
+        block_size: Keys a block.
+        query_group: Queries a list.
+        density: Share of the visible blocks that is listed.
+        causal: Whether under a causal mask, the last query at the last key.
+    """
+
+    device: str
+    dtype: str
+    batch: int
+    heads: int
+    kv_heads: int
+    list_heads: int
+    head_dim: int
+    query_length: int
+    key_length: int
+    block_size: int
+    query_group: int
+    density: float
+    causal: bool
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share a list and its keys."""
+        return rows_per_list(self.heads, self.kv_heads, self.list_heads, self.query_group)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a decoding step to the Triton kernels, on a device of ASSUMED_PROCESSORS."""
+        lists = max(self.list_heads, self.kv_heads)
+        together = self.heads // lists
+        tile = DECODE_TILE_ROWS_FLOAT32 if self.dtype == "float32" else DECODE_TILE_ROWS
+        groups = math.ceil(self.query_length / self.query_group)
+        tiles = groups * math.ceil(min(self.query_group, self.query_length) * together / tile)
+        units = self.batch * lists
+        return is_decode(self.query_length * together, units * tiles, units, ASSUMED_PROCESSORS)
+
+    @property
+    def keys_seen(self) -> float:
+        """Keys that a query position sees, on average."""
+        return keys_seen(self.query_length, self.key_length, self.key_length - self.query_length, causal=self.causal)
+
+    @property
+    def rows_met(self) -> float:
+        """Query rows that a key block meets, on average over the blocks."""
+        blocks = math.ceil(self.key_length / self.block_size)
+        visible = float(blocks)
+        if self.causal:
+            first = max(0, self.key_length - self.query_length)
+            visible = (math.ceil((first + 1) / self.block_size) + blocks) / 2
+        lists = max(self.list_heads, self.kv_heads) * math.ceil(self.query_length / self.query_group)
+        return lists * visible * self.density * self.rows / (self.kv_heads * blocks)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the dispatch table: what `backend=auto` runs, and when.
+
+    Attributes:
+        backend: A name from :func:`astbench_kernels.backends`.
+        schedule: "query_major", "key_major", "masked" or "decode".
+        when: The condition in words.
+        holds: The condition.
+        why: What speaks for it.
+        measured: Where its threshold was measured; "not measured" where it was not.
+    """
+
+    backend: str
+    schedule: str
+    when: str
+    holds: Callable[[Shapes], bool]
+    why: str
+    measured: str
+
+    @property
+    def runs(self) -> str:
+        """Backend and schedule in words, as statistics and records hold them."""
+        return named(self.backend, self.schedule)
+
+
+def named(backend: str, schedule: str) -> str:
+    """Backend and schedule in words."""
+    return f"{backend} ({schedule.replace('_', '-')})"
+
+
+def rows_per_list(heads: int, kv_heads: int, list_heads: int, query_group: int) -> int:
+    """Query rows that share a list and its keys."""
+    return heads // max(list_heads, kv_heads) * query_group
+
+
+def keys_seen(query_length: int, key_length: int, query_offset: int, *, causal: bool, key_stride: int = 1) -> float:
+    """Keys that a query position sees, on average; arguments as in :class:`astbench_kernels.BlockLayout`."""
+    if not causal:
+        return float(key_length)
+    first, last = ((query_offset + n) / key_stride for n in (1, query_length))
+
+    def below(end: float) -> float:
+        """Integral of the keys seen, up to an end that grows evenly."""
+        inside = min(max(end, 0.0), key_length)
+        return inside**2 / 2 + key_length * max(0.0, end - key_length)
+
+    return (below(last) - below(first)) / (last - first) if last > first else min(max(first, 0.0), key_length)
+
+
+def gather_schedule(
+    rows: int, block_size: int, rows_met: float, query_rows: int, key_length: int, seen: float
+) -> GatherSchedule:
+    """How the gather backend goes about a call.
+
+    Args:
+        rows: Query rows that share a list and its keys.
+        block_size: Keys a block.
+        rows_met: Query rows that a block meets, on average over the blocks.
+        query_rows: Query rows of a key/value head.
+        key_length: Keys.
+        seen: Keys that a query position sees, on average.
+    """
+    by_key = rows < KEY_MAJOR_BELOW * block_size and rows_met >= SHORTEST_TILE
+    if by_key:
+        cost = rows_met * (KEY_MAJOR_PAIR * block_size + KEY_MAJOR_ROW) + KEY_MAJOR_BLOCK
+    else:
+        cost = rows_met * block_size * QUERY_MAJOR_PAIR * (1 + QUERY_MAJOR_COPY / rows)
+    # A slab computes what its last row sees.
+    all_keys = min(key_length, seen + SLAB_PAIRS / (2 * max(1.0, seen)))
+    all_pairs = query_rows * all_keys * block_size / max(1, key_length) + rows_met * block_size * MASKED_PICK
+    if query_rows >= SHORTEST_TILE and all_pairs < cost:
+        return "masked"
+    return "key_major" if by_key else "query_major"
+
+
+def triton_schedule(rows: int) -> Literal["query_major", "key_major"]:
+    """The same for the Triton kernels."""
+    return "query_major" if rows >= MIN_ROWS_PER_LIST else "key_major"
+
+
+def is_decode(rows: int, tiles: int, units: int, processors: int) -> bool:
+    """Whether the Triton kernels take a call without gradients as a decoding step.
+
+    Args:
+        rows: Query rows of the heads that share a list and its keys, over all groups.
+        tiles: Programs that hold them, over the batch, when no list is split.
+        units: Lists of one group, over the batch.
+        processors: Of the device.
+    """
+    return rows <= DECODE_ROWS and (tiles == units or tiles < processors * PROGRAMS_PER_PROCESSOR)
+
+
+def triton_refusals(shapes: Shapes) -> list[str]:
+    """Every reason why "auto" does not take triton."""
+    reasons = []
+    if shapes.device != "cuda":
+        reasons.append(f"triton needs a CUDA device, this is {shapes.device}")
+    if shapes.dtype not in TRITON_DTYPES:
+        reasons.append(f"triton computes in {', '.join(TRITON_DTYPES)}, not {shapes.dtype}")
+    if shapes.head_dim > TRITON_MAX_HEAD_DIM:
+        reasons.append(f"triton takes heads of at most {TRITON_MAX_HEAD_DIM}, not {shapes.head_dim}")
+    return reasons
+
+
+def _gather(shapes: Shapes) -> GatherSchedule:
+    groups = math.ceil(shapes.query_length / shapes.query_group)
+    query_rows = groups * shapes.query_group * shapes.heads // shapes.kv_heads
+    size, met = shapes.block_size, shapes.rows_met
+    return gather_schedule(shapes.rows, size, met, query_rows, shapes.key_length, shapes.keys_seen)
+
+
+_ON_TRITON = f"CUDA, {', '.join(TRITON_DTYPES)}, heads of at most {TRITON_MAX_HEAD_DIM}"
+
+TABLE = (
+    Row(
+        "triton",
+        "decode",
+        f"{_ON_TRITON}; no gradients, and at most {DECODE_ROWS} query rows of the heads that share a list, in one tile "
+        "or in too few to fill the device",
+        lambda shapes: not triton_refusals(shapes) and shapes.decodes,
+        "the programs of a list share it out and read it as it is: making other lists ready would cost more",
+        "not measured",
+    ),
+    Row(
+        "triton",
+        "query_major",
+        f"{_ON_TRITON}; at least {MIN_ROWS_PER_LIST} query rows share a list and its keys",
+        lambda shapes: not triton_refusals(shapes) and triton_schedule(shapes.rows) == "query_major",
+        "a tile of rows that share a list reads each of its key blocks once",
+        "not measured",
+    ),
+    Row(
+        "triton",
+        "key_major",
+        f"{_ON_TRITON}; fewer query rows share a list",
+        lambda shapes: not triton_refusals(shapes),
+        "each key block gathers the rows that chose it, so that few rows a list still fill matrix instructions",
+        "not measured",
+    ),
+    Row(
+        "gather",
+        "masked",
+        f"elsewhere; at least {SHORTEST_TILE} query rows, and all pairs cost less than leaving some out",
+        lambda shapes: _gather(shapes) == "masked",
+        "where sequences are short, blocks small, or most is listed, computing all pairs and picking the listed ones "
+        "is faster than leaving any out",
+        'docs/cpu-notes.md, "All pairs"',
+    ),
+    Row(
+        "gather",
+        "key_major",
+        f"elsewhere; fewer than {KEY_MAJOR_BELOW} x block_size query rows share a list, and a block meets at least "
+        f"{SHORTEST_TILE} on average",
+        lambda shapes: _gather(shapes) == "key_major",
+        "copying each list's own keys would cost more than the work on them",
+        'docs/cpu-notes.md, "Where the two meet"',
+    ),
+    Row(
+        "gather",
+        "query_major",
+        f"elsewhere; fewer than {KEY_MAJOR_BELOW} x block_size query rows share a list, and a block meets fewer than "
+        f"{SHORTEST_TILE} on average",
+        lambda shapes: shapes.rows < KEY_MAJOR_BELOW * shapes.block_size,
+        "the few rows that a block meets would make no tile, as in a decoding step",
+        "not measured",
+    ),
+    Row(
+        "gather",
+        "query_major",
+        f"elsewhere; at least {KEY_MAJOR_BELOW} x block_size query rows share a list",
+        lambda shapes: True,
+        "enough rows share the keys that are copied for them",
+        'docs/cpu-notes.md, "Where the two meet"',
+    ),
+)
+"""The first row whose condition holds decides."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `backend=auto` makes of a call.
+
+    Attributes:
+        row: The line of the table that decided.
+        facts: What it looked at.
+        share: Pairs attended to, over dense's; masked, the kernel computes all of them.
+        measured: The nearest measured R, None where nothing comparable was measured.
+        missing: Why not, in that case.
+    """
+
+    row: Row
+    facts: list[str]
+    share: float
+    measured: Efficiency | None
+    missing: str
+
+
+def explain(shapes: Shapes) -> Explanation:
+    """What `backend=auto` runs for such a call, why, and what it is known to cost against dense."""
+    row = next(row for row in TABLE if row.holds(shapes))
+    facts = triton_refusals(shapes)
+    plural = "s share" if shapes.rows > 1 else " has"
+    facts.append(f"{shapes.rows:,} query row{plural} a list of blocks of {shapes.block_size} keys")
+    if row.backend == "gather":
+        facts.append(f"a block meets {shapes.rows_met:,.2f} query rows on average")
+    measured, missing = _nearest(shapes)
+    return Explanation(row, facts, shapes.density, measured, missing)
+
+
+def _nearest(shapes: Shapes) -> tuple[Efficiency | None, str]:
+    """The measured call that is nearest to this one, or why there is none."""
+    if shapes.device != "cpu":
+        return None, f"no kernel was measured on {shapes.device}"
+    if shapes.query_length != shapes.key_length:
+        return None, "only calls with as many queries as keys were measured"
+    kinds = {(m.dtype, m.head_dim, m.block_size, m.query_group, m.causal): m for m in EFFICIENCIES}
+    kind = (shapes.dtype, shapes.head_dim, shapes.block_size, shapes.query_group, shapes.causal)
+    if kind not in kinds:
+        return None, f"measured: {'; '.join(_kind(m) for m in kinds.values())}; this call: {_kind(shapes)}"
+
+    def distances(m: Efficiency) -> tuple[float, float]:
+        return abs(math.log2(m.tokens / shapes.query_length)), abs(math.log2(m.density / shapes.density))
+
+    alike = [m for m in EFFICIENCIES if (m.dtype, m.head_dim, m.block_size, m.query_group, m.causal) == kind]
+    way = _gather(shapes)
+    as_measured = replace(shapes, batch=1, heads=4, kv_heads=4, list_heads=4)
+    alike = [
+        m
+        for m in alike
+        if _gather(replace(as_measured, query_length=m.tokens, key_length=m.tokens, density=m.density)) == way
+    ]
+    if not alike:
+        return None, f"these shapes were measured at other densities, where the schedule is not {way.replace('_', '-')}"
+    best = min(alike, key=distances)
+    if max(distances(best)) > math.log2(BEYOND):
+        tokens, densities = [m.tokens for m in alike], [m.density for m in alike]
+        return None, (
+            f"measured: {min(tokens):,} to {max(tokens):,} tokens at densities {min(densities)} to {max(densities)}; "
+            f"this call: {shapes.query_length:,} tokens at {shapes.density:.3g}"
+        )
+    return best, ""
+
+
+def _kind(call: Efficiency | Shapes) -> str:
+    mask = "causal" if call.causal else "bidirectional"
+    return (
+        f"{call.dtype}, heads of {call.head_dim}, blocks of {call.block_size}, "
+        f"{call.query_group} quer{'y' if call.query_group == 1 else 'ies'} a list, {mask}"
+    )

@@ -1,0 +1,1 @@
+"""Triton kernels of attention over listed blocks, forward, backward and decoding."""

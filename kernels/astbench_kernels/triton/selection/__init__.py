@@ -1,0 +1,1 @@
+"""Triton kernels that sum up key blocks and choose among them."""

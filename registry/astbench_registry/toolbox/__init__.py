@@ -1,0 +1,1 @@
+"""What several variants are made of."""

@@ -1,0 +1,1 @@
+"""One file a variant: its equations, where it differs from its paper, its code."""

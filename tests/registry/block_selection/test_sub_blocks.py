@@ -1,0 +1,87 @@
+"""AST's blocks summed up by several means: one a token is the true mass; pieces, padding and the fused choice."""
+
+import math
+
+import pytest
+import torch
+
+import astbench_registry.block_selection as layers
+from astbench_registry import build_attention
+from astbench_registry.interface import AttentionContext, AttentionShape
+from astbench_registry.mask import AttentionMask
+
+HEADS, KV_HEADS, DIM, TOKENS = 6, 3, 8, 61
+
+
+def draw(tokens=TOKENS):
+    g = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(2, heads, tokens, DIM, generator=g, dtype=torch.float64) for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+
+
+def layer(name, **options):
+    given = {"block_size": 8, "min_blocks": 1, "density": 0.4, "first_block": False, "query_group": 1}
+    return build_attention(name, {**given, **options}, AttentionShape(HEADS, KV_HEADS, DIM)).double()
+
+
+@pytest.mark.parametrize("pattern", ["causal_self", "bidirectional_self", "causal_cross"])
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
+def test_a_mean_a_token_chooses_as_the_oracle(pattern, padding):
+    q, k, v = draw()
+    valid = None
+    if padding:
+        valid = torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.7
+        valid[:, 16:24] = False  # a block that is all padding
+    mask = AttentionMask(pattern, 0, valid)
+    kept = []
+    for module in (layer("ast", sub_blocks=8), layer("oracle_topk"), layer("ast")):
+        out = module.eval()(q, k, v, mask, context=AttentionContext(listen=True))
+        assert out.context.isfinite().all()
+        keep = out.stats.layout.to_mask()
+        kept.append(keep if valid is None or pattern == "causal_cross" else keep & valid[:, None, :, None])
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2]), "one mean a block must not find the same"
+
+
+def test_the_score_is_the_mass_of_the_means():
+    q, k, v = draw(64)
+    module, mask = layer("ast", sub_blocks=2, patterns=2), AttentionMask("causal_self")
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(2))
+    one = layer("ast", patterns=2)
+    one.load_state_dict(module.state_dict())
+    selection = module.selection(q, k, mask)
+    got = module.scores(q, k, v, mask, selection, 0.3)
+    means = k.unflatten(2, (16, 4)).mean(3).repeat_interleave(HEADS // KV_HEADS, 1)
+    gain = 0.3 * module.gain.exp()[:, None, None]
+    mass = (gain * q @ means.transpose(-1, -2)).unflatten(-1, (8, 2)).add(math.log(4.0)).logsumexp(-1)
+    block = k.unflatten(2, (8, 8)).mean(3).repeat_interleave(HEADS // KV_HEADS, 1)
+    learned = one.scores(q, k, v, mask, selection, 0.3) - gain * q @ block.transpose(-1, -2)
+    torch.testing.assert_close(got, mass + learned, rtol=1e-9, atol=1e-9)
+
+
+def test_in_pieces_the_same_with_gradients(monkeypatch):
+    results = []
+    for held in (2**22, 200):
+        monkeypatch.setattr(layers, "SCORES_AT_A_TIME", held)
+        torch.manual_seed(0)
+        module = layer("ast", sub_blocks=4).train()
+        q, k, v = draw()
+        mask = AttentionMask("causal_self")
+        scores = module.scores(q, k, v, mask, module.selection(q, k, mask), 0.3)
+        results.append((scores, *torch.autograd.grad(scores.square().sum(), (module.gain, module.key_weight))))
+    for whole, pieces in zip(*results, strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-10)
+    assert all(grad.abs().sum() > 0 for grad in results[0][1:])
+
+
+def test_several_means_are_not_fused():
+    q, k, v = (x.float() for x in draw(64))
+    module, mask = layer("ast", sub_blocks=2).float().eval(), AttentionMask("causal_self")
+    assert module.fused_layout(q, k, v, mask, 0.3, AttentionContext()) is None
+
+
+def test_sub_blocks_divide_the_block():
+    with pytest.raises(ValueError, match=r"sub_blocks must be a divisor of block_size \(8\)"):
+        layer("ast", sub_blocks=3)
