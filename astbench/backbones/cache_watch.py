@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
-from astbench_registry.block_selection.summaries import BlockSummaries
+from astbench_registry.interface import Attention, CacheState
 
 Layer = DynamicLayer | StaticLayer
 
@@ -32,7 +32,7 @@ class _Mark:
 class _Kept:
     """Summaries, and everything that they were made of: the cache's tensors, the slot, its weights, the dtype."""
 
-    def __init__(self, summaries: BlockSummaries, slot: nn.Module, dtype: torch.dtype, cached: list[Tensor]) -> None:
+    def __init__(self, summaries: CacheState, slot: nn.Module, dtype: torch.dtype, cached: list[Tensor]) -> None:
         self.summaries, self.dtype = summaries, dtype
         self._slot = weakref.ref(slot)
         self._marks = [_Mark(x) for x in (*cached, *slot.parameters())]
@@ -98,14 +98,15 @@ def watch_cache(
 
 @contextmanager
 def kept_summaries(
-    slot: nn.Module, keys: Tensor, values: Tensor, dtype: torch.dtype
-) -> Iterator[BlockSummaries | None]:
+    slot: nn.Module, attention: Attention, keys: Tensor, values: Tensor, dtype: torch.dtype
+) -> Iterator[CacheState | None]:
     """Summaries of the cache that these keys and values, already appended to, belong to; None where none are kept.
 
     What a call within adds to them is remembered, unless it raises.
 
     Args:
         slot: Where the call is made.
+        attention: The variant in it.
         keys: As the cache returned them.
         values: Likewise.
         dtype: In which the call is made.
@@ -120,7 +121,10 @@ def kept_summaries(
         yield None
         return
     _kept.pop(layer, None)
-    summaries = call.found.summaries if call.found and call.found.dtype == dtype else BlockSummaries()
+    summaries = call.found.summaries if call.found and call.found.dtype == dtype else attention.new_cache_state()
+    if summaries is None:
+        yield None
+        return
     yield summaries
     _kept[layer] = _Kept(summaries, slot, dtype, [keys, values])
 

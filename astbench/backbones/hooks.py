@@ -15,8 +15,14 @@ from transformers.utils import logging
 
 from astbench.backbones.cache_watch import kept_summaries
 from astbench_registry import CapabilityError, Pattern, build_attention
-from astbench_registry.block_selection.summaries import BlockSummaries
-from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+from astbench_registry.interface import (
+    Attention,
+    AttentionContext,
+    AttentionOutput,
+    AttentionShape,
+    AttentionStats,
+    CacheState,
+)
 from astbench_registry.mask import AttentionMask
 
 logger = logging.get_logger(__name__)
@@ -61,7 +67,7 @@ class AttentionSlot(nn.Module):
         self.pattern: Pattern = pattern
         self.path = path
         self.step = 0
-        self.listen = False
+        self.collect_stats = False
         self.hidden_states: Tensor | None = None
         self.global_tokens: Tensor | None = None
         self.losses: Mapping[str, Tensor] = {}
@@ -75,7 +81,7 @@ class AttentionSlot(nn.Module):
         v: Tensor,
         mask: AttentionMask,
         scale: float | None,
-        summaries: BlockSummaries | None = None,
+        summaries: CacheState | None = None,
     ) -> Tensor:
         """Run the variant; keep what it reports for the handle."""
         if mask.causal != (self.pattern == "causal_self"):
@@ -83,17 +89,17 @@ class AttentionSlot(nn.Module):
                 f"{self.path} was attached for {self.pattern} attention but is called with a "
                 f"{'causal' if mask.causal else 'non-causal'} mask"
             )
-        context = AttentionContext(self.step, self.listen, self.hidden_states, self.global_tokens, summaries)
+        context = AttentionContext(self.step, self.collect_stats, self.hidden_states, self.global_tokens, summaries)
         try:
             output = self.attention(q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context)
         except Exception as error:
             error.add_note(f"raised by attention '{self.attention.name}' at {self.path}")
             raise
         wanted = (*q.shape[:3], v.shape[-1])
-        shape = tuple(output.context.shape) if isinstance(output, AttentionOutput) else type(output).__name__
+        shape = tuple(output.out.shape) if isinstance(output, AttentionOutput) else type(output).__name__
         if shape != wanted:
             raise CapabilityError(
-                f"{type(self.attention).__name__} must return an AttentionOutput with a context (batch, num_heads, "
+                f"{type(self.attention).__name__} must return an AttentionOutput with an output (batch, num_heads, "
                 f"query_length, head_dim) = {wanted}, got {shape}"
             )
         out, self.losses, self.stats, self.log_prob = output
@@ -101,7 +107,7 @@ class AttentionSlot(nn.Module):
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """What one attention module was called with in the probing pass."""
 
     module: nn.Module
@@ -114,11 +120,11 @@ class Call:
 PROBE_LENGTHS = (8, 5)
 """Encoder and decoder lengths of a probing pass: different, so that cross-attention shows."""
 
-_calls: list[Call] | None = None
+_calls: list[RecordedCall] | None = None
 
 
 @contextmanager
-def recorded_calls() -> Iterator[list[Call]]:
+def recorded_calls() -> Iterator[list[RecordedCall]]:
     """Within, every call of the interface is written down; inputs must have `PROBE_LENGTHS`."""
     global _calls
     _calls = []
@@ -152,7 +158,7 @@ def attention_forward(
     if kwargs.get("output_attentions"):
         logger.warning_once(
             "a swapped attention builds no matrix of weights: output_attentions stays empty, as with sdpa; "
-            "handle.listening() tells which key blocks each layer used"
+            "handle.collecting_stats() tells which key blocks each layer used"
         )
     cached = key, value
     if torch.is_autocast_enabled(query.device.type):
@@ -164,12 +170,12 @@ def attention_forward(
         pattern = mask.pattern
         if query.shape[2] == PROBE_LENGTHS[1] and key.shape[2] == PROBE_LENGTHS[0]:
             pattern = "causal_cross"
-        _calls.append(Call(module, query.shape[1], key.shape[1], query.shape[-1], pattern))
+        _calls.append(RecordedCall(module, query.shape[1], key.shape[1], query.shape[-1], pattern))
     slot = getattr(module, IMPLEMENTATION, None)
     if slot is None:
         out = _dense(query, key, value, mask, scaling)
     else:
-        with kept_summaries(slot, *cached, key.dtype) as summaries:
+        with kept_summaries(slot, slot.attention, *cached, key.dtype) as summaries:
             out = slot(query, key, value, mask, scaling, summaries)
     return out.transpose(1, 2).contiguous(), None
 
@@ -199,7 +205,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | 
     if mask.key_valid is not None:
         mask = replace(mask, query_valid=mask.key_valid.new_ones(q.shape[0], q.shape[2]))
     shape = AttentionShape(q.shape[1], k.shape[1], q.shape[-1])
-    return build_attention("dense", {}, shape)(q, k, v, mask, scale=scale).context
+    return build_attention("dense", {}, shape)(q, k, v, mask, scale=scale).out
 
 
 def attention_mask(

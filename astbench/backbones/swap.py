@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from astbench.backbones.cache_watch import watch_cache
-from astbench.backbones.hooks import IMPLEMENTATION, PROBE_LENGTHS, AttentionSlot, Call, recorded_calls
+from astbench.backbones.hooks import IMPLEMENTATION, PROBE_LENGTHS, AttentionSlot, RecordedCall, recorded_calls
 from astbench_registry import Capabilities, CapabilityError, Pattern, build_attention
-from astbench_registry.block_selection import BlockSelectingAttention
 from astbench_registry.interface import Attention, AttentionShape
 from astbench_registry.registry import make_config
 
@@ -86,15 +85,15 @@ class SwapHandle:
         return torch.stack(drawn).sum(0) if drawn else None
 
     @contextmanager
-    def listening(self) -> Iterator[list[AttentionSlot]]:
+    def collecting_stats(self) -> Iterator[list[AttentionSlot]]:
         """Within, every call leaves its statistics in `slot.stats`."""
         for slot in self.slots:
-            slot.listen = True
+            slot.collect_stats = True
         try:
             yield self.slots
         finally:
             for slot in self.slots:
-                slot.listen = False
+                slot.collect_stats = False
                 slot.stats = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -193,7 +192,7 @@ def _enter(model: PreTrainedModel, handle: SwapHandle) -> None:
 
 
 @torch.no_grad()
-def _probe_attention(model: PreTrainedModel) -> list[Call]:
+def _probe_attention(model: PreTrainedModel) -> list[RecordedCall]:
     """One tiny forward pass that writes down which modules call the interface, and how."""
     encoder, decoder = PROBE_LENGTHS
     inputs = {"input_ids": torch.ones(1, encoder, dtype=torch.long, device=model.device)}
@@ -225,9 +224,9 @@ def _takes_cache(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "use_cache", False))
 
 
-def _choose(calls: list[Call], handle: SwapHandle) -> list[tuple[Call, int, int]]:
+def _choose(calls: list[RecordedCall], handle: SwapHandle) -> list[tuple[RecordedCall, int, int]]:
     """(call, layer index, number of layers) of the modules to attach to."""
-    stacks: dict[Pattern, list[Call]] = {}
+    stacks: dict[Pattern, list[RecordedCall]] = {}
     for call in calls:
         stacks.setdefault(call.pattern, []).append(call)
     deepest = max((len(stack) for p, stack in stacks.items() if WHERE[p] in handle.where), default=0)
@@ -248,7 +247,7 @@ def _choose(calls: list[Call], handle: SwapHandle) -> list[tuple[Call, int, int]
     return chosen
 
 
-def _check(can: Capabilities, name: str, call: Call) -> None:
+def _check(can: Capabilities, name: str, call: RecordedCall) -> None:
     can.check(
         name,
         call.pattern,
@@ -258,7 +257,9 @@ def _check(can: Capabilities, name: str, call: Call) -> None:
     )
 
 
-def _attach(model: PreTrainedModel, call: Call, attention: Attention, can: Capabilities, handle: SwapHandle) -> None:
+def _attach(
+    model: PreTrainedModel, call: RecordedCall, attention: Attention, can: Capabilities, handle: SwapHandle
+) -> None:
     path = next(name for name, module in model.named_modules() if module is call.module)
     parameter = next(call.module.parameters())
     attention.adopt(call.module)
@@ -267,7 +268,7 @@ def _attach(model: PreTrainedModel, call: Call, attention: Attention, can: Capab
     call.module.add_module(IMPLEMENTATION, slot)
     handle._undo.append(lambda: delattr(call.module, IMPLEMENTATION))
     handle.slots.append(slot)
-    if isinstance(attention, BlockSelectingAttention):
+    if attention.new_cache_state() is not None:
         hook = call.module.register_forward_pre_hook(_watch_cache, with_kwargs=True)
         handle._undo.append(hook.remove)
     if can.needs_hidden_states:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from astbench_kernels import BlockLayout, select_blocks
-from astbench_registry.block_selection import BlockSelectingAttention, Selection
-from astbench_registry.interface import AttentionContext
+from astbench_kernels import BlockLayout
+from astbench_registry.block_selection import BlockSelector, Call, Selection
 from astbench_registry.mask import AttentionMask
 
 TRAINING = 3.5
@@ -21,32 +20,27 @@ def every_block(q: Tensor, k: Tensor, offset: int) -> BlockLayout:
     return BlockLayout(indices, torch.ones_like(indices[..., 0]), keys, offset + rows, rows, keys, offset)
 
 
-def random_lists(
-    module: BlockSelectingAttention, q: Tensor, k: Tensor, mask: AttentionMask, *, uneven: bool
-) -> BlockLayout:
+def random_lists(selector: BlockSelector, call: Call, *, uneven: bool) -> BlockLayout:
     """Lists as the attention would choose them for random scores: its budget, its always-kept blocks.
 
     Args:
-        module: Whose options say how many blocks are kept.
-        q: Queries, `(batch, heads, query_length, head_dim)`.
-        k: Keys, `(batch, kv_heads, key_length, head_dim)`.
-        mask: What is visible.
+        selector: The attention's, whose options say how many blocks are kept.
+        call: Queries, keys, and what is visible.
         uneven: Spread the blocks over a head's lists by log-normal weights (sigma 1: the longest of 256 lists has
             some ten times the mean, as far as so many blocks are visible) instead of evenly. What is always kept and
             what is visible bound every list, so that the total is another one: compare times for each pair.
 
     Cost: O(groups x blocks) memory for one head at a time, beside the lists.
     """
-    selection = module.selection(q, k, mask)
-    batch, heads = q.shape[:2]
+    selection = selector.selection(call)
+    (batch, heads), device = call.q.shape[:2], call.q.device
     lists = []
     for _ in range(batch * heads):
-        budget = module.budget(selection.visible.sum(-1), AttentionContext())
+        budget = selector.budget(selection.visible.sum(-1))
         if uneven:
             budget = _spread(budget, selection)
-        scores = torch.rand(1, 1, selection.num_groups, selection.num_blocks, device=q.device)
-        keep = select_blocks(scores, forced=selection.forced, candidates=selection.candidates, budget=budget)
-        lists.append(selection.layout(keep, q, k, mask))
+        scores = torch.rand(1, 1, selection.num_groups, selection.num_blocks, device=device)
+        lists.append(selection.layout(selector.best(scores, selection, budget), call))
     width = max(one.indices.shape[-1] for one in lists)
     padded = [torch.nn.functional.pad(one.indices, (0, width - one.indices.shape[-1])) for one in lists]
     return BlockLayout(
@@ -54,16 +48,16 @@ def random_lists(
         torch.cat([one.counts for one in lists]).view(batch, heads, selection.num_groups),
         selection.block_size,
         selection.query_group,
-        q.shape[2],
-        k.shape[2],
-        mask.query_offset,
+        call.q.shape[2],
+        call.k.shape[2],
+        call.mask.query_offset,
     )
 
 
 def _spread(budget: Tensor, selection: Selection) -> Tensor:
     weight = torch.randn(budget.shape, device=budget.device).exp()
     wanted = (weight * (budget.sum() / weight.sum())).round().long()
-    return torch.minimum(torch.maximum(wanted, selection.forced.sum(-1)), selection.visible.sum(-1))
+    return torch.minimum(torch.maximum(wanted, selection.always_kept.sum(-1)), selection.visible.sum(-1))
 
 
 def work(mode: str, q: Tensor, k: Tensor, layout: BlockLayout, mask: AttentionMask) -> dict[str, float]:

@@ -23,8 +23,7 @@ from astbench.bench.lists import every_block, random_lists, work
 from astbench.bench.processes import ANSWER, lost
 from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, what_runs
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention, load_plugin
-from astbench_registry.block_selection import BlockSelectingAttention
-from astbench_registry.block_selection.summaries import BlockSummaries
+from astbench_registry.block_selection import BlockSelector, Call
 from astbench_registry.interface import AttentionStats
 
 Tensors = tuple[Tensor, Tensor, Tensor]
@@ -59,7 +58,7 @@ class Layer:
 
     def statistics(self, mode: str, tensors: Tensors, hidden: Tensor | None) -> AttentionStats | None:
         """What the attention says of a call."""
-        context = AttentionContext(listen=True, hidden_states=hidden)
+        context = AttentionContext(collect_stats=True, hidden_states=hidden)
         mask = self.mask(mode, tensors[1].shape[2])
         with torch.no_grad():
             stats: AttentionStats | None = self.module.eval()(*tensors, mask, context=context).stats
@@ -70,7 +69,7 @@ class Layer:
         self.module.train(mode == "training")
         # As generation keeps them: the first call, which is not timed, makes them. (Nor is the block timed that
         # generation completes every block_size steps.)
-        summaries = BlockSummaries() if mode == "decode" else None
+        summaries = self.module.new_cache_state() if mode == "decode" else None
         mask = self.mask(mode, tensors[1].shape[2])
         context = AttentionContext(hidden_states=hidden, summaries=summaries)
         leaves = [x.detach().requires_grad_(mode == "training") for x in tensors]
@@ -78,16 +77,16 @@ class Layer:
 
         def forward() -> Tensor:
             with torch.no_grad():
-                output: Tensor = self.module(*leaves, mask, context=context).context
+                output: Tensor = self.module(*leaves, mask, context=context).out
             return output
 
         def forward_backward() -> Tensor:
             for x in (*leaves, *self.module.parameters()):
                 x.grad = None
             out = self.module(*leaves, mask, context=context)
-            total = (out.context * grad).sum() + sum(out.losses.values())
+            total = (out.out * grad).sum() + sum(out.losses.values())
             total.backward()
-            return out.context.detach() if leaves[0].grad is None else leaves[0].grad
+            return out.out.detach() if leaves[0].grad is None else leaves[0].grad
 
         return forward_backward if mode == "training" else forward
 
@@ -112,11 +111,12 @@ class Case:
         if lists == "layer":
             stats = self.layer.statistics(self.mode, self.tensors, self.hidden)
             return None if stats is None else stats.layout
-        q, k, _ = self.tensors
+        q, k, v = self.tensors
         if lists:
-            assert isinstance(module, BlockSelectingAttention)
+            selector = getattr(module, "selector", None)
+            assert isinstance(selector, BlockSelector)
             with torch.no_grad():
-                return random_lists(module, q, k, self.mask, uneven=lists == "uneven")
+                return random_lists(selector, Call.of(module.shape, q, k, v, self.mask), uneven=lists == "uneven")
         return every_block(q, k, self.mask.query_offset) if self.layer.cell["attention"] == "dense" else None
 
     def _backend(self, peer: str) -> str:
@@ -129,7 +129,7 @@ class Case:
         """What the gate looks at: dense attention, or the block-sparse kernel that a layer rests on."""
         layout, module = self.layout, self.layer.module
         if not self.layer.cell["lists"]:
-            return lambda q, k, v: module(q, k, v, self.mask).context
+            return lambda q, k, v: module(q, k, v, self.mask).out
         assert layout is not None
         backend = self._backend(peer)
         return lambda q, k, v: block_sparse_attention(q, k, v, layout, causal=self.mask.causal, backend=backend)[0]

@@ -282,7 +282,7 @@ class RunCallback(Callback):
             return
         module.eval()
         batch = module.trainer.strategy.batch_to_device(self._first_batch)
-        with module.swapped.listening() as slots:
+        with module.swapped.collecting_stats() as slots:
             module(batch)
             stats = {slot.path: slot.stats for slot in slots if slot.stats is not None}
             density = {path: [round(d, 5) for d in s.density.tolist()] for path, s in stats.items()}

@@ -20,7 +20,7 @@ from astbench_kernels.triton.plan import make_plan, wants_gradients
 
 
 @dataclass(frozen=True)
-class Call:
+class CallTraits:
     """What decides whether a backend serves a call; None leaves open what depends on it.
 
     Attributes:
@@ -57,7 +57,7 @@ class Backend:
     summary: str
     run: Callable[..., tuple[Tensor, Tensor]]
     refusals: Callable[[str], list[str]] = lambda device: []
-    call_refusals: Callable[[Call], list[str]] = lambda call: []
+    call_refusals: Callable[[CallTraits], list[str]] = lambda call: []
     foreign: bool = False
 
 
@@ -128,7 +128,7 @@ def choose_backend(
     Raises:
         ValueError: unknown name, or a backend that refuses, with all its reasons.
     """
-    call = Call(
+    call = CallTraits(
         device.type,
         torch.float32 if dtype is None else dtype,
         head_dim or 1,
@@ -146,7 +146,7 @@ def choose_backend(
     return name
 
 
-def _refusals(name: str, call: Call) -> list[str]:
+def _refusals(name: str, call: CallTraits) -> list[str]:
     backend = _BACKENDS[name]
     return [*backend.refusals(call.device), *backend.call_refusals(call)]
 

@@ -11,23 +11,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def select_blocks(scores: Tensor, *, forced: Tensor, candidates: Tensor, budget: Tensor) -> Tensor:
-    """Keep the forced blocks and fill each row up to its budget with the best-scoring candidates.
+def select_blocks(scores: Tensor, *, always_kept: Tensor, candidates: Tensor, budget: Tensor) -> Tensor:
+    """Keep the blocks that are always kept and fill each row up to its budget with the best-scoring candidates.
 
     Args:
         scores: `(batch, heads, groups, key_blocks)`, finite; compared in float32 (bf16 flips choices).
-        forced: Bool, broadcastable to `scores`: always kept.
+        always_kept: Bool, broadcastable to `scores`: always kept.
         candidates: Bool, broadcastable: may be kept. A block in neither never is.
-        budget: int, broadcastable to `(batch, heads, groups)`: blocks to keep in all, forced ones included.
+        budget: int, broadcastable to `(batch, heads, groups)`: blocks to keep in all, those included.
 
     Returns:
         Bool of the shape of `scores`. Ties go to the lower block number.
 
     Cost: O(groups x key_blocks log budget).
     """
-    allowed, budget = forced | candidates, budget.expand(scores.shape[:-1])
+    allowed, budget = always_kept | candidates, budget.expand(scores.shape[:-1])
     # Forced blocks rank above all others, so that the budget counts them too.
-    ranked = scores.detach().float().masked_fill(~allowed, -torch.inf).masked_fill_(forced, torch.inf)
+    ranked = scores.detach().float().masked_fill(~allowed, -torch.inf).masked_fill_(always_kept, torch.inf)
     # Per group the blocks that any batch row and head may keep: few for a causal mask's first groups.
     anywhere = allowed[(None,) * (4 - allowed.dim())].flatten(0, 1).any(0).expand(scores.shape[2:])
     lowest, next_best = _lowest_kept(ranked, budget, anywhere)
@@ -49,8 +49,8 @@ SORTED_WHOLE = 512
 def _lowest_kept(ranked: Tensor, budget: Tensor, anywhere: Tensor) -> tuple[Tensor, Tensor]:
     """Scores `(batch, heads, groups)` of each row's last block within the budget, and of the one after it.
 
-    The first is finite where a row has fewer blocks, so that it keeps them all, and inf where only what is forced is
-    kept; the second -inf where no block is left.
+    The first is finite where a row has fewer blocks, so that it keeps them all, and inf where only what is always kept
+    remains; the second -inf where no block is left.
     """
     if ranked.numel() == 0:
         empty = ranked.new_full(ranked.shape[:-1], torch.inf)

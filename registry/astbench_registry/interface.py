@@ -48,7 +48,7 @@ class AttentionContext:
 
     Attributes:
         step: Optimizer steps taken so far, for schedules.
-        listen: Somebody wants :class:`AttentionStats`; when False they are not computed.
+        collect_stats: Return :class:`AttentionStats` too; when False they are not computed.
         hidden_states: The layer's input `(batch, query_length, hidden_size)`, only for variants whose
             capability record asks for it.
         global_tokens: Bool `(batch, key_length)`: tokens that the task wants seen by all and seeing all (the
@@ -58,7 +58,7 @@ class AttentionContext:
     """
 
     step: int = 0
-    listen: bool = False
+    collect_stats: bool = False
     hidden_states: Tensor | None = None
     global_tokens: Tensor | None = None
     summaries: CacheState | None = None
@@ -94,14 +94,14 @@ class AttentionOutput(NamedTuple):
     """What every call returns.
 
     Attributes:
-        context: `(batch, heads, query_length, head_dim)`; rows that see nothing are zero.
+        out: `(batch, heads, query_length, head_dim)`; rows that see nothing are zero.
         losses: Auxiliary losses by name, already weighted, to be added to the task's; only while training.
-        stats: Filled when the context listens.
+        stats: Filled when `collect_stats` is set.
         log_prob: `(batch,)`, with gradient: log-probability of what was drawn at random for each sequence, of a variant
             that learns by policy gradient; only while training.
     """
 
-    context: Tensor
+    out: Tensor
     losses: Mapping[str, Tensor] = MappingProxyType({})
     stats: AttentionStats | None = None
     log_prob: Tensor | None = None
@@ -140,7 +140,7 @@ class Attention(nn.Module):
             v: As `k`.
             mask: What may be seen. Nothing in it may be ignored.
             scale: Factor on q . k; 1/sqrt(head_dim) by default.
-            context: Step, listening, hidden states.
+            context: Step, whether statistics are wanted, hidden states.
         """
         raise NotImplementedError
 
@@ -153,11 +153,15 @@ class Attention(nn.Module):
             CapabilityError: the variant needs projections that this layer does not have.
         """
 
+    def new_cache_state(self) -> CacheState | None:
+        """What this variant keeps of one KV cache from call to call, still empty; None for nothing."""
+        return None
+
     def all_pairs(
         self, q: Tensor, k: Tensor, mask: AttentionMask, context: AttentionContext | None, backend: str = "torch"
     ) -> AttentionStats | None:
-        """Statistics of an attention that computes every visible pair; None when nobody listens."""
-        if context is None or not context.listen:
+        """Statistics of an attention that computes every visible pair; None when nobody asks for them."""
+        if context is None or not context.collect_stats:
             return None
         visible = mask.visible_pairs(q, k)
         return AttentionStats(visible[:, None].expand(-1, q.shape[1]), visible, backend)

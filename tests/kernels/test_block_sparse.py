@@ -437,9 +437,9 @@ def test_select_blocks_fills_the_budget():
     scores = torch.tensor([[[[5.0, 4.0, 3.0, 2.0, 1.0]]]])
     forced = torch.tensor([False, False, False, False, True])
     candidates = torch.tensor([True, False, True, True, True])
-    keep = select_blocks(scores, forced=forced, candidates=candidates, budget=torch.tensor([[[3]]]))
+    keep = select_blocks(scores, always_kept=forced, candidates=candidates, budget=torch.tensor([[[3]]]))
     assert keep.flatten().tolist() == [True, False, True, False, True]
-    everything = select_blocks(scores, forced=forced, candidates=candidates, budget=torch.tensor([[[9]]]))
+    everything = select_blocks(scores, always_kept=forced, candidates=candidates, budget=torch.tensor([[[9]]]))
     assert everything.flatten().tolist() == [True, False, True, True, True]
 
 
@@ -452,7 +452,7 @@ def test_select_blocks_gives_ties_to_the_lower_block(rows_at_a_time, monkeypatch
     forced, candidates = allowed < 0.3, allowed > 0.2
     candidates[:, :, :5, 4:] = False
     budget = torch.randint(0, 8, (2, 1, 11), generator=generator)
-    keep = select_blocks(scores, forced=forced, candidates=candidates, budget=budget)
+    keep = select_blocks(scores, always_kept=forced, candidates=candidates, budget=budget)
     for b, h, g in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(11)).tolist():
         must = forced[b, 0, g].nonzero().flatten().tolist()
         may = (candidates & ~forced)[b, 0, g].nonzero().flatten().tolist()

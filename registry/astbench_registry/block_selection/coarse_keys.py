@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from astbench_kernels import BlockLayout, block_sparse_attention
+from astbench_kernels import BlockLayout
 from astbench_kernels.layout import ceil_div
+from astbench_registry.block_selection.call import Call
 from astbench_registry.mask import AttentionMask
 
 COARSE_BLOCK = COARSE_GROUP = 64
@@ -47,30 +49,27 @@ class CoarseKeys(nn.Module):
         self.key_pooling = nn.Parameter(torch.zeros(num_kv_heads, stride))
         self.value_pooling = nn.Parameter(torch.zeros(num_kv_heads, stride))
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, backend: str
-    ) -> CoarseAttention:
+    def forward(self, call: Call, backend: str) -> CoarseAttention:
         """Attend.
 
         Args:
-            q: `(batch, num_heads, query_length, head_dim)`.
-            k: `(batch, num_kv_heads, key_length, head_dim)`, finite in padding too.
-            v: `(batch, num_kv_heads, key_length, value_dim)`, likewise.
-            mask: What the queries see of the single keys.
-            scale: Factor on `q . k`.
+            call: Finite in padding too; its mask says what the queries see of the single keys.
             backend: Kernel.
 
         Cost: O(N M / stride) time, O(M / stride) memory beside the output.
         """
-        windows = k.shape[2] // self.stride
-        key, value = self._pool(k, self.key_pooling), self._pool(v, self.value_pooling)
+        windows, mask = call.k.shape[2] // self.stride, call.mask
         valid = None
         if mask.key_valid is not None:
             valid = mask.key_valid[:, : windows * self.stride].unflatten(1, (windows, self.stride)).all(-1)
-        layout = every_coarse_block(q, windows, self.stride, mask)
-        out, lse = block_sparse_attention(
-            q, key, value, layout, scale=scale, causal=mask.causal, key_valid=valid, backend=backend
+        layout = every_coarse_block(call.q, windows, self.stride, mask)
+        pooled = replace(
+            call,
+            k=self._pool(call.k, self.key_pooling),
+            v=self._pool(call.v, self.value_pooling),
+            mask=replace(mask, key_valid=valid),
         )
+        out, lse = pooled.attend(layout, backend)
         return CoarseAttention(out, lse + math.log(self.stride), layout, valid)
 
     def _pool(self, x: Tensor, logits: Tensor) -> Tensor:

@@ -1,28 +1,23 @@
-"""Dense attention weights, some rows at a time: what selectors are taught by."""
+"""Dense attention weights, some rows at a time: what selectors learn from."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from astbench_registry.block_selection.call import Call
 from astbench_registry.block_selection.scores import block_scores
-from astbench_registry.mask import AttentionMask
 
 WEIGHTS_AT_A_TIME, WEIGHTS_AT_A_TIME_ON_GPU = 2**19, 2**26
 """Held together: 2 MiB, near a core's cache; 256 MiB (not measured) where every step is a launch."""
 
 
 @torch.no_grad()
-def dense_weights(
-    q: Tensor, k: Tensor, mask: AttentionMask, scale: float, rows: Tensor, *, stop: int | None = None
-) -> Tensor:
+def dense_weights(call: Call, rows: Tensor, *, stop: int | None = None) -> Tensor:
     """Softmax attention of some query rows over all keys that they see.
 
     Args:
-        q: Queries, `(batch, num_heads, query_length, head_dim)`.
-        k: Keys, `(batch, num_kv_heads, key_length, head_dim)`, finite in padding too.
-        mask: What may be seen.
-        scale: Factor on `q . k`.
+        call: Finite in padding too.
         rows: int64 `(rows,)`: which of the queries, the same of every sequence.
         stop: How many keys are looked at, from the first on, for rows that see no others; all by default.
 
@@ -32,9 +27,8 @@ def dense_weights(
 
     Cost: O(rows x key_length) time and memory.
     """
-    compute = torch.promote_types(q.dtype, torch.float32)
-    k = k[:, :, :stop]
-    weights = block_scores(q[:, :, rows].to(compute), k.to(compute)).mul_(scale)
+    q, k, mask, compute = call.q, call.k[:, :, :stop], call.mask, call.compute_dtype
+    weights = block_scores(q[:, :, rows].to(compute), k.to(compute)).mul_(call.scale)
     if mask.key_valid is not None:
         weights.masked_fill_(~mask.key_valid[:, None, None, :stop], -torch.inf)
     if mask.causal:

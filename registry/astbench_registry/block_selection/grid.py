@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from astbench_kernels import BlockLayout
-from astbench_registry.mask import AttentionMask
+from astbench_registry.block_selection.call import Call
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Grid:
     num_groups: int
     first: Tensor
 
-    def layout(self, keep: Tensor, q: Tensor, k: Tensor, mask: AttentionMask) -> BlockLayout:
-        """Lists of the blocks to keep, bool `(batch, list_heads, groups, blocks)`, for these queries and keys."""
+    def layout(self, keep: Tensor, call: Call) -> BlockLayout:
+        """Lists of the blocks to keep, bool `(batch, list_heads, groups, blocks)`, for a call's queries and keys."""
         return BlockLayout.from_mask(
             keep,
             block_size=self.block_size,
             query_group=self.query_group,
-            query_length=q.shape[2],
-            key_length=k.shape[2],
-            query_offset=mask.query_offset,
+            query_length=call.q.shape[2],
+            key_length=call.k.shape[2],
+            query_offset=call.mask.query_offset,
         )
 
 
@@ -46,15 +46,15 @@ class Selection(Grid):
 
     Attributes:
         visible: Bool `(batch or 1, 1, groups, blocks)`: holds a key that some row of the group may see.
-        forced: Bool, as `visible`: always kept.
+        always_kept: Bool, as `visible`: kept whatever their score.
         candidates: Bool, as `visible`: may be kept.
     """
 
     visible: Tensor
-    forced: Tensor
+    always_kept: Tensor
     candidates: Tensor
 
     @property
     def free(self) -> Tensor:
-        """Candidates that are not forced: where there is a choice."""
-        return self.candidates & ~self.forced
+        """Candidates that are not kept anyway: where there is a choice."""
+        return self.candidates & ~self.always_kept

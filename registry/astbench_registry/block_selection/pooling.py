@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from astbench_kernels.triton import pool_blocks
+from astbench_registry.block_selection.call import Call
 from astbench_registry.block_selection.grid import Grid
 from astbench_registry.mask import AttentionMask
 
@@ -28,9 +29,11 @@ def mean_of_blocks(x: Tensor, mask: AttentionMask, grid: Grid) -> Tensor:
     return block_mean(in_blocks(wide, grid.num_blocks, grid.block_size), real_in_blocks(x, mask, grid))
 
 
-def mean_keys(k: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool) -> tuple[Tensor]:
-    """Of :func:`mean_of_blocks`, what blocks are summed up by where that is all; `fused`: by the Triton kernel."""
-    return (pool_blocks(k, k, mask.key_valid, grid.block_size).mean_key if fused else mean_of_blocks(k, mask, grid),)
+def mean_keys(call: Call, grid: Grid, *, fused: bool) -> Tensor:
+    """:func:`mean_of_blocks` of a call's keys; `fused`: by the Triton kernel."""
+    if fused:
+        return pool_blocks(call.k, call.k, call.mask.key_valid, grid.block_size).mean_key
+    return mean_of_blocks(call.k, call.mask, grid)
 
 
 def extremes_of_blocks(x: Tensor, mask: AttentionMask, grid: Grid) -> tuple[Tensor, Tensor]:

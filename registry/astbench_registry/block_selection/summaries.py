@@ -1,4 +1,4 @@
-"""Summaries of key blocks that outlive a call: what a decoding step need not compute again."""
+"""Block features that outlive a call: what a decoding step need not compute again."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from astbench_registry.block_selection.call import Call
+from astbench_registry.block_selection.features import BlockFeatures
 from astbench_registry.block_selection.grid import Grid
 from astbench_registry.interface import CacheState
-from astbench_registry.mask import AttentionMask
 
-Summarise = Callable[[Tensor, Tensor, AttentionMask, Grid], tuple[Tensor, ...] | None]
+FeaturesOf = Callable[[Call, Grid], BlockFeatures]
 
 
 class BlockSummaries(CacheState):
-    """What a variant found out about the blocks of a KV cache, for later calls on the same cache.
+    """The features of a KV cache's blocks, for later calls on the same cache.
 
     A new one knows nothing; every call that is given it adds to it. It belongs to one layer and one cache: whoever
     changes the cache otherwise than by appending to it, or cutting off its end, starts a new one.
@@ -27,44 +28,40 @@ class BlockSummaries(CacheState):
 
     def __init__(self) -> None:
         self.blocks = 0
-        self._tensors: tuple[Tensor, ...] = ()
-        self._rows: tuple[int, ...] = ()  # of each tensor a block
+        self._tensors: dict[str, Tensor] = {}  # by the features' names; with room behind the last block
+        self._rows: dict[str, int] = {}  # of each tensor a block
         self._valid: Tensor | None = None
 
-    def completed(
-        self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, summarise: Summarise
-    ) -> tuple[Tensor, ...] | None:
-        """`summarise(k, v, mask, grid)`, called only for blocks that are not known yet.
+    def completed(self, call: Call, grid: Grid, features_of: FeaturesOf) -> BlockFeatures:
+        """`features_of(call, grid)`, called only for blocks that are not known yet.
 
         Under a causal mask a block competes from the token behind it on: what is returned for later ones is finite and
         means nothing.
 
         Args:
-            k: All keys, and `v` the values.
-            v: Values.
-            mask: Causal, or of another sequence than the queries.
+            call: With all keys and values; its mask causal, or of another sequence than the queries.
             grid: Groups and blocks.
-            summarise: :meth:`BlockSelectingAttention.summarise`; None from it is None from here.
+            features_of: Computes the features of all blocks of a call.
         """
-        size, needed = grid.block_size, grid.num_blocks
+        mask, size, needed = call.mask, grid.block_size, grid.num_blocks
         # Keys from the first query on are new: whatever was kept of their places (before a cache was cropped) is not.
         self._forget(mask.key_valid, needed if mask.cross else mask.query_offset // size, size)
         if mask.causal:
             last = mask.query_offset + grid.num_groups * grid.query_group - 1
-            needed = max(self.blocks, min(k.shape[2], last) // size)
+            needed = max(self.blocks, min(call.k.shape[2], last) // size)
         if not needed:
-            return summarise(k, v, mask, grid)
+            return features_of(call, grid)
         if self.blocks < needed:
             new = slice(self.blocks * size, needed * size)
             part = replace(mask, key_valid=None if mask.key_valid is None else mask.key_valid[:, new])
             count = needed - self.blocks
-            found = summarise(k[:, :, new], v[:, :, new], part, replace(grid, num_blocks=count))
-            if found is None:
-                return None
-            self._add(found, count)
+            behind = replace(call, k=call.k[:, :, new], v=call.v[:, :, new], mask=part)
+            self._add(features_of(behind, replace(grid, num_blocks=count)), count)
             self._valid = None if mask.key_valid is None else mask.key_valid[:, : needed * size].clone()
         self._reserve(grid.num_blocks, self._tensors)
-        return tuple(x[:, :, : grid.num_blocks * each] for x, each in zip(self._tensors, self._rows, strict=True))
+        return BlockFeatures(
+            **{name: x[:, :, : grid.num_blocks * self._rows[name]] for name, x in self._tensors.items()}
+        )
 
     def _forget(self, key_valid: Tensor | None, limit: int, size: int) -> None:
         """Blocks behind the first `limit`, and all where padding has changed."""
@@ -77,27 +74,29 @@ class BlockSummaries(CacheState):
             return not (self._valid is None and key_valid is None)
         return not torch.equal(self._valid[:, :length], key_valid[:, :length])
 
-    def _add(self, new: tuple[Tensor, ...], count: int) -> None:
+    def _add(self, features: BlockFeatures, count: int) -> None:
         """`count` blocks, behind those that are known."""
+        new = {name: x for name, x in features._asdict().items() if x is not None}
         known, stop = self.blocks, self.blocks + count
-        self._rows = tuple(x.shape[2] // count for x in new)
+        self._rows = {name: x.shape[2] // count for name, x in new.items()}
         if not known:
-            self._tensors = ()
+            self._tensors = {}
         self._reserve(stop, new)
-        for kept, x, each in zip(self._tensors, new, self._rows, strict=True):
-            kept[:, :, known * each : stop * each] = x
+        for name, x in new.items():
+            rows = self._rows[name]
+            self._tensors[name][:, :, known * rows : stop * rows] = x
         self.blocks = stop
 
-    def _reserve(self, blocks: int, like: tuple[Tensor, ...]) -> None:
+    def _reserve(self, blocks: int, like: dict[str, Tensor]) -> None:
         """Room for that many; twice as much as there was when it has to be made, so that growth costs little."""
-        if self._tensors and self._tensors[0].shape[2] >= blocks * self._rows[0]:
+        if self._tensors and self._tensors["key"].shape[2] >= blocks * self._rows["key"]:
             return
-        grown = []
-        for index, (x, each) in enumerate(zip(like, self._rows, strict=True)):
+        grown = {}
+        for name, x in like.items():
+            old, rows = self._tensors.get(name), self._rows[name]
             with torch.inference_mode(False):  # later steps may be in another mode, and write into it
-                room = x.new_zeros(*x.shape[:2], each * (blocks if not self._tensors else 2 * blocks), x.shape[3])
-            if self._tensors:
-                old = self._tensors[index]
+                room = x.new_zeros(*x.shape[:2], rows * (blocks if old is None else 2 * blocks), x.shape[3])
+            if old is not None:
                 room[:, :, : old.shape[2]] = old
-            grown.append(room)
-        self._tensors = tuple(grown)
+            grown[name] = room
+        self._tensors = grown

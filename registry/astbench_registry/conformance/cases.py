@@ -39,19 +39,21 @@ class Case:
         module: Attention,
         *,
         scale: float | None = None,
-        listen: bool = False,
+        collect_stats: bool = False,
         step: int = 0,
         summaries: BlockSummaries | None = None,
     ) -> AttentionOutput:
         """Call the module under a fixed seed, leaving the caller's random state alone."""
-        context = AttentionContext(step=step, listen=listen, hidden_states=self.hidden, summaries=summaries)
+        context = AttentionContext(
+            step=step, collect_stats=collect_stats, hidden_states=self.hidden, summaries=summaries
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return module(self.q, self.k, self.v, self.mask, scale=scale, context=context)
 
     def out(self, module: Attention, **options: Any) -> Tensor:
         """The context vectors alone."""
-        return self.run(module, **options).context
+        return self.run(module, **options).out
 
     def with_mask(self, **changes: Any) -> Case:
         """The same tensors under another mask."""

@@ -20,9 +20,9 @@ def empty_batch(subject: Subject) -> None:
     for training in (False, True):
         module = subject.build(training=training)
         inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
-        got = case.run(module, listen=True)
-        demand(got.context.shape == case.q.shape, f"context is {tuple(got.context.shape)}, q {tuple(case.q.shape)}")
-        _finite_gradients(got.context.sum() + sum(got.losses.values()), inputs, module)
+        got = case.run(module, collect_stats=True)
+        demand(got.out.shape == case.q.shape, f"context is {tuple(got.out.shape)}, q {tuple(case.q.shape)}")
+        _finite_gradients(got.out.sum() + sum(got.losses.values()), inputs, module)
 
 
 @holds_for()
@@ -79,7 +79,7 @@ def parameter_gradients(subject: Subject) -> None:
     for step in range(3):  # a zero-initialised factor hides the other factor's gradient at step 0
         optimizer.zero_grad()
         got = case.run(module, step=step)
-        loss = ((got.context - target) ** 2).sum() + sum(got.losses.values())
+        loss = ((got.out - target) ** 2).sum() + sum(got.losses.values())
         loss.backward()
         optimizer.step()
     for name, parameter in module.named_parameters():
@@ -106,8 +106,8 @@ def fully_masked(subject: Subject) -> None:
         module = subject.build(training=training)
         inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
         got = case.run(module)
-        demand(not bool(got.context[empty].any()), "rows that see nothing are not zero")
-        loss = (got.context**2).sum() + sum(got.losses.values())
+        demand(not bool(got.out[empty].any()), "rows that see nothing are not zero")
+        loss = (got.out**2).sum() + sum(got.losses.values())
         _finite_gradients(loss, inputs, module)
 
 
@@ -123,8 +123,8 @@ def nan_memory(subject: Subject) -> None:
         module = subject.build(training=training)
         inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
         got = case.run(module)
-        same(got.context, clean.out(module), "NaN in padding moves the output")
-        _finite_gradients((got.context**2).sum() + sum(got.losses.values()), inputs, module)
+        same(got.out, clean.out(module), "NaN in padding moves the output")
+        _finite_gradients((got.out**2).sum() + sum(got.losses.values()), inputs, module)
     if not subject.self_attention:
         queries = torch.rand(case.q.shape[0], case.q.shape[2], generator=torch.Generator().manual_seed(4)) >= 0.3
         clean, case = (x.with_mask(query_valid=queries) for x in (clean, case))
@@ -159,7 +159,7 @@ def _everything(module: Attention, case: Case, real: Tensor | None = None) -> di
     """Output, losses, and the gradients of both; of the rows in `real` alone when it is given."""
     inputs = [x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v)]
     got = replace(case, q=inputs[0], k=inputs[1], v=inputs[2]).run(module)
-    out = got.context if real is None else got.context.masked_fill(~real, 0.0)
+    out = got.out if real is None else got.out.masked_fill(~real, 0.0)
     sources = dict(zip("qkv", inputs, strict=True)) | dict(module.named_parameters())
     loss = (out**2).sum() + sum(got.losses.values())
     grads = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)

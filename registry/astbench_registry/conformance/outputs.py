@@ -38,11 +38,11 @@ def interface(subject: Subject) -> None:
         before = [x.clone() for x in (case.q, case.k, case.v)]
         for training in (False, True):
             got = case.run(subject.build(training=training).to(case.q.dtype))
-            demand(got.context.shape == case.q.shape, f"context is {tuple(got.context.shape)}, q {case.q.shape}")
-            demand(got.context.dtype == case.q.dtype, f"context is {got.context.dtype}, q is {case.q.dtype}")
-            demand(bool(got.context.isfinite().all()), "the output is not finite")
+            demand(got.out.shape == case.q.shape, f"context is {tuple(got.out.shape)}, q {case.q.shape}")
+            demand(got.out.dtype == case.q.dtype, f"context is {got.out.dtype}, q is {case.q.dtype}")
+            demand(bool(got.out.isfinite().all()), "the output is not finite")
             demand(training or not got.losses, f"losses outside of training: {list(got.losses)}")
-            demand(got.stats is None, "statistics although nobody listens")
+            demand(got.stats is None, "statistics although nobody asked for them")
             for name, loss in got.losses.items():
                 demand(loss.dim() == 0 and bool(loss.isfinite()), f"loss '{name}' is no finite scalar: {loss}")
         unchanged = all(torch.equal(x, y) for x, y in zip((case.q, case.k, case.v), before, strict=True))
@@ -184,7 +184,7 @@ def _half_precision(subject: Subject, dtype: torch.dtype, *, full_density: bool)
     rounded = subject.case(holes=0.2).to(dtype)
     exact = rounded.to(torch.float64)
     with torch.no_grad():
-        got, expected = rounded.run(low, listen=True), exact.run(high, listen=True)
+        got, expected = rounded.run(low, collect_stats=True), exact.run(high, collect_stats=True)
         allowed, agree = exact.allowed(), torch.ones(1, dtype=torch.bool)
         if subject.can.yields_layout and not full_density:
             allowed, theirs = (_attended(x, exact) for x in (expected, got))
@@ -195,11 +195,11 @@ def _half_precision(subject: Subject, dtype: torch.dtype, *, full_density: bool)
         dense = attend(exact, allowed, scale)
         # Logits and softmax in float32 on the rounded inputs: what a fused kernel does, but for rounded weights.
         plain = attend(rounded.to(torch.float32), allowed, scale).to(dtype).double() - dense
-    error = float(((got.context.double() - expected.context) * agree).abs().max())
+    error = float(((got.out.double() - expected.out) * agree).abs().max())
     # Learned mixtures may be larger than any value, and rounding alone errs by more there; by how much depends on
     # how close the largest numbers are to powers of two, and what is rounded as well as can be must pass.
-    larger = max(1.0, float(expected.context.abs().max() / dense.abs().max()))
-    rounding = float((expected.context.to(dtype).double() - expected.context).abs().max())
+    larger = max(1.0, float(expected.out.abs().max() / dense.abs().max()))
+    rounding = float((expected.out.to(dtype).double() - expected.out).abs().max())
     bound = 2 * max(larger * float(plain.abs().max()), rounding) + 1e-5
     demand(error <= bound, f"{dtype} errs by {error:.2e}, twice the error of float32 softmax is {bound:.2e}")
 
@@ -241,9 +241,9 @@ def statistics(subject: Subject) -> None:
     # head_dim = key length, so that the values can be the identity matrix
     case = subject.case(size if subject.self_attention else KEY_LENGTH, size, head_dim=size, holes=0.2)
     case = replace(case, v=torch.eye(size, dtype=case.v.dtype).expand_as(case.v))
-    got = case.run(subject.build(head_dim=size), listen=True)
+    got = case.run(subject.build(head_dim=size), collect_stats=True)
     stats = got.stats
-    demand(stats is not None, "no statistics although somebody listens")
+    demand(stats is not None, "no statistics although they were asked for")
     assert stats is not None, "demanded above"
     batch, heads = case.q.shape[:2]
     demand(
@@ -259,7 +259,7 @@ def statistics(subject: Subject) -> None:
     within = bool(((stats.density > 0) & (stats.density <= most)).all())
     demand(within, f"density {stats.density} is not within (0, {most}]")
     if subject.can.yields_layout:
-        support, pattern = got.context != 0, _attended(got, case)  # learned mixtures may be negative
+        support, pattern = got.out != 0, _attended(got, case)  # learned mixtures may be negative
         if stats.coarse is not None:
             support &= pattern  # the pooled keys' part lies outside the layout too
         demand(torch.equal(support, pattern.expand_as(support)), "the layout is not what was attended to")

@@ -60,7 +60,7 @@ class BigBirdAttention(Attention):
             mask.real_queries(q), k, v, layout, scale=scale, key_valid=mask.key_valid, backend=backend
         )
         stats = None
-        if context.listen:
+        if context.collect_stats:
             attended = layout.attended_pairs(causal=False, key_valid=mask.key_valid)
             ran = what_runs(backend, q, k, v, layout, causal=False)
             stats = AttentionStats(attended, mask.visible_pairs(q, k), ran, layout)
@@ -97,7 +97,7 @@ class BigBirdAttention(Attention):
         scores = hashed_uniform(seed, heads[:, None, None], number[:, None], number)
         keep = select_blocks(
             scores.expand(len(forced), -1, -1, -1),
-            forced=forced,
+            always_kept=forced,
             candidates=real[:, None, None, :],
             budget=forced.sum(-1) + self.config.num_random_blocks,
         )

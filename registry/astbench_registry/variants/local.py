@@ -66,7 +66,7 @@ class LocalAttention(Attention):
         empty = ~allowed.any(-1).expand(batch, -1, -1).flatten(1)[:, None, :length, None]
         out = out.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
         stats = None
-        if context is not None and context.listen:
+        if context is not None and context.collect_stats:
             stats = self._stats(q, k, allowed.expand(batch, -1, -1, -1).flatten(1, 2)[:, :length], mask)
         return AttentionOutput(out.masked_fill(empty, 0.0), stats=stats)
 

@@ -130,7 +130,7 @@ class LongformerAttention(Attention):
             out = torch.where(rows[:, None, :, None], answer, out)
             number = torch.where(rows[:, None], answer_number.gather(1, place)[:, None], number)
         stats = None
-        if context.listen:
+        if context.collect_stats:
             attended = number.sum(-1, dtype=torch.float64)
             backend = "transformers" if self.theirs is not None else f"sdpa-{q.device.type}"
             stats = AttentionStats(attended, mask.visible_pairs(q, k), backend)

@@ -7,10 +7,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from astbench_kernels.layout import ceil_div
-from astbench_registry.block_selection import BlockSelectingAttention, Selection, block_scores
+from astbench_registry.block_selection import BlockSelectingAttention, BlockSelector, Call, Selection, block_scores
 from astbench_registry.configs.minference import MInferenceConfig
-from astbench_registry.interface import AttentionContext
 from astbench_registry.mask import AttentionMask
+
+
+class VerticalSlashSelector(BlockSelector):
+    """The most that columns and diagonals can keep. For the declared cost; nothing is cut."""
+
+    config: MInferenceConfig
+
+    def budget(self, visible_blocks: Tensor, density: float | None = None) -> Tensor:
+        """See the base class: every column and diagonal through blocks of its own."""
+        config = self.config
+        through = ceil_div(config.query_group, config.block_size) + 1  # blocks of one diagonal in a group's rows
+        return visible_blocks.clamp(max=config.vertical + config.slash * through)
 
 
 class MInferenceAttention(BlockSelectingAttention):
@@ -36,18 +47,17 @@ class MInferenceAttention(BlockSelectingAttention):
     """
 
     config: MInferenceConfig
+    selector_class = VerticalSlashSelector
 
     @torch.no_grad()
-    def scores(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
-    ) -> Tensor:
+    def scores(self, call: Call, selection: Selection) -> Tensor:
         """1 for blocks that a column or a diagonal runs through, else 0. Time O(M last_queries + groups x blocks)."""
-        weights, position = self._last_rows(q, k, mask, scale)
-        config, length = self.config, k.shape[2]
+        weights, position = self._last_rows(call)
+        config, length = self.config, call.k.shape[2]
         vertical = weights.sum(2)
         vertical[..., : config.first] = torch.inf
         # Along a diagonal: at distance n, a row at position i has the key i - n.
-        key = position[..., None] - torch.arange(length, device=q.device)  # (batch, rows, distances)
+        key = position[..., None] - torch.arange(length, device=position.device)  # (batch, rows, distances)
         slash = weights.gather(3, key.clamp(min=0)[:, None].expand_as(weights))
         slash = slash.masked_fill((key < 0)[:, None], 0.0).sum(2)
         slash[..., : config.recent] = torch.inf
@@ -56,12 +66,13 @@ class MInferenceAttention(BlockSelectingAttention):
         through = columns.unflatten(-1, (selection.num_blocks, -1)).any(-1)[:, :, None, :]
         return (through | self._crossed(_largest(slash, config.slash), selection)).to(weights.dtype)
 
-    def choose(self, scores: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
+    def choose(self, scores: Tensor, call: Call, selection: Selection) -> Tensor:
         """All blocks that are run through, and each group's own."""
-        return ((scores > 0) & selection.visible) | selection.forced
+        return ((scores > 0) & selection.visible) | selection.always_kept
 
-    def _last_rows(self, q: Tensor, k: Tensor, mask: AttentionMask, scale: float) -> tuple[Tensor, Tensor]:
+    def _last_rows(self, call: Call) -> tuple[Tensor, Tensor]:
         """Dense weights of each sequence's last real queries, `(batch, num_heads, rows, keys)`; their positions."""
+        q, k, mask, wide = call.q, call.k, call.mask, call.compute_dtype
         batch, length = q.shape[0], q.shape[2]
         rows = min(self.config.last_queries, length)
         valid = mask.valid_queries(length)
@@ -70,8 +81,7 @@ class MInferenceAttention(BlockSelectingAttention):
         # Sorting False before True, stably, leaves the last real queries at the end, in their order.
         index = torch.sort(valid.to(torch.uint8), dim=1, stable=True).indices[:, length - rows :]
         real = valid.gather(1, index)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        logits = block_scores(q.take_along_dim(index[:, None, :, None], 2).to(wide), k.to(wide)) * scale
+        logits = block_scores(q.take_along_dim(index[:, None, :, None], 2).to(wide), k.to(wide)) * call.scale
         position = index + mask.query_offset
         hidden = torch.arange(k.shape[2], device=q.device) > position[..., None]
         if mask.key_valid is not None:
@@ -87,12 +97,6 @@ class MInferenceAttention(BlockSelectingAttention):
         nearest = selection.first[:, None] - (start + size - 1)
         farthest = selection.first[:, None] + selection.query_group - 1 - start
         return before[..., (farthest + 1).clamp(0, length)] > before[..., nearest.clamp(0, length)]
-
-    def budget(self, visible_blocks: Tensor, context: AttentionContext) -> Tensor:
-        """At most: every column and diagonal through blocks of its own. For the declared cost; nothing is cut."""
-        config = self.config
-        through = ceil_div(config.query_group, config.block_size) + 1  # blocks of one diagonal in a group's rows
-        return visible_blocks.clamp(max=config.vertical + config.slash * through)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """The most that can be kept, which depends on the input, and the estimate's one matmul."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from astbench_registry.block_selection import BlockSelectingAttention, Grid
+from astbench_registry.block_selection import BlockFeatures, Call, FactoredBlockSelection, Grid
 from astbench_registry.block_selection.pooling import mean_keys
 from astbench_registry.configs.moba import MoBAConfig
 from astbench_registry.mask import AttentionMask
 
 
-class MoBAttention(BlockSelectingAttention):
+class MoBAttention(FactoredBlockSelection):
     """Each token attends to the `top_k` blocks I_i of best score, its own always among them; no parameters.
 
         MoBA(q, K, V) = softmax(q K[I]^T / sqrt(d)) V[I],   I = union of the I_i with g_i > 0      (eqs. 2, 3)
@@ -36,15 +36,13 @@ class MoBAttention(BlockSelectingAttention):
 
     config: MoBAConfig
 
-    def summarise(self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool) -> tuple[Tensor, ...]:
+    def block_features(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
         """See the base class: the mean keys."""
-        return mean_keys(k, mask, grid, fused=fused)
+        return BlockFeatures(mean_keys(call, grid, fused=fused))
 
-    def factors(
-        self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def factors(self, call: Call, features: BlockFeatures, grid: Grid) -> tuple[Tensor, Tensor]:
         """See the base class: eq. 6."""
-        return self.speaker(q, mask, grid), blocks[0]
+        return self.group_query(call, grid), features.key
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Kept blocks, and one matmul for the scores."""

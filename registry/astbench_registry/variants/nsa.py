@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, pad
 
-from astbench_kernels import block_sparse_attention, choose_backend, what_runs
 from astbench_kernels.layout import last_key
-from astbench_registry.block_selection import BlockSelectingAttention, Selection, block_scores
+from astbench_registry.block_selection import BlockSelector, Call, Selection, block_scores
 from astbench_registry.block_selection.coarse_keys import (
     COARSE_BLOCK,
     COARSE_GROUP,
@@ -19,7 +18,7 @@ from astbench_registry.block_selection.coarse_keys import (
 )
 from astbench_registry.block_selection.dense_weights import rows_at_a_time
 from astbench_registry.configs.nsa import NSAConfig
-from astbench_registry.interface import AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
 from astbench_registry.mask import AttentionMask
 from astbench_registry.registry import build_attention
 
@@ -53,7 +52,7 @@ class Compression(nn.Module):
         return pad(windows.mean(3) + mixed, (0, 0, self.size // self.stride - 1, 0))
 
 
-class NativeSparseAttention(BlockSelectingAttention):
+class NativeSparseAttention(Attention):
     """Three attentions per query head, summed with gates that are read from the layer's input x.
 
         o = sum over c in (cmp, slc, win) of g_c Attn(q, K_c, V_c),   g = sigmoid(W_g x + b)            (eq. 5)
@@ -91,6 +90,7 @@ class NativeSparseAttention(BlockSelectingAttention):
 
     def __init__(self, config: NSAConfig, shape: AttentionShape) -> None:
         super().__init__(config, shape)
+        self.selector = BlockSelector(config)
         sizes = (shape.num_kv_heads, shape.head_dim, config.compress_size, config.compress_stride)
         self.compress_key, self.compress_value = Compression(*sizes), Compression(*sizes)
         self.gate = nn.Linear(shape.hidden_size, 3 * shape.num_heads)
@@ -109,51 +109,59 @@ class NativeSparseAttention(BlockSelectingAttention):
         context: AttentionContext | None = None,
     ) -> AttentionOutput:
         """See the base class. Time O(N (top_k block_size + window) + N M / compress_stride)."""
-        context = context or AttentionContext()
-        scale = self.shape.head_dim**-0.5 if scale is None else scale
-        selection = self.selection(q, k, mask)
-        backend = choose_backend(self.config.backend, q.device, dtype=q.dtype, head_dim=max(q.shape[-1], v.shape[-1]))
+        call = Call.of(self.shape, q, k, v, mask, scale, context)
+        selection = self.selector.selection(call)
+        backend = call.backend(self.config.backend)
         with torch.autocast(q.device.type, enabled=False):
-            q, k, v = mask.without_padding(q, k, v)
-            gates = self._gates(context.hidden_states, mask)
-            key, value = self.compress_key(k), self.compress_value(v)
-            keep = self.choose(self.scores(q, key, value, mask, selection, scale), selection, context)
-            layout = selection.layout(keep, q, k, mask)
-            real = self._real_windows(key, mask)
-            seen = every_coarse_block(q, key.shape[2], self.config.compress_stride, mask)
-        attend = partial(block_sparse_attention, scale=scale, causal=mask.causal, backend=backend)
-        selected, _ = attend(q, k, v, layout, key_valid=mask.key_valid)
-        near = self.window(q, k, v, mask, scale=scale, context=context)
-        out = gates[..., 1:2] * selected + gates[..., 2:3] * near.context
-        if key.shape[2]:
-            compressed, _ = attend(q, key.to(q.dtype), value.to(q.dtype), seen, key_valid=real)
-            out = out + gates[..., 0:1] * compressed
-        if not context.listen:
+            call = call.without_padding()
+            gates = self._gates(call.context.hidden_states, mask)
+            compressed = self._compressed(call)
+            layout = selection.layout(self.selector.choose(self.block_mass(compressed, selection), selection), call)
+            seen = every_coarse_block(call.q, compressed.k.shape[2], self.config.compress_stride, mask)
+        selected, _ = call.attend(layout, backend)
+        near = self.window(call.q, call.k, call.v, mask, scale=call.scale, context=call.context)
+        out = gates[..., 1:2] * selected + gates[..., 2:3] * near.out
+        if compressed.k.shape[2]:
+            few = replace(compressed, k=compressed.k.to(q.dtype), v=compressed.v.to(q.dtype))
+            out = out + gates[..., 0:1] * few.attend(seen, backend)[0]
+        if not call.context.collect_stats:
             return AttentionOutput(out.to(q.dtype))
-        ran = what_runs(backend, q, k, v, layout, causal=mask.causal)
+        ran = call.ran(layout, backend)
         layout = layout.expand_heads(self.shape.num_heads)
         attended = layout.attended_pairs(causal=mask.causal, key_valid=mask.key_valid)
-        beside = near.stats.attended + seen.attended_pairs(causal=mask.causal, key_valid=real)
+        beside = near.stats.attended + seen.attended_pairs(causal=mask.causal, key_valid=compressed.mask.key_valid)
         stats = AttentionStats(attended, mask.visible_pairs(q, k), ran, layout, beside)
         return AttentionOutput(out.to(q.dtype), stats=stats)
 
+    def _compressed(self, call: Call) -> Call:
+        """The same call with compressed keys and values, float32 or more, and which of their windows are real."""
+        key = self.compress_key(call.k)
+        mask = replace(call.mask, key_valid=self._real_windows(key, call.mask))
+        return replace(call, k=key, v=self.compress_value(call.v), mask=mask)
+
     @torch.no_grad()
-    def scores(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
-    ) -> Tensor:
-        """Equations 8 to 10, from the compressed keys `k`: `(batch, num_kv_heads, query_length, blocks)`."""
+    def block_mass(self, compressed: Call, selection: Selection) -> Tensor:
+        """Equations 8 to 10: `(batch, num_kv_heads, query_length, blocks)`, what compressed keys say of each block.
+
+        Args:
+            compressed: From :meth:`_compressed`.
+            selection: The blocks.
+        """
+        q, k, real = compressed.q, compressed.k, compressed.mask.key_valid
         config, shared = self.config, self.shape.num_heads // self.shape.num_kv_heads
         parts, overlap = config.block_size // config.compress_stride, config.compress_size // config.compress_stride
         if not k.shape[2]:
             return k.new_zeros(k.shape[0], k.shape[1], selection.num_groups, selection.num_blocks)
+        assert real is not None
         behind = selection.num_blocks * parts + overlap - 1 - k.shape[2]
-        real, window = self._real_windows(k, mask), torch.arange(k.shape[2], device=q.device)
+        window = torch.arange(k.shape[2], device=q.device)
         found = []
         for rows in torch.arange(q.shape[2], device=q.device).split(rows_at_a_time(q, k)):
             hidden = ~real[:, None, None, :]
-            if mask.causal:
-                hidden = hidden | (window > last_key(rows + mask.query_offset, config.compress_stride)[:, None])
-            logits = (block_scores(q[:, :, rows].to(k.dtype), k) * scale).masked_fill(hidden, -torch.inf)
+            if compressed.mask.causal:
+                position = rows + compressed.mask.query_offset
+                hidden = hidden | (window > last_key(position, config.compress_stride)[:, None])
+            logits = (block_scores(q[:, :, rows].to(k.dtype), k) * compressed.scale).masked_fill(hidden, -torch.inf)
             weights = logits.softmax(-1).nan_to_num(0.0).unflatten(1, (-1, shared)).sum(2)
             weights = pad(weights, (0, behind)).unfold(-1, overlap, 1).sum(-1)  # of every `compress_stride` tokens
             found.append(weights.unflatten(-1, (selection.num_blocks, parts)).sum(-1))
@@ -192,4 +200,9 @@ class NativeSparseAttention(BlockSelectingAttention):
         )
         phi = 4 * shape.num_kv_heads * windows * shape.head_dim**2 * (config.compress_size + 1)
         gates = 2 * query_length * shape.hidden_size * 3 * shape.num_heads
-        return super().flops(batch, query_length, key_length, mask) + near + batch * (compressed + phi + gates)
+        selected = 4 * shape.num_heads * shape.head_dim * self.selector.kept_keys(query_length, key_length, mask)
+        return near + batch * (selected + compressed + phi + gates)
+
+    def state_size(self, key_length: int) -> int:
+        """The KV cache: any block may be chosen later."""
+        return self.kv_cache_size(key_length)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from astbench_registry.block_selection import BlockSelectingAttention, Selection
-from astbench_registry.mask import AttentionMask
+from astbench_registry.block_selection import BlockSelectingAttention, Call, Selection
 
 ROWS_AT_A_TIME = 2**22
 """Logits held at once; the N x M matrix never is."""
@@ -17,12 +16,10 @@ class OracleTopKAttention(BlockSelectingAttention):
     """`s_ij` = dense attention mass on block j, summed over the rows of group i."""
 
     @torch.no_grad()
-    def scores(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
-    ) -> Tensor:
+    def scores(self, call: Call, selection: Selection) -> Tensor:
         """See the base class. Time O(N M)."""
+        q, k, mask, compute = call.q, call.k, call.mask, call.compute_dtype
         batch, heads, length, _ = q.shape
-        compute = torch.promote_types(q.dtype, torch.float32)
         key = k.to(compute).repeat_interleave(heads // k.shape[1], 1)
         valid = mask.valid_queries(length)
         position = torch.arange(k.shape[2], device=q.device)
@@ -32,7 +29,7 @@ class OracleTopKAttention(BlockSelectingAttention):
         groups_at_a_time = max(1, ROWS_AT_A_TIME // max(1, batch * heads * k.shape[2] * group))
         for start in range(0, length, groups_at_a_time * group):
             rows = slice(start, min(length, start + groups_at_a_time * group))
-            logits = torch.matmul(q[:, :, rows].to(compute), key.transpose(-1, -2)) * scale
+            logits = torch.matmul(q[:, :, rows].to(compute), key.transpose(-1, -2)) * call.scale
             if mask.key_valid is not None:
                 logits = logits.masked_fill(~mask.key_valid[:, None, None, :], -torch.inf)
             if mask.causal:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from astbench_registry.block_selection import BlockSelectingAttention, Grid
+from astbench_registry.block_selection import BlockFeatures, Call, FactoredBlockSelection, Grid
 from astbench_registry.block_selection.pooling import mean_keys
-from astbench_registry.mask import AttentionMask
 
 
-class PooledTopKAttention(BlockSelectingAttention):
+class PooledTopKAttention(FactoredBlockSelection):
     """`s_ij = scale * q_i . mean(k in block j)`: what the untrained AST predictor is.
 
     Unlike MoBA, the budget, the always-kept blocks and the groups are AST's, so that the two differ in the
     learned term alone.
     """
 
-    def summarise(self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool) -> tuple[Tensor, ...]:
+    def block_features(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
         """See the base class: the mean keys."""
-        return mean_keys(k, mask, grid, fused=fused)
+        return BlockFeatures(mean_keys(call, grid, fused=fused))
 
-    def factors(
-        self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def factors(self, call: Call, features: BlockFeatures, grid: Grid) -> tuple[Tensor, Tensor]:
         """See the base class."""
-        return self.speaker(q, mask, grid) * scale, blocks[0]
+        return self.group_query(call, grid) * call.scale, features.key

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from astbench_kernels.triton import pool_blocks
-from astbench_registry.block_selection import BlockSelectingAttention, Grid
+from astbench_registry.block_selection import BlockFeatures, Call, FactoredBlockSelection, Grid
 from astbench_registry.block_selection.dense_layers import attend_densely
 from astbench_registry.block_selection.pooling import extremes_of_blocks
 from astbench_registry.configs.quest import QuestConfig
@@ -14,7 +14,7 @@ from astbench_registry.interface import AttentionContext, AttentionOutput
 from astbench_registry.mask import AttentionMask
 
 
-class QuestAttention(BlockSelectingAttention):
+class QuestAttention(FactoredBlockSelection):
     """Each token attends to the `top_k` pages whose score is highest, its own always among them; no parameters.
 
         U_i = max(q_i m_i, q_i M_i) in channel i,   score of a page = sum_i U_i                 (algorithm 1)
@@ -53,22 +53,20 @@ class QuestAttention(BlockSelectingAttention):
         """See the base class; a dense layer takes O(N M)."""
         if not self.dense:
             return super().forward(q, k, v, mask, scale=scale, context=context)
-        selection = self.selection(q, k, mask)
-        return attend_densely(q, k, v, mask, selection, scale=scale, context=context or AttentionContext())
+        call = Call.of(self.shape, q, k, v, mask, scale, context)
+        return attend_densely(call, self.selection(call))
 
-    def summarise(self, k: Tensor, v: Tensor, mask: AttentionMask, grid: Grid, *, fused: bool) -> tuple[Tensor, ...]:
+    def block_features(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
         """See the base class: each page's maxima and minima."""
         if fused:
-            pooled = pool_blocks(k, k, mask.key_valid, grid.block_size)
-            return (torch.cat([pooled.max_key, pooled.min_key], -1),)
-        return (torch.cat(extremes_of_blocks(k, mask, grid), -1),)
+            pooled = pool_blocks(call.k, call.k, call.mask.key_valid, grid.block_size)
+            return BlockFeatures(torch.cat([pooled.max_key, pooled.min_key], -1))
+        return BlockFeatures(torch.cat(extremes_of_blocks(call.k, call.mask, grid), -1))
 
-    def factors(
-        self, q: Tensor, blocks: tuple[Tensor, ...], mask: AttentionMask, grid: Grid, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def factors(self, call: Call, features: BlockFeatures, grid: Grid) -> tuple[Tensor, Tensor]:
         """See the base class: relu(q) and -relu(-q)."""
-        query = self.speaker(q, mask, grid)
-        return torch.cat([query.clamp(min=0), query.clamp(max=0)], -1), blocks[0]
+        query = self.group_query(call, grid)
+        return torch.cat([query.clamp(min=0), query.clamp(max=0)], -1), features.key
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Kept pages, and two matmuls for the scores; a dense layer's are dense attention's."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from astbench_registry.block_selection import BlockSelectingAttention, Selection
+from astbench_registry.block_selection import BlockSelectingAttention, Call, Selection
 from astbench_registry.configs.block_selection import RandomTopKConfig
-from astbench_registry.mask import AttentionMask
 from astbench_registry.toolbox.randomness import hashed_uniform
 
 
@@ -19,14 +18,12 @@ class RandomTopKAttention(BlockSelectingAttention):
 
     config: RandomTopKConfig
 
-    def scores(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
-    ) -> Tensor:
+    def scores(self, call: Call, selection: Selection) -> Tensor:
         """See the base class."""
-        device = q.device
+        device = call.q.device
         head = torch.arange(self.shape.num_heads, device=device)[:, None, None]
         group = (selection.first // selection.query_group)[:, None]
         block = torch.arange(selection.num_blocks, device=device)
         seed = self.config.seed * 1_000_003 + self.shape.layer_index
         uniform = hashed_uniform(seed, head, group, block)
-        return uniform.expand(q.shape[0], -1, -1, -1)
+        return uniform.expand(call.q.shape[0], -1, -1, -1)

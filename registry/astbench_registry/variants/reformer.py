@@ -77,7 +77,7 @@ class ReformerAttention(Attention):
         attend = self._packaged if self.package is not None and len(q) else self._own
         with torch.autocast(q.device.type, enabled=False):
             q, _, v = mask.without_padding(q, k, v)
-            out, attended = attend(q, v, mask, scale, step, context.listen)
+            out, attended = attend(q, v, mask, scale, step, context.collect_stats)
         stats = None
         if attended is not None:
             backend = f"torch-{q.device.type}" if self.package is None else self.config.backend

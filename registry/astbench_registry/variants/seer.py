@@ -6,14 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from astbench_kernels import select_blocks
 from astbench_kernels.layout import ceil_div
-from astbench_registry.block_selection import (
-    BIDIRECTIONAL_GROUP,
-    BlockSelectingAttention,
-    Selection,
-    block_scores,
-)
+from astbench_registry.block_selection import BlockSelectingAttention, Call, Selection, block_scores
 from astbench_registry.block_selection.dense_layers import attend_densely
 from astbench_registry.block_selection.dense_weights import dense_weights, rows_at_a_time
 from astbench_registry.block_selection.pooling import (
@@ -81,67 +75,62 @@ class SeerAttention(BlockSelectingAttention):
         """See the base class; while training, dense attention and the loss of the gate, in O(N M)."""
         if not self.training:
             return super().forward(q, k, v, mask, scale=scale, context=context)
-        scale = self.shape.head_dim**-0.5 if scale is None else scale
-        selection = self.selection(q, k, mask)
-        dense = attend_densely(q, k, v, mask, selection, scale=scale, context=context or AttentionContext())
+        call = Call.of(self.shape, q, k, v, mask, scale, context)
+        selection = self.selection(call)
+        dense = attend_densely(call, selection)
         if not torch.is_grad_enabled():
             return dense
         with torch.autocast(q.device.type, enabled=False):
-            q, k, v = (x.detach() for x in mask.without_padding(q, k, v))
-            scores = self.scores(q, k, v, mask, selection, scale)
-            loss = _divergence(scores, self._pooled_attention(q, k, mask, selection, scale), selection)
+            call = call.without_padding().detached()
+            loss = _divergence(self.scores(call, selection), _pooled_attention(call, selection), selection)
         return dense._replace(losses={"distill": self.config.distill_weight * loss})
 
-    def scores(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, selection: Selection, scale: float
-    ) -> Tensor:
+    def scores(self, call: Call, selection: Selection) -> Tensor:
         """Logits of the gate. Time O(M) for the features, O(groups x blocks) for the scores."""
-        query = self._pooled_queries(q, mask, selection)
+        query, k, mask = _pooled_queries(call, selection), call.k, call.mask
         key = torch.cat([*extremes_of_blocks(k, mask, selection), mean_of_blocks(k, mask, selection)], -1)
         query = torch.matmul(query, self.query_gate.to(query.dtype))
         key = torch.matmul(key, self.key_gate.to(key.dtype))
         return block_scores(query, key) * query.shape[-1] ** -0.5
 
-    def choose(self, scores: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
+    def choose(self, scores: Tensor, call: Call, selection: Selection) -> Tensor:
         """By budget as the base class, or all blocks whose gate reaches the threshold, `min_blocks` at least."""
         threshold = self.config.threshold
         if threshold is None:
-            return super().choose(scores, selection, context)
-        wanted = (_log_gate(scores, selection).exp() >= threshold) | selection.forced
+            return super().choose(scores, call, selection)
+        wanted = (_log_gate(scores, selection).exp() >= threshold) | selection.always_kept
         floor = selection.visible.sum(-1).clamp(max=self.config.min_blocks)
         # The gate grows with the score: its blocks above the threshold are the best ones.
-        budget = wanted.sum(-1).maximum(floor)
-        return select_blocks(scores, forced=selection.forced, candidates=selection.candidates, budget=budget)
-
-    def _pooled_queries(self, q: Tensor, mask: AttentionMask, selection: Selection) -> Tensor:
-        """Mean of each group's real queries, under every mask: `(batch, num_heads, groups, head_dim)`."""
-        group, groups = selection.query_group, selection.num_groups
-        wide = q.to(torch.promote_types(q.dtype, torch.float32))
-        valid = mask.valid_queries(q.shape[2])
-        if valid is None:
-            valid = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
-        return block_mean(in_blocks(wide, groups, group), valid_in_blocks(valid, groups, group))
-
-    def _pooled_attention(
-        self, q: Tensor, k: Tensor, mask: AttentionMask, selection: Selection, scale: float
-    ) -> Tensor:
-        """Dense attention, maximum over each group and block: `(batch, num_heads, groups, blocks)`."""
-        group, blocks = selection.query_group, selection.num_blocks
-        missing = blocks * selection.block_size - k.shape[2]
-        pooled = []
-        for rows in torch.arange(q.shape[2], device=q.device).split(max(1, rows_at_a_time(q, k) // group) * group):
-            weights = pad(dense_weights(q, k, mask, scale, rows), (0, missing)).unflatten(-1, (blocks, -1)).amax(-1)
-            pooled.append(pad(weights, (0, 0, 0, -len(rows) % group)).unflatten(2, (-1, group)).amax(3))
-        return torch.cat(pooled, 2)
+        return self.selector.best(scores, selection, wanted.sum(-1).maximum(floor))
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Kept blocks (fixed budget), the gate's two linear maps and its scores; not the training's dense attention."""
         shape, width = self.shape, self.query_gate.shape[-1]
-        group = self.config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)
+        group = self.selector.query_group(mask)
         groups, blocks = ceil_div(query_length, group), ceil_div(key_length, self.config.block_size)
         queries = 2 * shape.num_heads * groups * width * (shape.head_dim + blocks)
         keys = 2 * shape.num_kv_heads * blocks * 3 * shape.head_dim * width
         return super().flops(batch, query_length, key_length, mask) + batch * (queries + keys)
+
+
+def _pooled_queries(call: Call, selection: Selection) -> Tensor:
+    """Mean of each group's real queries, under every mask: `(batch, num_heads, groups, head_dim)`."""
+    q, group, groups = call.q, selection.query_group, selection.num_groups
+    valid = call.mask.valid_queries(q.shape[2])
+    if valid is None:
+        valid = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
+    return block_mean(in_blocks(q.to(call.compute_dtype), groups, group), valid_in_blocks(valid, groups, group))
+
+
+def _pooled_attention(call: Call, selection: Selection) -> Tensor:
+    """Dense attention, maximum over each group and block: `(batch, num_heads, groups, blocks)`."""
+    q, k, group, blocks = call.q, call.k, selection.query_group, selection.num_blocks
+    missing = blocks * selection.block_size - k.shape[2]
+    pooled = []
+    for rows in torch.arange(q.shape[2], device=q.device).split(max(1, rows_at_a_time(q, k) // group) * group):
+        weights = pad(dense_weights(call, rows), (0, missing)).unflatten(-1, (blocks, -1)).amax(-1)
+        pooled.append(pad(weights, (0, 0, 0, -len(rows) % group)).unflatten(2, (-1, group)).amax(3))
+    return torch.cat(pooled, 2)
 
 
 def _log_gate(scores: Tensor, selection: Selection) -> Tensor:

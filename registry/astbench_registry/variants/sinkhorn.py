@@ -87,7 +87,7 @@ class SinkhornAttention(Attention):
         out = _take(out.flatten(2, 3), order.argsort(-1))
         out = out.masked_fill(~valid[:, None, :, None], 0.0)[:, :, first:last].to(q.dtype)
         stats = None
-        if context.listen:
+        if context.collect_stats:
             slots = slots.flatten(2).gather(-1, order.argsort(-1)[:, None].expand(-1, slots.shape[1], -1))
             stats = self._stats(q, k, slots.masked_fill(~valid[:, None], 0)[..., first:last], valid, mask)
         return AttentionOutput(out, stats=stats)

@@ -52,10 +52,10 @@ class SparseAttention(Attention):
     ) -> AttentionOutput:
         """See the base class. Time O(N (l + N / l)); "strided" keeps that many weights, "fixed" none."""
         scale = self.shape.head_dim**-0.5 if scale is None else scale
-        listen = context is not None and context.listen
+        collect_stats = context is not None and context.collect_stats
         # A grid is a waste for the few rows of a decoding step; the kernel reads exactly the listed keys.
         listed = self.config.pattern == "fixed" or mask.query_offset > 0
-        layout = self.layout(q, k, mask) if listed or listen else None
+        layout = self.layout(q, k, mask) if listed or collect_stats else None
         q, k, v = mask.without_padding(q, k, v)
         if listed:
             assert layout is not None, "built above"
@@ -65,12 +65,12 @@ class SparseAttention(Attention):
             out, _ = block_sparse_attention(
                 q, k, v, layout, scale=scale, causal=mask.causal, key_valid=mask.key_valid, backend=backend
             )
-            if listen:
+            if collect_stats:
                 backend = what_runs(backend, q, k, v, layout, causal=mask.causal)
         else:
             backend = "torch"
             out = self._by_grid(q, k, v, mask, scale)
-        return AttentionOutput(out, stats=self._stats(q, k, mask, layout, backend) if listen else None)
+        return AttentionOutput(out, stats=self._stats(q, k, mask, layout, backend) if collect_stats else None)
 
     def parts(self) -> list[tuple[slice, tuple[str, ...]]]:
         """Which heads see which parts of the strided pattern."""
@@ -149,7 +149,7 @@ class SparseAttention(Attention):
     def _stats(
         self, q: Tensor, k: Tensor, mask: AttentionMask, layout: BlockLayout | None, backend: str
     ) -> AttentionStats:
-        assert layout is not None, "built when somebody listens"
+        assert layout is not None, "built when statistics are wanted"
         attended = layout.attended_pairs(causal=mask.causal, key_valid=mask.key_valid).expand(-1, q.shape[1])
         return AttentionStats(attended, mask.visible_pairs(q, k), backend, layout)
 

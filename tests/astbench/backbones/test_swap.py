@@ -253,7 +253,7 @@ def test_attention_dropout_is_set_to_0_said_and_restored():
 def test_listening_leaves_statistics_only_within():
     model, batch = tiny_model("bert"), inputs("bert")
     handle = swap_attention(model, "ast", SPARSE)
-    with handle.listening() as slots:
+    with handle.collecting_stats() as slots:
         logits(model, batch)
         assert all(0 < float(d) <= 1 for s in slots for d in s.stats.density)
     logits(model, batch)

@@ -334,7 +334,7 @@ def stats_of(name, options):
     shape = AttentionShape(num_heads=2, num_kv_heads=1, head_dim=5)
     q, k, v = torch.randn(2, 2, 40, 5), torch.randn(2, 1, 40, 5), torch.randn(2, 1, 40, 5)
     attention = build_attention(name, options, shape)
-    return attention(q, k, v, AttentionMask("causal_self"), context=AttentionContext(listen=True)).stats
+    return attention(q, k, v, AttentionMask("causal_self"), context=AttentionContext(collect_stats=True)).stats
 
 
 @pytest.mark.parametrize("layers", [1, 11])

@@ -12,6 +12,7 @@ from astbench.tasks.recall.task import Recall
 from astbench.training.module import policy_loss
 from astbench_kernels import soft_top_k
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry.block_selection import Call
 
 BLOCK, BLOCKS, DIM = 4, 8, 8
 OPTIONS = {
@@ -42,9 +43,9 @@ def cross(batch, generator):
 def test_log_probability_is_that_of_the_drawn_blocks():
     attention = policy_attention().double()
     q, k, v, mask = (x.double() if torch.is_tensor(x) else x for x in cross(3, torch.Generator().manual_seed(2)))
-    output = attention(q, k, v, mask, context=AttentionContext(listen=True))
-    selection = attention.selection(q, k, mask)
-    scores = attention.scores(q, k, v, mask, selection, DIM**-0.5)
+    output = attention(q, k, v, mask, context=AttentionContext(collect_stats=True))
+    call = Call.of(attention.shape, q, k, v, mask)
+    scores = attention.scores(call, attention.selection(call))
     p = soft_top_k(scores, torch.tensor(2).expand(scores.shape[:-1]), torch.ones_like(scores, dtype=torch.bool), 0.5)
     p = p.exp()
     kept = torch.zeros_like(p, dtype=torch.bool)
@@ -62,7 +63,7 @@ def test_outside_of_training_nothing_is_drawn():
     tensors = cross(2, torch.Generator().manual_seed(3))
     one, two = attention(*tensors), attention(*tensors)
     assert one.log_prob is None
-    assert torch.equal(one.context, two.context)
+    assert torch.equal(one.out, two.out)
 
 
 def test_the_baseline_of_a_sequence_is_the_mean_of_the_others():
@@ -88,7 +89,7 @@ def test_it_learns_to_keep_the_block_that_pays():
         q, k, v, mask = cross(64, generator)
         marked = torch.randint(BLOCKS, (64,), generator=generator)
         v.view(64, BLOCKS, BLOCK, DIM)[torch.arange(64), marked, :, 0] += 6.0
-        output = attention(q, k, v, mask, context=AttentionContext(listen=True))
+        output = attention(q, k, v, mask, context=AttentionContext(collect_stats=True))
         layout = output.stats.layout
         has = ((layout.indices == marked[:, None, None, None]) & layout.slots).any(-1).float()
         return has.mean((1, 2)), output.log_prob

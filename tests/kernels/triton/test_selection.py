@@ -13,7 +13,7 @@ from astbench_kernels.triton import choose_blocks, pool_blocks
 from astbench_kernels.triton.launch import writing_down
 from astbench_kernels.triton.selection.rule import BlockRule
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
-from astbench_registry import block_selection as layers
+from astbench_registry.block_selection import Call, FactoredBlockSelection, block_scores, factored
 from astbench_registry.variants.pooled_topk import PooledTopKAttention
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -156,12 +156,13 @@ def both(case, rows, blocks):
         valid = torch.rand(2, case.keys, generator=torch.Generator().manual_seed(1)) >= case.padding
         valid[:, : case.block] = False
         valid = valid.to(DEVICE)
-    mask, context = AttentionMask(case.pattern, case.offset, valid), AttentionContext()
+    mask = AttentionMask(case.pattern, case.offset, valid)
     q, k = torch.zeros(2, 1, case.queries, 1, device=DEVICE), torch.zeros(2, 1, case.keys, 1, device=DEVICE)
-    selection = module.selection(q, k, mask)
-    keep = module.choose(layers.block_scores(rows, blocks), selection, context)
+    call = Call(q, k, k, mask, 1.0, AttentionContext())
+    selection = module.selection(call)
+    keep = module.choose(block_scores(rows, blocks), call, selection)
     module.factors = lambda *args, **kwargs: (rows, blocks)
-    return keep, module.fused_layout(q, k, k, mask, 1.0, context), selection
+    return keep, module.fused_layout(call), selection
 
 
 def check(case, values):
@@ -172,7 +173,7 @@ def check(case, values):
     assert (rising | ~layout.slots[..., 1:]).all()
     assert (layout.indices[~layout.slots] == 0).all()
     if case.pattern == "causal_self" and not case.padding and not case.options.get("local_blocks"):
-        assert layout.indices.shape[-1] <= max(int(layout.counts.max()), 1 + int(selection.forced.sum(-1).max()))
+        assert layout.indices.shape[-1] <= max(int(layout.counts.max()), 1 + int(selection.always_kept.sum(-1).max()))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -213,7 +214,7 @@ def test_scores_are_float32():
     rows, blocks = torch.randn(1, 2, 70, 150, generator=g), torch.randn(1, 1, 90, 150, generator=g)
     rule = BlockRule(block_size=8, query_group=1, query_length=70, key_length=720)
     layout = choose_blocks(rows.to(DEVICE), blocks.to(DEVICE), rule, lambda visible: visible.clamp(max=20))
-    ranked, order = layers.block_scores(rows.double(), blocks.double()).sort(descending=True)
+    ranked, order = block_scores(rows.double(), blocks.double()).sort(descending=True)
     clear = ranked[..., 19] - ranked[..., 20] > 1e-4
     assert clear.float().mean() > 0.95
     expected = order[..., :20].sort().values
@@ -301,12 +302,14 @@ def test_fused_layer_chooses_the_same(monkeypatch, pattern, offset, options, nam
     if valid is not None:
         for x in tensors[1:]:
             x.masked_fill_(~valid[:, None, :, None], torch.nan)
-    mask, context = AttentionMask(pattern, offset, valid), AttentionContext(listen=True)
+    mask, context = AttentionMask(pattern, offset, valid), AttentionContext(collect_stats=True)
     expected = layer(name, "gather", options).eval()(*tensors, mask, context=context).stats.layout
-    for method in ("scores", "selection"):
-        monkeypatch.setattr(layers.BlockSelectingAttention, method, never)
-    module, inputs = layer(name, "triton", options).eval(), mask.without_padding(*tensors)
-    got = module.fused_layout(*inputs, mask, 16**-0.5, AttentionContext())
+    module = layer(name, "triton", options).eval()
+    call = Call.of(module.shape, *tensors, mask).without_padding()
+    assert module.fusible(call)
+    for method in ("_products", "selection"):
+        monkeypatch.setattr(FactoredBlockSelection, method, never)
+    got = module.fused_layout(call)
     assert torch.equal(got.to_mask(), expected.to_mask())
 
 
@@ -314,32 +317,33 @@ def test_fused_layer_chooses_the_same(monkeypatch, pattern, offset, options, nam
 @pytest.mark.parametrize("name", ["ast", "pooled_topk"])
 def test_fused_layer_computes_the_same(monkeypatch, name, pattern):
     tensors, valid = draw(23, 23 if pattern == "causal_self" else 37, padding=0.3)
-    mask, context = AttentionMask(pattern, key_valid=valid), AttentionContext(listen=True)
+    mask, context = AttentionMask(pattern, key_valid=valid), AttentionContext(collect_stats=True)
     options = {"query_group": 1}
     expected = layer(name, "gather", options).eval()(*tensors, mask, context=context)
-    for method in ("scores", "selection"):
-        monkeypatch.setattr(layers.BlockSelectingAttention, method, never)
+    for method in ("_products", "selection"):
+        monkeypatch.setattr(FactoredBlockSelection, method, never)
     got = layer(name, "triton", options).eval()(*tensors, mask, context=context)
     assert torch.equal(got.stats.layout.to_mask(), expected.stats.layout.to_mask())
     assert torch.equal(got.stats.attended, expected.stats.attended)
-    torch.testing.assert_close(got.context, expected.context, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.out, expected.out, rtol=1e-5, atol=1e-5)
     assert got.stats.backend.startswith("triton (") and not got.losses
 
 
 def test_half_precision_pools_what_torch_pools():
     tensors, _ = draw(53, 53, dtype=torch.float16)
-    mask, context = AttentionMask("causal_self"), AttentionContext(listen=True)
+    mask, context = AttentionMask("causal_self"), AttentionContext(collect_stats=True)
     expected = layer("ast", "gather").eval()(*tensors, mask, context=context).stats.layout
-    got = layer("ast", "triton").eval().fused_layout(*tensors, mask, 16**-0.5, context)
+    module = layer("ast", "triton").eval()
+    got = module.fused_layout(Call.of(module.shape, *tensors, mask))
     assert torch.equal(got.to_mask(), expected.to_mask())
 
 
 def test_the_learned_term_moves_the_choice():
     """Else the comparisons above would hold without it."""
     tensors, _ = draw(53, 53)
-    mask, context = AttentionMask("causal_self"), AttentionContext()
     modules = [layer(name, "triton").eval() for name in ("ast", "pooled_topk")]
-    ours, pooled = (module.fused_layout(*tensors, mask, 0.25, context).to_mask() for module in modules)
+    call = Call.of(modules[0].shape, *tensors, AttentionMask("causal_self"))
+    ours, pooled = (module.fused_layout(call).to_mask() for module in modules)
     assert not torch.equal(ours, pooled)
 
 
@@ -354,32 +358,34 @@ def test_the_learned_term_moves_the_choice():
     ],
 )
 def test_scores_are_made_where_they_are_needed(monkeypatch, name, options, train):
-    monkeypatch.setattr(layers, "choose_blocks", never)
+    monkeypatch.setattr(factored, "choose_blocks", never)
     tensors, _ = draw(17, 17)
-    mask, context = AttentionMask("causal_self"), AttentionContext(listen=True)
+    mask, context = AttentionMask("causal_self"), AttentionContext(collect_stats=True)
     options = {**options, "top_k": 3} | ({"distill_weight": 0.0} if name == "ast" else {})
     outs = [
         layer(name, backend, options).train(train)(*tensors, mask, context=context) for backend in ("gather", "triton")
     ]
-    torch.testing.assert_close(outs[0].context, outs[1].context, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outs[0].out, outs[1].out, rtol=1e-5, atol=1e-5)
     assert torch.equal(*(out.stats.layout.to_mask() for out in outs))
 
 
 def test_sampling_needs_scores_even_without_a_gradient():
     module = layer("ast", "triton", {"sample": True}).train()
+    call = Call.of(module.shape, *draw(17, 17)[0], AttentionMask("causal_self"))
     with torch.no_grad():
-        assert module.needs_scores()
-    assert not module.eval().needs_scores()
+        assert not module.fusible(call)
+    assert module.eval().fusible(call)
 
 
 def test_fused_layer_follows_patterns():
     tensors, _ = draw(53, 53)
-    mask, context = AttentionMask("causal_self"), AttentionContext(listen=True)
+    mask, context = AttentionMask("causal_self"), AttentionContext(collect_stats=True)
     expected, plain = (
         layer("ast", "gather", options).eval()(*tensors, mask, context=context).stats.layout.to_mask()
         for options in ({"patterns": 3}, {})
     )
-    got = layer("ast", "triton", {"patterns": 3}).eval().fused_layout(*tensors, mask, 16**-0.5, AttentionContext())
+    module = layer("ast", "triton", {"patterns": 3}).eval()
+    got = module.fused_layout(Call.of(module.shape, *tensors, mask))
     assert torch.equal(got.to_mask(), expected)
     assert not torch.equal(expected, plain)
 
@@ -387,26 +393,44 @@ def test_fused_layer_follows_patterns():
 def test_global_tokens_are_not_fused():
     tensors, _ = draw(33, 33)
     mask, named = AttentionMask("bidirectional_self"), torch.arange(33).expand(2, -1) == 20
-    options, context = {"global_tokens": True, "query_group": 8}, AttentionContext(listen=True, global_tokens=named)
+    options, context = (
+        {"global_tokens": True, "query_group": 8},
+        AttentionContext(collect_stats=True, global_tokens=named),
+    )
     outs = [layer("ast", backend, options).eval()(*tensors, mask, context=context) for backend in ("gather", "triton")]
     assert torch.equal(*(out.stats.layout.to_mask() for out in outs))
-    torch.testing.assert_close(outs[0].context, outs[1].context, rtol=1e-5, atol=1e-5)
-    assert layer("ast", "triton", options).eval().fused_layout(*tensors, mask, 0.25, AttentionContext()) is not None
+    torch.testing.assert_close(outs[0].out, outs[1].out, rtol=1e-5, atol=1e-5)
+    module = layer("ast", "triton", options).eval()
+    assert not module.fusible(Call.of(module.shape, *tensors, mask, context=context))
+    assert module.fusible(Call.of(module.shape, *tensors, mask))
 
 
 def test_a_changed_choice_is_not_fused():
-    """Whoever overrides the scores or the selection of a variant with factors gets what was written."""
+    """Whoever changes the choice of a variant with factors has to say when that matters, and then it counts."""
 
     class Reversed(PooledTopKAttention):
-        def scores(self, *args):
-            return -super().scores(*args)
+        def choose(self, scores, call, selection):
+            return super().choose(-scores, call, selection)
+
+        def fusible(self, call):
+            return False
 
     tensors, _ = draw(17, 17)
-    mask, context = AttentionMask("causal_self"), AttentionContext(listen=True)
+    mask, context = AttentionMask("causal_self"), AttentionContext(collect_stats=True)
     plain = layer("pooled_topk", "triton", {"top_k": 3}).eval()
     changed = Reversed(plain.config, plain.shape).to(DEVICE).eval()
     kept = [module(*tensors, mask, context=context).stats.layout.to_mask() for module in (plain, changed)]
     assert not torch.equal(*kept)
+
+
+def test_a_change_that_the_kernels_would_not_see_is_refused():
+    for method, reason in (
+        ("choose", r"changes choose\(\)"),
+        ("selection", "fusible"),
+        ("scores", "BlockSelectingAttention"),
+    ):
+        with pytest.raises(TypeError, match=reason):
+            type("Changed", (PooledTopKAttention,), {method: lambda self, *args: None})
 
 
 def test_schedule_of_the_density_is_followed_without_a_gradient():
@@ -415,7 +439,8 @@ def test_schedule_of_the_density_is_followed_without_a_gradient():
     mask = AttentionMask("causal_self")
     module = layer("ast", "triton", options).train()
     with torch.no_grad():
-        counts = [module.fused_layout(*tensors, mask, 1.0, AttentionContext(step=step)).counts for step in (0, 10)]
+        calls = [Call(*tensors, mask, 1.0, AttentionContext(step=step)) for step in (0, 10)]
+        counts = [module.fused_layout(call).counts for call in calls]
     assert int(counts[0][..., -1].min()) == 9 and int(counts[1][..., -1].max()) == 3
 
 
@@ -441,7 +466,7 @@ def test_nothing_is_waited_for_and_no_table_of_scores_is_made(padding):
     valid = torch.ones(1, length, dtype=torch.bool, device="meta") if padding else None
     mask = AttentionMask("causal_self", key_valid=valid)
     with writing_down() as launches, Made() as made:
-        layout = module.fused_layout(q, k, k, mask, 1.0, AttentionContext())
+        layout = module.fused_layout(Call(q, k, k, mask, 1.0, AttentionContext()))
     assert len(launches) == 2 and layout.indices.shape == (1, 4, length, 8)
     assert made.largest <= 4 * length * (2 * dim + 33) < length * length // 4
 

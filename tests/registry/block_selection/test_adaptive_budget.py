@@ -37,7 +37,7 @@ def expected_blocks(q, k, row, share, least):
 def test_blocks_with_their_share_are_kept(share, least):
     q, k, v = draw()
     module = build(share=share, min_blocks=least)
-    out = module(q, k, v, AttentionMask("causal_self"), context=AttentionContext(listen=True))
+    out = module(q, k, v, AttentionMask("causal_self"), context=AttentionContext(collect_stats=True))
     keep = out.stats.layout.to_mask()
     counts = set()
     for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in (BATCH, HEADS, TOKENS))).tolist():
@@ -49,7 +49,7 @@ def test_blocks_with_their_share_are_kept(share, least):
 
 def step(module, tokens):
     """(density that was kept, the regulariser's loss) of one call."""
-    out = module(*tokens, AttentionMask("causal_self"), context=AttentionContext(listen=True))
+    out = module(*tokens, AttentionMask("causal_self"), context=AttentionContext(collect_stats=True))
     visible = torch.arange(TOKENS).div(SIZE, rounding_mode="floor") + 1
     return float((out.stats.layout.counts / visible).mean()), out.losses["density"]
 
@@ -98,5 +98,5 @@ def test_a_schedule_from_dense_keeps_gradients_finite_where_no_choice_is_soft():
     options = {"budget": "fixed", "temperature": 0.05, "density_start": 1.0, "density_steps": 100, "min_blocks": 1}
     module = build(**options).train()
     q, k, v = (x.float() for x in draw(16.0))
-    module(q, k, v, AttentionMask("causal_self"), context=AttentionContext(step=0)).context.square().sum().backward()
+    module(q, k, v, AttentionMask("causal_self"), context=AttentionContext(step=0)).out.square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())

@@ -23,13 +23,13 @@ def layer(name):
     module = build_attention(name, OPTIONS[name], AttentionShape(HEADS, KV_HEADS, DIM)).double().eval()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    counted, summarise = [], module.summarise
+    counted, block_features = [], module.block_features
 
-    def counting(k, v, mask, grid, **rest):
+    def counting(call, grid, **rest):
         counted.append(grid.num_blocks)
-        return summarise(k, v, mask, grid, **rest)
+        return block_features(call, grid, **rest)
 
-    module.summarise = counting
+    module.block_features = counting
     return module, counted
 
 
@@ -45,7 +45,7 @@ def step(module, tensors, start, stop, kept, valid=None, room=0):
     mask = AttentionMask("causal_self", start, None if valid is None else valid[:, :keys])
     inputs = q[:, :, start:stop], k[:, :, :keys], v[:, :, :keys]
     with torch.no_grad():
-        return module(*inputs, mask, context=AttentionContext(summaries=kept)).context
+        return module(*inputs, mask, context=AttentionContext(summaries=kept)).out
 
 
 def same(module, tensors, start, stop, kept, **rest):
@@ -112,7 +112,7 @@ def test_keys_of_another_sequence_are_summed_up_in_the_first_step():
         mask = AttentionMask("causal_cross", position)
         with torch.no_grad():
             given, alone = (
-                module(q[:, :, position : position + 1], k, v, mask, context=AttentionContext(summaries=c)).context
+                module(q[:, :, position : position + 1], k, v, mask, context=AttentionContext(summaries=c)).out
                 for c in (kept, None)
             )
         torch.testing.assert_close(given, alone)
@@ -138,7 +138,7 @@ def test_what_a_later_value_holds_changes_no_earlier_choice(group, what):
     q, k, v = (x[:, :, :44] for x in draw())
     later = v.clone()
     later[:, :, -1] = what
-    mask, context = AttentionMask("causal_self"), AttentionContext(listen=True)
+    mask, context = AttentionMask("causal_self"), AttentionContext(collect_stats=True)
     with torch.no_grad():
         wanted, got = (module(q, k, x, mask, context=context).stats.layout.to_mask() for x in (v, later))
     assert torch.equal(got, wanted)

@@ -68,12 +68,10 @@ def test_one_softmax_over_single_and_coarse_tokens(pattern, padded):
     valid[1, 31:] = False
     mask = AttentionMask(pattern, key_valid=valid if padded else None)
     module, (q, k, v) = layer(), tensors(query_length, key_length)
-    got = module(q, k, v, mask, context=AttentionContext(listen=True))
+    got = module(q, k, v, mask, context=AttentionContext(collect_stats=True))
     real = torch.ones(BATCH, query_length, dtype=torch.bool) if cross or not padded else valid
     want = expected(module, q, k, v, mask, got.stats.layout)
-    torch.testing.assert_close(
-        got.context[real[:, None].expand(-1, HEADS, -1)], want[real[:, None].expand(-1, HEADS, -1)]
-    )
+    torch.testing.assert_close(got.out[real[:, None].expand(-1, HEADS, -1)], want[real[:, None].expand(-1, HEADS, -1)])
     assert got.stats.coarse.shape == (BATCH, HEADS)
 
 
@@ -93,7 +91,7 @@ def test_shorter_than_a_window_there_are_no_coarse_tokens():
     without.coarse_keys = None
     without.load_state_dict(with_them.state_dict(), strict=False)
     mask = AttentionMask("causal_self")
-    assert torch.equal(with_them(q, k, v, mask).context, without(q, k, v, mask).context)
+    assert torch.equal(with_them(q, k, v, mask).out, without(q, k, v, mask).out)
 
 
 @pytest.mark.parametrize("pattern", ["causal_self", "bidirectional_self"])

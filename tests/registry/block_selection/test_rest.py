@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry.block_selection import Call
 
 BATCH, HEADS, KV_HEADS, TOKENS, DIM, SIZE = 2, 4, 2, 61, 8, 4
 
@@ -20,8 +21,9 @@ def draw():
 
 def written_out(module, q, k, v, mask, keep):
     """Blocks that may be known and are neither kept nor always kept: one token of their predicted mass."""
-    selection = module.selection(q, k, mask)
-    scores = module.scores(*mask.without_padding(q, k, v), mask, selection, DIM**-0.5)
+    call = Call.of(module.shape, q, k, v, mask).without_padding()
+    selection = module.selection(call)
+    scores = module.scores(call, selection)
     real = torch.ones(BATCH, TOKENS, dtype=torch.bool) if mask.key_valid is None else mask.key_valid
     out = torch.zeros_like(q)
     rows = 0
@@ -69,31 +71,31 @@ def test_one_token_stands_for_the_rest(pattern, options, padding):
     module = build(**options).eval()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
-    out = module(q, k, v, mask, context=AttentionContext(listen=True))
+    out = module(q, k, v, mask, context=AttentionContext(collect_stats=True))
     keep = out.stats.layout.to_mask()
     expected = written_out(module, q, k, v, mask, keep)
     rows = slice(None)
     if padding and pattern != "causal_cross":
         rows = valid[:, None, :].expand(BATCH, HEADS, TOKENS)
-    torch.testing.assert_close(out.context[rows], expected[rows], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out.out[rows], expected[rows], rtol=1e-9, atol=1e-9)
     without = build(**{**options, "rest": False}).eval()
     without.load_state_dict(module.state_dict())
-    assert not torch.allclose(without(q, k, v, mask).context[rows], expected[rows], atol=1e-3)
+    assert not torch.allclose(without(q, k, v, mask).out[rows], expected[rows], atol=1e-3)
 
 
 def test_all_kept_leaves_nothing():
     q, k, v = draw()
     mask = AttentionMask("causal_self")
-    out = build(density=1.0)(q, k, v, mask, context=AttentionContext(listen=True))
+    out = build(density=1.0)(q, k, v, mask, context=AttentionContext(collect_stats=True))
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(out.context, dense, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out.out, dense, rtol=1e-9, atol=1e-9)
     assert float(out.stats.coarse.sum()) == 0
 
 
 def test_the_task_reaches_the_predictor_through_it():
     q, k, v = draw()
     module = build(estimator="none", distill_weight=0.0).train()
-    module(q, k, v, AttentionMask("causal_self")).context.square().sum().backward()
+    module(q, k, v, AttentionMask("causal_self")).out.square().sum().backward()
     assert module.key_weight.grad.abs().sum() > 0 and module.gain.grad.abs().sum() > 0
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
 
@@ -102,7 +104,8 @@ def test_it_counts_as_one_pair_a_row():
     q, k, v = draw()
     mask = AttentionMask("causal_self")
     with_rest, without = (
-        build(rest=rest).eval()(q, k, v, mask, context=AttentionContext(listen=True)).stats for rest in (True, False)
+        build(rest=rest).eval()(q, k, v, mask, context=AttentionContext(collect_stats=True)).stats
+        for rest in (True, False)
     )
     more = (with_rest.density - without.density) * TOKENS * (TOKENS + 1) / 2
     assert (more > 0.5 * TOKENS).all() and (more < TOKENS).all()

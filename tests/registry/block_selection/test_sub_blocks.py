@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-import astbench_registry.block_selection as layers
 from astbench_registry import build_attention
+from astbench_registry.block_selection import Call, scores
 from astbench_registry.interface import AttentionContext, AttentionShape
 from astbench_registry.mask import AttentionMask
 
@@ -36,8 +36,8 @@ def test_a_mean_a_token_chooses_as_the_oracle(pattern, padding):
     mask = AttentionMask(pattern, 0, valid)
     kept = []
     for module in (layer("ast", sub_blocks=8), layer("oracle_topk"), layer("ast")):
-        out = module.eval()(q, k, v, mask, context=AttentionContext(listen=True))
-        assert out.context.isfinite().all()
+        out = module.eval()(q, k, v, mask, context=AttentionContext(collect_stats=True))
+        assert out.out.isfinite().all()
         keep = out.stats.layout.to_mask()
         kept.append(keep if valid is None or pattern == "causal_cross" else keep & valid[:, None, :, None])
     assert torch.equal(kept[0], kept[1])
@@ -51,26 +51,27 @@ def test_the_score_is_the_mass_of_the_means():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(2))
     one = layer("ast", patterns=2)
     one.load_state_dict(module.state_dict())
-    selection = module.selection(q, k, mask)
-    got = module.scores(q, k, v, mask, selection, 0.3)
+    call = Call.of(module.shape, q, k, v, mask, 0.3)
+    selection = module.selection(call)
+    got = module.scores(call, selection)
     means = k.unflatten(2, (16, 4)).mean(3).repeat_interleave(HEADS // KV_HEADS, 1)
     gain = 0.3 * module.gain.exp()[:, None, None]
     mass = (gain * q @ means.transpose(-1, -2)).unflatten(-1, (8, 2)).add(math.log(4.0)).logsumexp(-1)
     block = k.unflatten(2, (8, 8)).mean(3).repeat_interleave(HEADS // KV_HEADS, 1)
-    learned = one.scores(q, k, v, mask, selection, 0.3) - gain * q @ block.transpose(-1, -2)
+    learned = one.scores(call, selection) - gain * q @ block.transpose(-1, -2)
     torch.testing.assert_close(got, mass + learned, rtol=1e-9, atol=1e-9)
 
 
 def test_in_pieces_the_same_with_gradients(monkeypatch):
     results = []
     for held in (2**22, 200):
-        monkeypatch.setattr(layers, "SCORES_AT_A_TIME", held)
+        monkeypatch.setattr(scores, "SCORES_AT_A_TIME", held)
         torch.manual_seed(0)
         module = layer("ast", sub_blocks=4).train()
         q, k, v = draw()
-        mask = AttentionMask("causal_self")
-        scores = module.scores(q, k, v, mask, module.selection(q, k, mask), 0.3)
-        results.append((scores, *torch.autograd.grad(scores.square().sum(), (module.gain, module.key_weight))))
+        call = Call.of(module.shape, q, k, v, AttentionMask("causal_self"), 0.3)
+        found = module.scores(call, module.selection(call))
+        results.append((found, *torch.autograd.grad(found.square().sum(), (module.gain, module.key_weight))))
     for whole, pieces in zip(*results, strict=True):
         torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-10)
     assert all(grad.abs().sum() > 0 for grad in results[0][1:])
@@ -79,7 +80,7 @@ def test_in_pieces_the_same_with_gradients(monkeypatch):
 def test_several_means_are_not_fused():
     q, k, v = (x.float() for x in draw(64))
     module, mask = layer("ast", sub_blocks=2).float().eval(), AttentionMask("causal_self")
-    assert module.fused_layout(q, k, v, mask, 0.3, AttentionContext()) is None
+    assert not module.fusible(Call.of(module.shape, q, k, v, mask, 0.3))
 
 
 def test_sub_blocks_divide_the_block():

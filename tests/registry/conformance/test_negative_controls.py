@@ -36,7 +36,7 @@ class Plain(Attention):
         k, v = (self.repeat(self.hide(x, mask)) for x in (k, v))
         logits = self.logits(q, k, self.default_scale() if scale is None else scale)
         context_vectors = (self.weights(logits, allowed) @ v.to(logits.dtype)).to(q.dtype)
-        listening = context is not None and context.listen
+        listening = context is not None and context.collect_stats
         return AttentionOutput(context_vectors, stats=self.stats(q, allowed) if listening else None)
 
     def default_scale(self):
@@ -207,18 +207,21 @@ class WrongParameterGradient(Unreached):
 class PoolsACausalGroup(PooledTopKAttention):
     """The group's mean query speaks, so later tokens choose for earlier ones."""
 
-    def speaker(self, q, mask, selection):
-        group = selection.query_group
-        padded = nn.functional.pad(q, (0, 0, 0, selection.num_groups * group - q.shape[2]))
+    def group_query(self, call, grid):
+        group = grid.query_group
+        padded = nn.functional.pad(call.q, (0, 0, 0, grid.num_groups * group - call.q.shape[2]))
         return padded.unflatten(2, (-1, group)).mean(3)
 
 
 class LetsTheCurrentBlockCompete(PooledTopKAttention):
     """The mean of a block that is not complete yet is compared with the others."""
 
-    def selection(self, q, k, mask):
-        found = super().selection(q, k, mask)
-        return type(found)(**{**vars(found), "candidates": found.visible, "forced": found.forced & False})
+    def fusible(self, call):
+        return False
+
+    def selection(self, call):
+        found = super().selection(call)
+        return type(found)(**{**vars(found), "candidates": found.visible, "always_kept": found.always_kept & False})
 
 
 class ReportsAnotherLayout(PooledTopKAttention):
@@ -228,9 +231,9 @@ class ReportsAnotherLayout(PooledTopKAttention):
 
 
 class ScoresInHalfPrecision(PooledTopKAttention):
-    def scores(self, q, k, v, mask, selection, scale):
-        found = super().scores(q, k, v, mask, selection, scale)
-        return found if q.dtype == torch.float64 else found.to(torch.float8_e5m2).float()
+    def factors(self, call, features, grid):
+        rows, columns = super().factors(call, features, grid)
+        return rows if call.q.dtype == torch.float64 else rows.to(torch.float8_e5m2).float(), columns
 
 
 MUTANTS = [

@@ -40,7 +40,7 @@ def draw(length, *, dim=DIM, padding=0.0, seed=0):
 
 
 def layout_of(module, tensors, valid=None, named=None):
-    context = AttentionContext(listen=True, global_tokens=named)
+    context = AttentionContext(collect_stats=True, global_tokens=named)
     return module(*tensors, AttentionMask(key_valid=valid), context=context).stats.layout.to_mask()
 
 
@@ -93,7 +93,7 @@ def test_it_is_a_masked_softmax(options, length, padding):
     tensors, valid, named = draw(length, padding=padding)
     module, context = build(options), AttentionContext(global_tokens=named)
     mask = AttentionMask(key_valid=valid)
-    got = module(*tensors, mask, context=context).context
+    got = module(*tensors, mask, context=context).out
     block = torch.arange(length) // options["block_size"]
     allowed = layout_of(module, tensors, valid, named)[:, :, block][..., block]
     allowed = allowed if valid is None else allowed & valid[:, None, None, :]
@@ -117,7 +117,7 @@ def test_pattern_without_random_blocks_is_exact(padding):
     block = torch.arange(size) // options["block_size"]
     allowed = fixed_blocks(size, options, valid, named)[0][:, None, block][..., block]
     allowed = allowed if valid is None else allowed & valid[:, None, None, :]
-    assert torch.equal(out.context > 0, allowed.expand(-1, HEADS, -1, -1))
+    assert torch.equal(out.out > 0, allowed.expand(-1, HEADS, -1, -1))
 
 
 @pytest.mark.parametrize("property", PROPERTIES)
@@ -164,7 +164,7 @@ def test_flops_are_what_the_counter_sees(monkeypatch, chunk, masked):
         monkeypatch.setattr(rules, "SLAB_PAIRS", masked)
     module, tensors = build(), [x.float() for x in draw(101)[0]]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        out = module(*tensors, MASK, context=AttentionContext(listen=True))
+        out = module(*tensors, MASK, context=AttentionContext(collect_stats=True))
     declared, size = module.flops(BATCH, 101, 101, MASK), module.config.block_size
     assert declared == counter.get_total_flops()
     kept = 4 * int(out.stats.layout.counts.sum()) * size**2 * DIM
@@ -236,7 +236,7 @@ def test_against_transformers_given_our_random_blocks(padded, monkeypatch):
     chosen = drawn.nonzero()[:, -1].view(HEADS, length // 4 - 2, 2)
 
     layer, run = theirs(monkeypatch, chosen.numpy())
-    got = module(*projections(layer, hidden), AttentionMask(key_valid=valid)).context.transpose(1, 2).flatten(2)
+    got = module(*projections(layer, hidden), AttentionMask(key_valid=valid)).out.transpose(1, 2).flatten(2)
     torch.testing.assert_close(got[valid], run(hidden, valid)[valid], rtol=0, atol=1e-12)
 
 
@@ -265,7 +265,7 @@ def test_fault_of_theirs_more_padding_moves_real_rows():
     assert float((short - long).abs().max()) > 1e-3
     module = build(kv_heads=HEADS)
     ours = [
-        module(*projections(layer, hidden[:, :n]), AttentionMask(key_valid=valid[:, :n])).context[:, :, :length]
+        module(*projections(layer, hidden[:, :n]), AttentionMask(key_valid=valid[:, :n])).out[:, :, :length]
         for n in (length, more)
     ]
     torch.testing.assert_close(*ours, rtol=0, atol=1e-12)

@@ -61,9 +61,9 @@ def test_torch_kernels_are_softmax_written_out(length, backend, pattern, padding
     tensors, valid = draw(length, None if pattern.endswith("self") else 73, padding=padding, grad=True)
     mask = AttentionMask(pattern, key_valid=valid)
     expected = softmax_by_rows(*tensors, mask, 0.37)
-    out = build(backend)(*tensors, mask, scale=0.37, context=AttentionContext(listen=True))
+    out = build(backend)(*tensors, mask, scale=0.37, context=AttentionContext(collect_stats=True))
     assert out.stats.backend == f"{backend}-cpu"
-    got = out.context
+    got = out.out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
@@ -227,7 +227,7 @@ def test_packages_are_called_as_documented(monkeypatch, backend, pattern, paddin
     offset = keys - queries if pattern == "causal_self" else 0
     tensors, valid = draw(queries, keys, padding=padding)
     mask = AttentionMask(pattern, query_offset=offset, key_valid=valid)
-    got = build(backend)(*tensors, mask, scale=0.37).context
+    got = build(backend)(*tensors, mask, scale=0.37).out
     expected = softmax_by_rows(*tensors, mask, 0.37)
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -237,7 +237,7 @@ def test_rows_that_see_nothing_are_zero_for_xformers(monkeypatch):
     in_place_of(monkeypatch, "xformers")
     tensors, valid = draw(12, padding=0.3, grad=True)
     valid[0], valid[1, :2] = False, False
-    out = build("xformers")(*tensors, AttentionMask("causal_self", key_valid=valid)).context
+    out = build("xformers")(*tensors, AttentionMask("causal_self", key_valid=valid)).out
     assert not out[0].any() and not out[1, :, :2].any()
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.square().sum(), tensors))
 
@@ -252,7 +252,7 @@ def test_on_a_gpu(monkeypatch, backend):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 200, 64, generator=g).half() for h in (6, 3, 3))
     for pattern in ("bidirectional_self", "causal_self"):
-        expected = build("sdpa_math")(q.double(), k.double(), v.double(), AttentionMask(pattern)).context
-        got = build(backend)(q.cuda(), k.cuda(), v.cuda(), AttentionMask(pattern)).context
+        expected = build("sdpa_math")(q.double(), k.double(), v.double(), AttentionMask(pattern)).out
+        got = build(backend)(q.cuda(), k.cuda(), v.cuda(), AttentionMask(pattern)).out
         error = (got.cpu().double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert error < 2e-3

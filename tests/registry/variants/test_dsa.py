@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry.block_selection import Call
 
 BATCH, HEADS, KV_HEADS, DIM, HIDDEN = 2, 6, 3, 5, 7
 OPTIONS = {"top_k": 8, "index_heads": 4, "index_dim": 3}
@@ -62,8 +63,8 @@ def test_it_is_the_equations_written_out(length, pattern, padding):
             seen = [s for s in range(length) if visible[b, 0, t, s]]
             allowed[b, :, t, sorted(seen, key=lambda s: -scores[b][t][s])[:8]] = True
     mask = AttentionMask(pattern, key_valid=valid if padding else None)
-    run = module(*tensors, mask, scale=0.37, context=AttentionContext(listen=True, hidden_states=hidden))
-    got, expected = (mask.real_queries(x) for x in (run.context, softmax_over(*tensors, allowed, 0.37)[0]))
+    run = module(*tensors, mask, scale=0.37, context=AttentionContext(collect_stats=True, hidden_states=hidden))
+    got, expected = (mask.real_queries(x) for x in (run.out, softmax_over(*tensors, allowed, 0.37)[0]))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert torch.equal(run.stats.attended, allowed.sum((2, 3)).double())
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
@@ -96,10 +97,10 @@ def test_the_loss_is_the_divergence_from_the_heads_attention(pattern, padding):
 def test_training_is_dense_and_the_loss_leaves_the_backbone_alone(pattern):
     tensors, hidden, valid = draw(41, padding=0.2)
     mask = AttentionMask(pattern, key_valid=valid)
-    dense = build_attention("dense", {}, AttentionShape(HEADS, KV_HEADS, DIM))(*tensors, mask).context
+    dense = build_attention("dense", {}, AttentionShape(HEADS, KV_HEADS, DIM))(*tensors, mask).out
     hidden.requires_grad_()
-    out = build(train=True)(*tensors, mask, context=AttentionContext(listen=True, hidden_states=hidden))
-    assert torch.equal(out.context, dense) and (out.stats.density == 1).all()
+    out = build(train=True)(*tensors, mask, context=AttentionContext(collect_stats=True, hidden_states=hidden))
+    assert torch.equal(out.out, dense) and (out.stats.density == 1).all()
     assert torch.autograd.grad(out.losses["distill"], [*tensors, hidden], allow_unused=True) == (None,) * 4
 
 
@@ -120,7 +121,7 @@ def test_distillation_teaches_the_tokens_of_most_mass():
     def inputs(seed):
         hidden = torch.randn(3, 48, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         hidden[..., 0] = 2
-        return [(hidden @ x)[:, None] for x in maps], AttentionContext(listen=True, hidden_states=hidden)
+        return [(hidden @ x)[:, None] for x in maps], AttentionContext(collect_stats=True, hidden_states=hidden)
 
     def mass():
         (q, k), context = inputs(999)
@@ -139,11 +140,11 @@ def test_distillation_teaches_the_tokens_of_most_mass():
 
 
 def test_flops_are_what_the_counter_sees_beside_the_kernel_call():
-    (_, k, _), hidden, _ = draw(41)
+    (q, k, _), hidden, _ = draw(41)
     module, mask = build(), AttentionMask("causal_self")
     with FlopCounterMode(display=False) as counter:
-        module.scores(*module._indexed(hidden, k, mask), mask, None, 1.0)
-    kernel = 4 * BATCH * HEADS * DIM * module.kept_keys(41, 41, mask)
+        module.index_scores(Call.of(module.shape, q, k, k, mask, context=AttentionContext(hidden_states=hidden)))
+    kernel = 4 * BATCH * HEADS * DIM * module.selector.kept_keys(41, 41, mask)
     assert module.flops(BATCH, 41, 41, mask) == counter.get_total_flops() + kernel
 
 

@@ -38,7 +38,7 @@ def test_nsa(tokens, top_k):
     with torch.no_grad():
         module.gate.bias.view(HEADS, 3)[:, 2] = -1e9  # no window
         q, k, v, hidden = draw(tokens)
-        got = module(q, k, v, CAUSAL, context=AttentionContext(hidden_states=hidden)).context
+        got = module(q, k, v, CAUSAL, context=AttentionContext(hidden_states=hidden)).out
         gates = module._gates(hidden, CAUSAL)
     scale, queries = DIM**-0.5, by_tokens(q)
     means = [torch.stack([part.mean(2) for part in x.split(size, 2)], 1) for x in (k, v)]  # (batch, blocks, heads, d)
@@ -59,7 +59,7 @@ def test_dsa(tokens, top_k):
         module.index_weight.weight.abs_()
         hidden = hidden.abs() * torch.linspace(-1, 1, HIDDEN).sign()
         module.index_weight.weight.mul_(torch.linspace(-1, 1, HIDDEN).sign())
-        got = module(q, k, v, CAUSAL, context=AttentionContext(hidden_states=hidden)).context
+        got = module(q, k, v, CAUSAL, context=AttentionContext(hidden_states=hidden)).out
         indexed = module.index_query(hidden).unflatten(-1, (8, 4)), module.index_key(hidden)
         weights = module.index_weight(hidden)
         assert (weights > 0).all()

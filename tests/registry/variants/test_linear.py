@@ -47,7 +47,7 @@ def oracle(q, k, v, pattern, valid):
 def test_is_the_definition(length, pattern, padding):
     tensors, valid = draw(length, length if pattern.endswith("self") else 73, padding=padding, grad=True)
     mask = AttentionMask(pattern, key_valid=valid)
-    got, expected = build()(*tensors, mask).context, oracle(*tensors, pattern, valid)
+    got, expected = build()(*tensors, mask).out, oracle(*tensors, pattern, valid)
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
@@ -66,7 +66,7 @@ def test_causal_form_is_the_recurrence():
         norm = norm + feature
         rows.append((query[..., None, :] @ state).squeeze(-2) / (query * norm).sum(-1, keepdim=True))
     module = build_attention("linear", {}, AttentionShape(KV_HEADS, KV_HEADS, DIM))
-    got = module(q, k, v, AttentionMask("causal_self")).context
+    got = module(q, k, v, AttentionMask("causal_self")).out
     torch.testing.assert_close(got, torch.stack(rows, 2), rtol=0, atol=1e-12)
     assert module.state_size(1) == module.state_size(131) == state[0].numel() + norm[0].numel()
 
@@ -74,7 +74,7 @@ def test_causal_form_is_the_recurrence():
 def test_scale_is_relative_to_the_papers():
     (q, k, v), _ = draw(37)
     mask = AttentionMask("bidirectional_self")
-    got = build()(q, k, v, mask, scale=0.3).context
+    got = build()(q, k, v, mask, scale=0.3).out
     torch.testing.assert_close(got, oracle(q * 0.3 * DIM**0.5, k, v, mask.pattern, None), rtol=0, atol=1e-12)
 
 
@@ -88,7 +88,7 @@ def test_against_the_sums_of_the_performer_package(causal):
     expected = (
         package.causal_linear_attention_noncuda(*features, eps=0.0) if causal else package.linear_attention(*features)
     )
-    got = build()(q, k, v, AttentionMask("causal_self" if causal else "bidirectional_self")).context
+    got = build()(q, k, v, AttentionMask("causal_self" if causal else "bidirectional_self")).out
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
@@ -109,7 +109,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(pattern, largest_tensor):
         tensors = [torch.randn(1, h, length, 8, requires_grad=True) for h in (2, 1, 1)]
         module = build_attention("linear", {}, AttentionShape(2, 1, 8))
         with largest_tensor() as largest:
-            module(*tensors, AttentionMask(pattern)).context.sum().backward()
+            module(*tensors, AttentionMask(pattern)).out.sum().backward()
         found.append(largest.elements)
     assert found[1] <= 2 * found[0] <= 2 * 2 * 4096 * CHUNK
 
@@ -140,5 +140,5 @@ def test_far_negative_inputs_keep_their_precision():
     q, k = q - 22, k - 22
     module, mask = build_attention("linear", {}, AttentionShape(2, 2, 8)), AttentionMask("causal_self")
     expected = weighted(q.double().exp() @ k.double().exp().mT, v.double(), "causal_self", None)
-    torch.testing.assert_close(module(q, k, v, mask).context.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(module(q, k, v, mask).out.double(), expected, rtol=0, atol=1e-5)
     assert not (elu(q) + 1).any()

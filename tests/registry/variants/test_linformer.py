@@ -54,7 +54,7 @@ def test_linformer_is_the_projections_written_out(length, pattern, sharing, padd
     tensors, valid = draw(length, keys, padding=padding, grad=True)
     module = build({"sharing": sharing})
     mask = AttentionMask(pattern, key_valid=valid)
-    got = module(*tensors, mask).context
+    got = module(*tensors, mask).out
     E = module.E
     F = E if sharing == "key_value" else module.F
     assert E.shape == (KV_HEADS if sharing == "none" else 1, 1000, K)
@@ -76,8 +76,8 @@ def test_identity_projections_are_dense_attention(scale):
             parameter.copy_(torch.eye(63, dtype=torch.float64))
     dense = build_attention("dense", {}, module.shape)
     mask = AttentionMask()
-    expected = dense(*tensors, mask, scale=scale).context
-    torch.testing.assert_close(module(*tensors, mask, scale=scale).context, expected, rtol=0, atol=1e-13)
+    expected = dense(*tensors, mask, scale=scale).out
+    torch.testing.assert_close(module(*tensors, mask, scale=scale).out, expected, rtol=0, atol=1e-13)
 
 
 # ----- the package
@@ -110,7 +110,7 @@ def package_and_ours(length, *, longest=97, k=K, share_kv=False, one_kv_head=Fal
 @pytest.mark.parametrize(("share_kv", "one_kv_head"), [(False, False), (True, False), (False, True)])
 def test_linformer_against_the_package(length, share_kv, one_kv_head):
     theirs, ours, x, tensors = package_and_ours(length, share_kv=share_kv, one_kv_head=one_kv_head)
-    out = ours(*tensors, AttentionMask()).context.transpose(1, 2).flatten(2)
+    out = ours(*tensors, AttentionMask()).out.transpose(1, 2).flatten(2)
     torch.testing.assert_close(theirs.to_out(out), theirs(x), rtol=0, atol=1e-13)
 
 
@@ -130,7 +130,7 @@ def test_the_package_ignores_padding_masks():
     assert float(moved.detach().abs().max()) > 1e-3
     other = [torch.where(valid[:, None, :, None], t, t + 1) for t in tensors]
     mask = AttentionMask(key_valid=valid)
-    first, second = (ours(*x, mask).context[:, :, :50] for x in (tensors, other))
+    first, second = (ours(*x, mask).out[:, :, :50] for x in (tensors, other))
     assert torch.equal(first, second)
 
 
@@ -180,7 +180,7 @@ def test_flops_are_what_the_counter_sees(pattern, sharing):
 
 def test_statistics_count_every_pair():
     tensors, valid = draw(37, padding=0.3)
-    stats = build()(*tensors, AttentionMask(key_valid=valid), context=AttentionContext(listen=True)).stats
+    stats = build()(*tensors, AttentionMask(key_valid=valid), context=AttentionContext(collect_stats=True)).stats
     assert torch.equal(stats.attended, (37 * valid.sum(-1, keepdim=True)).expand(-1, HEADS).double())
 
 
@@ -191,5 +191,5 @@ def test_memory_is_linear(largest_tensor):
     q, key = torch.randn(1, 2, length, 4), torch.randn(1, 1, length, 4)
     valid = (torch.arange(length) % 3 > 0)[None]
     with sdpa_kernel(SDPBackend.MATH), largest_tensor() as largest:
-        module(q, key, key, AttentionMask(key_valid=valid)).context.sum().backward()
+        module(q, key, key, AttentionMask(key_valid=valid)).out.sum().backward()
     assert length * k <= largest.elements <= 2 * length * k

@@ -106,7 +106,7 @@ def test_it_is_a_masked_softmax(options, length, pattern, padding):
     tensors, valid, named = draw(length, padding=padding, kv_heads=module.shape.num_kv_heads)
     context = AttentionContext(hidden_states=tensors[3], global_tokens=named)
     mask = AttentionMask(pattern, key_valid=valid)
-    got = module(*tensors[:3], mask, scale=0.4, context=context).context
+    got = module(*tensors[:3], mask, scale=0.4, context=context).out
     expected = oracle(module, tensors, options, pattern, valid, named, 0.4)
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -126,11 +126,11 @@ def test_pattern_is_exact(name, pattern, padding):
     skip_without(module, pattern)
     (q, k, _, _), valid, named = draw(size, dim=size, padding=padding, kv_heads=module.shape.num_kv_heads)
     eye = torch.eye(size, dtype=torch.float64).expand_as(k)
-    context = AttentionContext(listen=True, global_tokens=named)
+    context = AttentionContext(collect_stats=True, global_tokens=named)
     out = module(q, k, eye, AttentionMask(pattern, key_valid=valid), context=context)
     expected = pattern_mask(size, options, pattern, valid, global_tokens(size, options, valid, named))
     expected = expected.expand(BATCH, HEADS, size, size)
-    assert torch.equal(out.context > 0, expected)
+    assert torch.equal(out.out > 0, expected)
     assert torch.equal(out.stats.attended, expected.sum((-1, -2)).double())
 
 
@@ -148,10 +148,10 @@ def test_named_tokens_move_only_their_own_sequence():
     (q, k, v, _), _, named = draw(77)
     named[0, 5:25] = True
     mask = AttentionMask("bidirectional_self")
-    together = module(q, k, v, mask, context=AttentionContext(global_tokens=named)).context
+    together = module(q, k, v, mask, context=AttentionContext(global_tokens=named)).out
     for b in range(BATCH):
         rows = slice(b, b + 1)
-        alone = module(q[rows], k[rows], v[rows], mask, context=AttentionContext(global_tokens=named[rows])).context
+        alone = module(q[rows], k[rows], v[rows], mask, context=AttentionContext(global_tokens=named[rows])).out
         torch.testing.assert_close(alone, together[rows], rtol=0, atol=1e-12)
 
 
@@ -160,10 +160,10 @@ def test_tokens_named_in_the_prompt_stay_global_while_decoding():
     (q, k, v, _), _, named = draw(length)
     named[:, 20:] = False
     context = AttentionContext(global_tokens=named[:, :20])
-    whole = module(q, k, v, AttentionMask("causal_self"), context=context).context
+    whole = module(q, k, v, AttentionMask("causal_self"), context=context).out
     for i in range(20, length):
         mask = AttentionMask("causal_self", query_offset=i)
-        step = module(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], mask, context=context).context
+        step = module(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], mask, context=context).out
         torch.testing.assert_close(step, whole[:, :, i : i + 1], rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match=r"global_tokens must be \(2, 10 or fewer\), got \(2, 20\)"):
         module(q[:, :, :10], k[:, :, :10], v[:, :, :10], AttentionMask("causal_self"), context=context)

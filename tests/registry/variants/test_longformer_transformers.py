@@ -60,7 +60,7 @@ def test_against_the_layer_in_transformers(dtype, backend):
     linears = (layer.query, layer.key, layer.value)
     q, k, v = (x(hidden).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for x in linears)
     context = AttentionContext(hidden_states=hidden, global_tokens=named)
-    got = module(q, k, v, AttentionMask(key_valid=valid), context=context).context
+    got = module(q, k, v, AttentionMask(key_valid=valid), context=context).out
     got = got.transpose(1, 2).flatten(2)
     expected = run_theirs(layer, hidden, valid, chosen)
     torch.testing.assert_close(got[valid], expected[valid], rtol=0, atol=1e-6)
@@ -90,7 +90,7 @@ def test_fault_of_theirs_a_window_of_one_key_a_side_fails():
 def test_backend_says_what_ran_and_what_it_cannot():
     module = build_attention("longformer", {"backend": "transformers"}, AttentionShape(2, 2, 4))
     q, k, v = torch.randn(3, 1, 2, 20, 4).unbind()
-    assert module(q, k, v, BIDIRECTIONAL, context=AttentionContext(listen=True)).stats.backend == "transformers"
+    assert module(q, k, v, BIDIRECTIONAL, context=AttentionContext(collect_stats=True)).stats.backend == "transformers"
     assert module.config.can.patterns == ("bidirectional_self",)
     assert not (list(module.parameters()) or module.state_dict())
     with pytest.raises(CapabilityError, match="no causal self attention"):

@@ -72,8 +72,8 @@ def test_it_is_the_definition_written_out(length, options, padding):
         weights = softmax_over(*tensors, visible, 0.37)[1]
         allowed = kept_pairs(weights, valid, module.config) & visible
     mask = AttentionMask("causal_self", key_valid=valid if padding else None)
-    run = module(*tensors, mask, scale=0.37, context=AttentionContext(listen=True))
-    got, expected = (mask.real_queries(x) for x in (run.context, softmax_over(*tensors, allowed, 0.37)[0]))
+    run = module(*tensors, mask, scale=0.37, context=AttentionContext(collect_stats=True))
+    got, expected = (mask.real_queries(x) for x in (run.out, softmax_over(*tensors, allowed, 0.37)[0]))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
     gradients = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
@@ -90,7 +90,7 @@ def test_a_planted_column_and_a_planted_diagonal_are_found():
     options = {"vertical": 1, "slash": 1, "first": 0, "recent": 1, "block_size": 1, "query_group": 1}
     for number, diagonals in ((1, {0}), (2, {0, distance})):
         module = build_attention("minference", {**OPTIONS, **options, "slash": number}, AttentionShape(1, 1, length))
-        run = module(q, k, k, AttentionMask("causal_self"), scale=1.0, context=AttentionContext(listen=True))
+        run = module(q, k, k, AttentionMask("causal_self"), scale=1.0, context=AttentionContext(collect_stats=True))
         position = torch.arange(length)
         expected = (position == column) | torch.isin(position[:, None] - position, torch.tensor(sorted(diagonals)))
         assert torch.equal(run.stats.layout.token_mask(causal=True)[0, 0], expected.tril())
@@ -98,7 +98,7 @@ def test_a_planted_column_and_a_planted_diagonal_are_found():
 
 def test_the_end_of_the_prompt_chooses_for_its_start():
     (q, k, v), _ = draw(47)
-    mask, context, module = AttentionMask("causal_self"), AttentionContext(listen=True), build()
+    mask, context, module = AttentionMask("causal_self"), AttentionContext(collect_stats=True), build()
     later = torch.cat([q[:, :, :40], -q[:, :, 40:]], 2)
     before, after = (module(x, k, v, mask, context=context).stats.layout.to_mask() for x in (q, later))
     assert not torch.equal(before[:, :, :9], after[:, :, :9])

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry.block_selection import Call
 from astbench_registry.variants.pooled_topk import PooledTopKAttention
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 7
@@ -59,7 +60,7 @@ def test_it_is_the_equations_written_out(length, size, top_k, pattern, padding):
     with torch.no_grad():
         allowed = pairs(*tensors[:2], pattern, valid, size, top_k)
     expected = softmax_over(*tensors, allowed, 0.37)
-    got = build(block_size=size, top_k=top_k)(*tensors, mask, scale=0.37).context
+    got = build(block_size=size, top_k=top_k)(*tensors, mask, scale=0.37).out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
@@ -69,7 +70,9 @@ def test_it_is_the_equations_written_out(length, size, top_k, pattern, padding):
 
 def test_one_block_is_the_own_one():
     (q, k, v), _ = draw(43, 43)
-    out = build(block_size=5, top_k=1)(q, k, v, AttentionMask("causal_self"), context=AttentionContext(listen=True))
+    out = build(block_size=5, top_k=1)(
+        q, k, v, AttentionMask("causal_self"), context=AttentionContext(collect_stats=True)
+    )
     own = torch.eye(9, dtype=torch.bool)[torch.arange(43) // 5]
     assert torch.equal(out.stats.layout.to_mask(), own.expand(BATCH, HEADS, -1, -1))
 
@@ -79,7 +82,9 @@ def test_the_first_block_has_to_earn_its_place():
     (q, k, v), _ = draw(43, 43)
     with torch.no_grad():
         k[:, :, :5] = -q[:, ::2, 42:] * 10
-    run = build(block_size=5, top_k=3)(q, k, v, AttentionMask("causal_self"), context=AttentionContext(listen=True))
+    run = build(block_size=5, top_k=3)(
+        q, k, v, AttentionMask("causal_self"), context=AttentionContext(collect_stats=True)
+    )
     assert not run.stats.layout.to_mask()[:, ::2, 42, 0].any()
 
 
@@ -90,17 +95,18 @@ def test_every_token_chooses_under_all_patterns():
     assert isinstance(control, PooledTopKAttention)
     for pattern in ("bidirectional_self", "causal_self"):
         mask = AttentionMask(pattern)
-        ours = build(block_size=5, top_k=4)(q, k, v, mask).context
-        torch.testing.assert_close(ours, control(q, k, v, mask).context, rtol=0, atol=1e-12)
+        ours = build(block_size=5, top_k=4)(q, k, v, mask).out
+        torch.testing.assert_close(ours, control(q, k, v, mask).out, rtol=0, atol=1e-12)
 
 
 def test_scores_cost_what_the_counter_sees():
     (q, k, v), _ = draw(43, 43)
     mask, module = AttentionMask("causal_self"), build(block_size=5, top_k=3)
-    selection = module.selection(q, k, mask)
+    call = Call.of(module.shape, q, k, v, mask)
+    selection = module.selection(call)
     with FlopCounterMode(display=False) as counter:
-        module.scores(q, k, v, mask, selection, 1.0)
-    kept = 4 * BATCH * HEADS * DIM * module.kept_keys(43, 43, mask)
+        module.scores(call, selection)
+    kept = 4 * BATCH * HEADS * DIM * module.selector.kept_keys(43, 43, mask)
     assert module.flops(BATCH, 43, 43, mask) - kept == counter.get_total_flops()
 
 

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry.block_selection import Call
 
 BATCH, HEADS, KV_HEADS, DIM, HIDDEN = 2, 6, 3, 5, 7
 OPTIONS = {"block_size": 6, "top_k": 5, "compress_size": 6, "compress_stride": 2, "window": 4}
@@ -108,8 +109,8 @@ def test_it_is_the_equations_written_out(length, options, pattern, padding):
     module = build(**options)
     mask = AttentionMask(pattern, key_valid=valid if padding else None)
     expected, pairs, seen, near = written_out(module, *tensors, hidden, pattern, valid, 0.37)
-    run = module(*tensors, mask, scale=0.37, context=AttentionContext(listen=True, hidden_states=hidden))
-    got, expected = mask.real_queries(run.context), mask.real_queries(expected)  # a padded query's row is nobody's
+    run = module(*tensors, mask, scale=0.37, context=AttentionContext(collect_stats=True, hidden_states=hidden))
+    got, expected = mask.real_queries(run.out), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     rows = mask.real_queries(pairs.double()) if padding else pairs.double()
     layout = run.stats.layout.token_mask(causal=mask.causal, key_valid=mask.key_valid).double()
@@ -128,7 +129,9 @@ def test_it_is_the_equations_written_out(length, options, pattern, padding):
 
 def test_something_is_left_out_and_the_group_chooses_together():
     (q, k, v), hidden, _ = draw(53)
-    run = build()(q, k, v, AttentionMask("causal_self"), context=AttentionContext(listen=True, hidden_states=hidden))
+    run = build()(
+        q, k, v, AttentionMask("causal_self"), context=AttentionContext(collect_stats=True, hidden_states=hidden)
+    )
     kept = run.stats.layout.to_mask()
     assert (kept[:, :, 48:].sum(-1) == 5).all()
     assert torch.equal(kept[:, 0::2], kept[:, 1::2]) and not torch.equal(kept[:, 0], kept[:, 2])
@@ -149,11 +152,11 @@ def test_flops_are_what_the_counter_sees_beside_the_kernel_calls():
     (q, k, v), hidden, _ = draw(130)
     module, mask = build(), AttentionMask("bidirectional_self")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        compressed = module.compress_key(k), module.compress_value(v)
-        module.scores(q, *compressed, mask, module.selection(q, k, mask), 1.0)
+        call = Call.of(module.shape, q, k, v, mask)
+        module.block_mass(module._compressed(call), module.selector.selection(call))
         module._gates(hidden, mask)
     listed = 3 * 64 * 2 * 64  # three groups of queries, each with the two blocks that 63 windows and 2 of zeros fill
-    kernel = 4 * BATCH * HEADS * DIM * (listed + module.kept_keys(130, 130, mask))
+    kernel = 4 * BATCH * HEADS * DIM * (listed + module.selector.kept_keys(130, 130, mask))
     near = module.window.flops(BATCH, 130, 130, mask)
     assert module.flops(BATCH, 130, 130, mask) == counter.get_total_flops() + kernel + near
 

@@ -79,7 +79,7 @@ def written_out(q, k, v, valid, landmarks, *, iterations=6, scale=None, conv=Non
 
 def assert_parity(module, tensors, valid, **options):
     real = 1.0 if valid is None else valid[:, None, :, None]
-    got = module(*tensors, AttentionMask(key_valid=valid)).context * real
+    got = module(*tensors, AttentionMask(key_valid=valid)).out * real
     expected = written_out(*tensors, valid, module.config.num_landmarks, **options)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
@@ -107,11 +107,11 @@ def test_the_convolution_runs_over_real_tokens(length, padding):
 def test_a_sequence_is_its_real_tokens_wherever_the_padding_is(conv):
     tensors, _ = draw(40)
     module = build({"num_landmarks": 7, "conv_kernel_size": conv})
-    expected = module(*tensors, AttentionMask()).context
+    expected = module(*tensors, AttentionMask()).out
     places = torch.randperm(97, generator=torch.Generator().manual_seed(1))[:40].sort().values
     spread = [torch.full((*x.shape[:2], 97, DIM), torch.nan, dtype=x.dtype).index_copy(2, places, x) for x in tensors]
     valid = torch.zeros(BATCH, 97, dtype=torch.bool).index_fill(1, places, True)
-    got = module(*spread, AttentionMask(key_valid=valid)).context[:, :, places]
+    got = module(*spread, AttentionMask(key_valid=valid)).out[:, :, places]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
 
 
@@ -152,7 +152,7 @@ def package_and_ours(landmarks, *, batch=1, heads=1, length=64, iterations=6, co
 
     def our_rows(x, valid=None):
         q, k, v = (y.unflatten(-1, (heads, DIM)).transpose(1, 2) for y in theirs.to_qkv(x).chunk(3, -1))
-        out = ours(q, k, v, AttentionMask(key_valid=valid)).context
+        out = ours(q, k, v, AttentionMask(key_valid=valid)).out
         return theirs.to_out(out.transpose(1, 2).flatten(2))
 
     return theirs, our_rows, x
@@ -212,7 +212,7 @@ def test_nystrom_against_hugging_face():
     ours.load_state_dict({"conv.weight": theirs.conv.weight})
     x = torch.randn(1, 64, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q, k, v = (linear(x)[:, None] for linear in (theirs.query, theirs.key, theirs.value))
-    torch.testing.assert_close(ours(q, k, v, AttentionMask()).context[:, 0], theirs(x)[0], rtol=0, atol=1e-11)
+    torch.testing.assert_close(ours(q, k, v, AttentionMask()).out[:, 0], theirs(x)[0], rtol=0, atol=1e-11)
 
 
 # ----- options, cost and memory
@@ -248,7 +248,7 @@ def test_flops_are_what_the_counter_sees(options):
 
 def test_statistics_count_every_pair():
     tensors, valid = draw(37, padding=0.3)
-    stats = build()(*tensors, AttentionMask(key_valid=valid), context=AttentionContext(listen=True)).stats
+    stats = build()(*tensors, AttentionMask(key_valid=valid), context=AttentionContext(collect_stats=True)).stats
     assert torch.equal(stats.attended, (37 * valid.sum(-1, keepdim=True)).expand(-1, HEADS).double())
 
 
@@ -258,5 +258,5 @@ def test_memory_is_linear(largest_tensor):
     q, key = torch.randn(1, 2, length, DIM), torch.randn(1, 1, length, DIM)
     valid = (torch.arange(length) % 3 > 0)[None]
     with sdpa_kernel(SDPBackend.MATH), largest_tensor() as largest:
-        module(q, key, key, AttentionMask(key_valid=valid)).context.sum().backward()
+        module(q, key, key, AttentionMask(key_valid=valid)).out.sum().backward()
     assert length * landmarks <= largest.elements <= 2 * length * landmarks

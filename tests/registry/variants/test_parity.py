@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_kernels import BlockLayout, block_sparse_attention, soft_top_k
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry.block_selection import Call
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
 SELECTORS = ["random_topk", "pooled_topk", "oracle_topk", "ast"]
@@ -51,8 +52,8 @@ def identity_run(name, options, pattern, *, padding=0.0, size=61, layer=0):
     (q, k, _), valid = draw(size, dim=size, padding=padding)
     eye = torch.eye(size, dtype=torch.float64).expand_as(k)
     module = build(name, options, dim=size, layer=layer)
-    out = module(q, k, eye, AttentionMask(pattern, key_valid=valid), context=AttentionContext(listen=True))
-    return out.context > 0, out.stats, (q, k, valid)
+    out = module(q, k, eye, AttentionMask(pattern, key_valid=valid), context=AttentionContext(collect_stats=True))
+    return out.out > 0, out.stats, (q, k, valid)
 
 
 # ----- dense
@@ -65,7 +66,7 @@ def test_dense_is_softmax_written_out(pattern, padding):
     tensors, valid = draw(101, keys, padding=padding, grad=True)
     expected = softmax_by_rows(*tensors, visible(101, keys, pattern, valid))
     mask = AttentionMask(pattern, key_valid=valid)
-    got = build("dense")(*tensors, mask).context
+    got = build("dense")(*tensors, mask).out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
@@ -99,7 +100,7 @@ def test_local_is_a_band(length, window, pattern, padding):
     tensors, valid = draw(length, padding=padding, grad=True)
     expected = softmax_by_rows(*tensors, band(length, window, pattern, valid))
     mask = AttentionMask(pattern, key_valid=valid)
-    got = build("local", {"window": window})(*tensors, mask).context
+    got = build("local", {"window": window})(*tensors, mask).out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
@@ -132,7 +133,7 @@ def test_local_against_the_local_attention_package(causal):
     (q, k, v), _ = draw(length)
     k_all, v_all = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
     expected = theirs(q, k_all, v_all)
-    got = build("local", {"window": window})(q, k, v, AttentionMask(PATTERNS[int(causal)])).context
+    got = build("local", {"window": window})(q, k, v, AttentionMask(PATTERNS[int(causal)])).out
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
@@ -146,10 +147,10 @@ def test_selector_is_masked_softmax_over_its_own_layout(name, pattern, padding):
     keys = 149 if pattern.endswith("self") else 113
     tensors, valid = draw(149, keys, padding=padding)
     mask = AttentionMask(pattern, key_valid=valid)
-    out = build(name, SMALL)(*tensors, mask, context=AttentionContext(listen=True))
+    out = build(name, SMALL)(*tensors, mask, context=AttentionContext(collect_stats=True))
     assert float(out.stats.density.max()) < 0.75, "the case must leave something out"
     allowed = out.stats.layout.token_mask(causal=mask.causal, key_valid=valid)
-    got, expected = (mask.real_queries(x) for x in (out.context, softmax_by_rows(*tensors, allowed)))
+    got, expected = (mask.real_queries(x) for x in (out.out, softmax_by_rows(*tensors, allowed)))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert torch.equal(out.stats.attended, allowed.sum((-1, -2)).double())
 
@@ -181,7 +182,7 @@ def random_blocks(*, seed=0, layer=0, length=512):
     }
     (q, k, v), _ = draw(length, batch=1)
     mask = AttentionMask("bidirectional_cross")
-    out = build("random_topk", options, layer=layer)(q, k, v, mask, context=AttentionContext(listen=True))
+    out = build("random_topk", options, layer=layer)(q, k, v, mask, context=AttentionContext(collect_stats=True))
     return out.stats.layout.to_mask()[0]
 
 
@@ -208,7 +209,7 @@ def test_oracle_picks_the_blocks_of_most_dense_mass(pattern, group):
     (q, k, v), _ = draw(96, keys)
     options = {"block_size": 8, "top_k": 4, "min_blocks": 1, "query_group": group}
     mask = AttentionMask(pattern)
-    out = build("oracle_topk", options)(q, k, v, mask, context=AttentionContext(listen=True))
+    out = build("oracle_topk", options)(q, k, v, mask, context=AttentionContext(collect_stats=True))
     kept = out.stats.layout.to_mask()
 
     eye = torch.eye(keys, dtype=torch.float64).expand(BATCH, KV_HEADS, keys, keys)
@@ -237,7 +238,7 @@ def test_untrained_ast_is_pooled_topk_to_the_bit(pattern, dtype):
     tensors, valid = draw(149, keys, padding=0.2)
     tensors = [x.to(dtype) for x in tensors]
     mask = AttentionMask(pattern, key_valid=valid)
-    ours, theirs = (build(name, SMALL).to(dtype)(*tensors, mask).context for name in ("ast", "pooled_topk"))
+    ours, theirs = (build(name, SMALL).to(dtype)(*tensors, mask).out for name in ("ast", "pooled_topk"))
     assert torch.equal(ours, theirs)
 
 
@@ -248,14 +249,14 @@ def test_straight_through_alone_reaches_the_predictor(pattern):
     mask, options = AttentionMask(pattern), {**SMALL, "distill_weight": 0.0}
     module = build("ast", options, train=True)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    plain = build("pooled_topk", SMALL)(*tensors, mask).context
+    plain = build("pooled_topk", SMALL)(*tensors, mask).out
     for step in range(2):
         out = module(*tensors, mask)
         assert not out.losses
         if step == 0:
-            torch.testing.assert_close(out.context, plain, rtol=0, atol=1e-12)
+            torch.testing.assert_close(out.out, plain, rtol=0, atol=1e-12)
         optimizer.zero_grad()
-        ((out.context - 1) ** 2).sum().backward()
+        ((out.out - 1) ** 2).sum().backward()
         optimizer.step()
     for name in ("gain", "key_weight", "query_weight"):
         assert float(module.get_parameter(name).grad.abs().max()) > 1e-6, name
@@ -269,8 +270,8 @@ def test_patterns_are_cosines_of_the_distance_in_blocks():
     weight = torch.linspace(-1, 2, 2 * patterned.shape.num_heads, dtype=torch.float64).view(-1, 2)
     with torch.no_grad():
         patterned.pattern_weight.copy_(weight)
-    grid = plain.selection(tensors[0], tensors[1], mask)
-    before, after = (m.scores(*tensors, mask, grid, 0.3).detach() for m in (plain, patterned))
+    call = Call.of(plain.shape, *tensors, mask, 0.3)
+    before, after = (m.scores(call, m.selection(call)).detach() for m in (plain, patterned))
     for head, group, block in ((0, 0, 0), (1, 7, 3), (2, 30, 9)):
         distance = group * 4 / plain.config.block_size - block
         added = sum(float(w) * math.cos(2 * math.pi * distance / p) for w, p in zip(weight[head], (4, 8), strict=True))
@@ -311,12 +312,13 @@ def test_global_tokens_see_all_and_are_seen_by_all():
     mask = AttentionMask("bidirectional_self", key_valid=valid)
 
     def chosen(on, pattern="bidirectional_self"):
-        context = AttentionContext(listen=True, global_tokens=named)
+        context = AttentionContext(collect_stats=True, global_tokens=named)
         where = AttentionMask(pattern, key_valid=valid)
         return build("ast", {**options, "global_tokens": on})(*tensors, where, context=context).stats.layout
 
     layout = chosen(True)
-    blocks, visible = layout.to_mask(), build("ast", options).selection(tensors[0], tensors[1], mask).visible
+    module = build("ast", options)
+    blocks, visible = layout.to_mask(), module.selection(Call.of(module.shape, *tensors, mask)).visible
     for row, token in enumerate(tokens):
         seen = visible[row, 0].any(-1)  # groups of padding alone see their keys' blocks too
         assert blocks[row, :, seen, token // layout.block_size].all()
@@ -351,7 +353,7 @@ def planted(batch, seed, *, length=128, block=8):
 
 def recall_of_oracle(module, oracle, tensors, mask):
     """Share of the oracle's blocks that the module keeps too."""
-    context = AttentionContext(listen=True)
+    context = AttentionContext(collect_stats=True)
     with torch.no_grad():
         ours, best = (m.eval()(*tensors, mask, context=context).stats.layout.to_mask() for m in (module, oracle))
     return float((ours & best).sum() / best.sum())
@@ -392,10 +394,10 @@ def test_dense_steps_teach_the_choice_of_the_last_one():
     for step in range(60):
         q, k, v = planted(4, seed=step)
         wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=2.0)
-        output = module(q, k, v, mask, context=AttentionContext(step=step, listen=True))
+        output = module(q, k, v, mask, context=AttentionContext(step=step, collect_stats=True))
         assert output.stats.density.min() == 1.0
         optimizer.zero_grad()
-        (output.context - wanted).square().mean().backward()
+        (output.out - wanted).square().mean().backward()
         optimizer.step()
     after = recall_of_oracle(module, oracle, held_out, mask)
     assert after > before + 0.05, f"recall of the oracle's blocks went from {before:.2f} to {after:.2f}"
@@ -409,7 +411,7 @@ def test_ast_schedules():
     mask = AttentionMask("bidirectional_self")
 
     def run(step):
-        output = attention(q, k, v, mask, context=AttentionContext(step=step, listen=True))
+        output = attention(q, k, v, mask, context=AttentionContext(step=step, collect_stats=True))
         return output.stats.layout.density(causal=False).mean().item(), output.losses.get("distill", torch.tensor(0.0))
 
     (dense, taught), (half, _), (sparse, last) = run(0), run(6), run(10)
@@ -425,7 +427,7 @@ def test_sampled_blocks_are_kept_as_often_as_the_differentiable_top_k_says():
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, 24, 8, generator=g) for _ in range(3))
     q = q[:, :, :1].expand(-1, -1, 4000, -1)  # one query, asked four thousand times
-    mask, context = AttentionMask("bidirectional_cross"), AttentionContext(listen=True)
+    mask, context = AttentionMask("bidirectional_cross"), AttentionContext(collect_stats=True)
     torch.manual_seed(0)
     kept = attention(q, k, v, mask, context=context).stats.layout.to_mask()[0, 0]
     assert (kept.sum(-1) == 6).all()

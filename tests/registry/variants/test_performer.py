@@ -57,7 +57,7 @@ def test_is_the_definition(length, pattern, padding, kernel):
     tensors, valid = draw(length, length if pattern.endswith("self") else 73, padding=padding, grad=True)
     module = build({"kernel": kernel})
     mask = AttentionMask(pattern, key_valid=valid)
-    got = module(*tensors, mask, scale=0.7).context
+    got = module(*tensors, mask, scale=0.7).out
     expected = oracle(*tensors, features_of(module), pattern, valid, 0.7, kernel=kernel)
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -80,7 +80,7 @@ def test_pieces_before_the_first_query_are_seen(monkeypatch, offset):
     (q, k, v), valid = draw(301, padding=0.3)
     module, mask = build(), AttentionMask("causal_self", offset, valid)
     expected = oracle(q, k, v, features_of(module), "causal_self", valid, 0.7)[:, :, offset:]
-    got = module(q[:, :, offset:], k, v, mask, scale=0.7).context
+    got = module(q[:, :, offset:], k, v, mask, scale=0.7).out
     torch.testing.assert_close(mask.real_queries(got), mask.real_queries(expected), rtol=0, atol=1e-12)
 
 
@@ -156,11 +156,11 @@ def test_error_falls_with_the_root_of_the_number_of_features(pattern, size):
     q, k, v = (torch.randn(1, 2, 128, 16, generator=g, dtype=torch.float64) for _ in range(3))
     q, k, mask = q * size, k * size, AttentionMask(pattern)
     shape = AttentionShape(2, 2, 16)
-    dense = build_attention("dense", {}, shape)(q, k, v, mask).context
+    dense = build_attention("dense", {}, shape)(q, k, v, mask).out
     numbers, errors = (32, 64, 128, 256, 512, 1024), []
     for m in numbers:
         options = [{"num_features": m, "seed": seed} for seed in range(24)]
-        outputs = [build(o, heads=2, kv_heads=2, dim=16)(q, k, v, mask).context for o in options]
+        outputs = [build(o, heads=2, kv_heads=2, dim=16)(q, k, v, mask).out for o in options]
         errors.append(float((torch.stack(outputs) - dense).square().mean().sqrt()))
     x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (numbers, errors))
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
@@ -179,11 +179,11 @@ def test_no_row_moves_when_later_tokens_change(size, dtype, kernel):
     q, k, v = (torch.randn(2, h, 200, 32, generator=g).to(dtype) for h in (4, 2, 2))
     module = build({"num_features": 64, "kernel": kernel}, heads=4, kv_heads=2, dim=32)
     mask = AttentionMask("causal_self")
-    before = module(q, k, v, mask).context
+    before = module(q, k, v, mask).out
     for cut in (1, 40, 64, 130, 199):
         late = (torch.arange(200) >= cut)[:, None]
         changed = [torch.where(late, x + size * torch.randn(x.shape, generator=g).to(dtype), x) for x in (q, k, v)]
-        after = module(*changed, mask).context
+        after = module(*changed, mask).out
         torch.testing.assert_close(after[:, :, :cut], before[:, :, :cut], rtol=0, atol=0)
 
 
@@ -195,7 +195,7 @@ def test_large_inputs_give_finite_outputs_and_gradients(size, dtype, pattern):
     q, k, v = (torch.randn(1, 2, 150, 64, generator=g) * s for s in (size, size, 1.0))
     tensors = [x.to(dtype).requires_grad_() for x in (q, k, v)]
     module = build({"num_features": 128}, heads=2, kv_heads=2, dim=64)
-    got = module(*tensors, AttentionMask(pattern)).context
+    got = module(*tensors, AttentionMask(pattern)).out
     assert all(x.isfinite().all() for x in (got, *torch.autograd.grad(got.float().square().sum(), tensors)))
     if size <= 4:  # relative to the values, what rounding the output costs
         exact = oracle(*(x.detach().double() for x in tensors), features_of(module), pattern, None, 1 / 8)
@@ -224,7 +224,7 @@ def test_redraws_follow_the_training_step_and_evaluation_has_the_last():
     mask = AttentionMask("causal_self")
 
     def run(module, step):
-        return module(q, k, v, mask, context=AttentionContext(step=step)).context
+        return module(q, k, v, mask, context=AttentionContext(step=step)).out
 
     module = build({"redraw_interval": 10}).train()
     by_step = [run(module, step) for step in (0, 9, 10, 19, 20)]
@@ -248,7 +248,7 @@ def test_features_drawn_in_inference_mode_serve_training():
     tensors, _ = draw(20, grad=True)
     with torch.inference_mode():
         module(*tensors, mask)
-    module.train()(*tensors, mask).context.sum().backward()
+    module.train()(*tensors, mask).out.sum().backward()
 
 
 def test_half_precision_modules_keep_exact_features():
@@ -277,6 +277,6 @@ def test_no_tensor_grows_with_the_square_of_the_length(pattern, largest_tensor):
         tensors = [torch.randn(1, h, length, 8, requires_grad=True) for h in (2, 1, 1)]
         module = build({"num_features": 16}, heads=2, kv_heads=1, dim=8)
         with largest_tensor() as largest:
-            module(*tensors, AttentionMask(pattern)).context.sum().backward()
+            module(*tensors, AttentionMask(pattern)).out.sum().backward()
         found.append(largest.elements)
     assert found[1] <= 2 * found[0] <= 2 * 2 * 4096 * 64  # a chunk's weights: 64 per query and head

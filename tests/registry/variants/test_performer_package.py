@@ -52,13 +52,13 @@ def test_softmax_kernel_without_the_packages_epsilons(package, monkeypatch, caus
     module = theirs(package, ours, causal=causal)
     if causal:
         module.causal_linear_fn = partial(package.causal_linear_attention_noncuda, eps=0.0)
-    torch.testing.assert_close(ours(q, k, v, pattern_of(causal)).context, module(q, k, v), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours(q, k, v, pattern_of(causal)).out, module(q, k, v), rtol=0, atol=1e-12)
 
 
 def test_relu_kernel_as_published(package):
     ours, (q, k, v) = build(kernel="relu"), draw()
     module = theirs(package, ours, generalized_attention=True)
-    torch.testing.assert_close(ours(q, k, v, pattern_of(False)).context, module(q, k, v), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours(q, k, v, pattern_of(False)).out, module(q, k, v), rtol=0, atol=1e-12)
 
 
 def with_epsilons(q, k, v, w, causal):
@@ -80,7 +80,7 @@ def test_epsilons_account_for_what_the_package_does_otherwise(package, causal):
     got = theirs(package, ours, causal=causal)(q, k, v)
     expected = with_epsilons(q, k, v, ours.projection(q.device, q.dtype), causal)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    difference = float((got - ours(q, k, v, pattern_of(causal)).context).abs().max())
+    difference = float((got - ours(q, k, v, pattern_of(causal)).out).abs().max())
     assert 1e-5 < difference < 0.5
 
 
@@ -92,7 +92,7 @@ def test_its_causal_mode_sees_the_future_through_the_largest_key(package):
     later = k.clone()
     later[:, :, 90:] *= 8
     moved = []
-    for attend in (theirs(package, ours, causal=True), lambda q, k, v: ours(q, k, v, pattern_of(True)).context):
+    for attend in (theirs(package, ours, causal=True), lambda q, k, v: ours(q, k, v, pattern_of(True)).out):
         moved.append(float((attend(q, later, v) - attend(q, k, v))[:, :, :90].abs().max()))
     assert moved[0] > 1e-3
     assert moved[1] == 0
@@ -102,7 +102,7 @@ def test_it_overflows_in_float16(package):
     ours, (q, k, v) = build(), (x.half() for x in draw(1024, size=2.0))
     out = theirs(package, ours, dtype=torch.float16)(q, k, v)
     assert not out.isfinite().all()
-    assert ours(q, k, v, pattern_of(False)).context.isfinite().all()
+    assert ours(q, k, v, pattern_of(False)).out.isfinite().all()
 
 
 def test_its_padding_is_zeroed_in_the_values_and_still_counted(package):
@@ -152,7 +152,7 @@ def test_backend_conforms_to_what_it_declares(package, kernel, property):
 def test_backend_runs_the_package_on_our_features(package, pattern):
     q, k, v = draw(61, 61 if pattern.endswith("self") else 37)
     ours, backend = (build(backend=name, kernel="relu") for name in ("auto", "performer_pytorch"))
-    outputs = [module(q, k, v, AttentionMask(pattern), scale=0.3).context for module in (ours, backend)]
+    outputs = [module(q, k, v, AttentionMask(pattern), scale=0.3).out for module in (ours, backend)]
     # The package adds 1e-6 to causal sums of features that are 1e-3 at least.
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-2 if pattern == "causal_self" else 1e-12)
     assert ours.state_dict().keys() == backend.state_dict().keys()

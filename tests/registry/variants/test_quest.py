@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry.block_selection import Call
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 7
 PATTERNS = ["causal_self", "bidirectional_self", "bidirectional_cross", "causal_cross"]
@@ -64,7 +65,7 @@ def test_it_is_the_equations_written_out(length, size, top_k, pattern, padding):
     with torch.no_grad():
         allowed = pairs(*tensors[:2], pattern, valid, size, top_k)
     expected = softmax_over(*tensors, allowed, 0.37)
-    got = build(block_size=size, top_k=top_k)(*tensors, mask, scale=0.37).context
+    got = build(block_size=size, top_k=top_k)(*tensors, mask, scale=0.37).out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
@@ -75,7 +76,8 @@ def test_it_is_the_equations_written_out(length, size, top_k, pattern, padding):
 def test_no_key_of_a_page_exceeds_its_bound():
     (q, k, v), _ = draw(43, 43)
     module, mask = build(block_size=5), AttentionMask("bidirectional_self")
-    bound = module.scores(q, k, v, mask, module.selection(q, k, mask), 1.0).detach()
+    call = Call.of(module.shape, q, k, v, mask, 1.0)
+    bound = module.scores(call, module.selection(call)).detach()
     logits = (q @ k.repeat_interleave(2, 1).transpose(-1, -2)).detach()
     largest = torch.nn.functional.pad(logits, (0, 2), value=-torch.inf).unflatten(-1, (9, 5)).amax(-1)
     assert (largest <= bound + 1e-12).all()
@@ -84,10 +86,10 @@ def test_no_key_of_a_page_exceeds_its_bound():
 def test_the_first_two_layers_are_dense_attention():
     (q, k, v), valid = draw(43, 43, padding=0.2)
     mask = AttentionMask("causal_self", key_valid=valid)
-    dense = build_attention("dense", {}, AttentionShape(HEADS, KV_HEADS, DIM))(q, k, v, mask).context
+    dense = build_attention("dense", {}, AttentionShape(HEADS, KV_HEADS, DIM))(q, k, v, mask).out
     for layer in (0, 1, 2):
-        run = build(layer=layer, block_size=5, top_k=3)(q, k, v, mask, context=AttentionContext(listen=True))
-        assert torch.equal(run.context, dense) == (layer < 2)
+        run = build(layer=layer, block_size=5, top_k=3)(q, k, v, mask, context=AttentionContext(collect_stats=True))
+        assert torch.equal(run.out, dense) == (layer < 2)
         assert bool((run.stats.density == 1).all()) == (layer < 2)
         assert torch.equal(
             run.stats.layout.attended_pairs(causal=True, key_valid=valid).expand(-1, HEADS), run.stats.attended
@@ -99,10 +101,11 @@ def test_the_first_two_layers_are_dense_attention():
 def test_scores_cost_what_the_counter_sees():
     (q, k, v), _ = draw(43, 43)
     mask, module = AttentionMask("causal_self"), build(block_size=5, top_k=3)
-    selection = module.selection(q, k, mask)
+    call = Call.of(module.shape, q, k, v, mask)
+    selection = module.selection(call)
     with FlopCounterMode(display=False) as counter:
-        module.scores(q, k, v, mask, selection, 1.0)
-    kept = 4 * BATCH * HEADS * DIM * module.kept_keys(43, 43, mask)
+        module.scores(call, selection)
+    kept = 4 * BATCH * HEADS * DIM * module.selector.kept_keys(43, 43, mask)
     assert module.flops(BATCH, 43, 43, mask) - kept == counter.get_total_flops()
 
 

@@ -132,13 +132,13 @@ def test_pattern_is_exact(kind, pattern, padding):
     (q, k, _), valid = draw(size, dim=size, padding=padding)
     module = build(options, dim=size)
     eye = torch.eye(size, dtype=torch.float64).expand_as(k)
-    out = module(q, k, eye, AttentionMask(pattern, key_valid=valid), context=AttentionContext(listen=True))
+    out = module(q, k, eye, AttentionMask(pattern, key_valid=valid), context=AttentionContext(collect_stats=True))
     across = kind.get("attend_across_buckets", True)
     buckets, causal = own_buckets(module, q, valid, 4), pattern == "causal_self"
     number, _ = meetings(buckets, valid, 4, causal=causal, attend_across_buckets=across)
     alone = torch.diag_embed((number > 0).sum(-1) == 1)
     off_diagonal = (number > 0) & ~torch.eye(size, dtype=torch.bool)
-    assert torch.equal(out.context > 0, off_diagonal | alone)
+    assert torch.equal(out.out > 0, off_diagonal | alone)
     assert 0.01 < float(out.stats.density.max()) < 0.6, "the case must leave something out"
     torch.testing.assert_close(out.stats.attended, (number > 0).sum((-1, -2)).double(), rtol=0, atol=1e-6)
 
@@ -146,11 +146,11 @@ def test_pattern_is_exact(kind, pattern, padding):
 def test_keys_and_the_removed_padding_do_not_matter():
     (q, k, v), valid = draw(127, padding=0.3)
     module = build({"bucket_size": 8})
-    got = module(q, k, v, AttentionMask(key_valid=valid)).context
-    assert torch.equal(got, module(q, torch.full_like(k, torch.nan), v, AttentionMask(key_valid=valid)).context)
+    got = module(q, k, v, AttentionMask(key_valid=valid)).out
+    assert torch.equal(got, module(q, torch.full_like(k, torch.nan), v, AttentionMask(key_valid=valid)).out)
     for b in range(BATCH):
         alone = [x[b : b + 1, :, valid[b]] for x in (q, k, v)]
-        expected = module(*alone, AttentionMask()).context
+        expected = module(*alone, AttentionMask()).out
         torch.testing.assert_close(got[b : b + 1, :, valid[b]], expected, rtol=0, atol=1e-12)
 
 
@@ -171,7 +171,7 @@ def test_rotations_are_redrawn_while_training_only():
     for train in (True, False):
         module = build({"bucket_size": 8, "num_hashes": 1}, train=train)
         for step in (0, 1):
-            runs[train, step] = module(*tensors, AttentionMask(), context=AttentionContext(step=step)).context
+            runs[train, step] = module(*tensors, AttentionMask(), context=AttentionContext(step=step)).out
     assert not torch.equal(runs[True, 0], runs[True, 1])
     assert torch.equal(runs[False, 0], runs[False, 1])
 
@@ -179,9 +179,9 @@ def test_rotations_are_redrawn_while_training_only():
 def test_the_choice_is_not_strictly_causal():
     (q, k, v), _ = draw(128)
     module, mask = build({"bucket_size": 8, "num_hashes": 2}), AttentionMask("causal_self")
-    before = module(q, k, v, mask).context
+    before = module(q, k, v, mask).out
     later = torch.cat([q[:, :, :100], k[:, :, 100:]], 2)
-    moved = (module(later, k, v, mask).context != before)[:, :, :100].any(-1)
+    moved = (module(later, k, v, mask).out != before)[:, :, :100].any(-1)
     assert float(moved.double().mean()) > 0.3
 
 
@@ -225,7 +225,7 @@ def test_within_one_chunk_it_is_transformers(causal):
     expected = theirs(x, num_hashes=1).hidden_states
     q, v = (layer(x).unflatten(-1, (HEADS, 8)).transpose(1, 2) for layer in (theirs.query_key, theirs.value))
     module = build({"num_hashes": 1, "bucket_size": 64}, dim=8)
-    got = module(q, q, v, AttentionMask(PATTERNS[causal])).context.transpose(1, 2).flatten(2)
+    got = module(q, q, v, AttentionMask(PATTERNS[causal])).out.transpose(1, 2).flatten(2)
     # It normalises with an epsilon of 1e-6.
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
@@ -307,10 +307,10 @@ def test_backend_is_the_package_and_leaves_the_random_state_alone(package):
     tensors[2] = torch.eye(64, dtype=torch.float64).expand_as(tensors[1])
     module = build({**PACKAGE, "bucket_size": 8, "num_hashes": 2}, dim=64)
     state = torch.get_rng_state()
-    out = module(*tensors, AttentionMask("causal_self"), context=AttentionContext(listen=True))
+    out = module(*tensors, AttentionMask("causal_self"), context=AttentionContext(collect_stats=True))
     assert torch.equal(state, torch.get_rng_state())
     assert out.stats.backend == "reformer_pytorch"
-    seen = (out.context > 0) | torch.eye(64, dtype=torch.bool)  # oneself is computed, and left out
+    seen = (out.out > 0) | torch.eye(64, dtype=torch.bool)  # oneself is computed, and left out
     assert torch.equal(out.stats.attended, seen.sum((-1, -2)).double())
     with pytest.raises(CapabilityError, match="takes no padding and lengths in multiples of 16, got 63"):
         module(*(x[:, :, :63] for x in tensors), AttentionMask())

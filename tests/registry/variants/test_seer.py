@@ -88,7 +88,7 @@ def test_it_is_the_equations_written_out(budget, pattern, group, padding):
     assert left_out
     allowed &= visible_pairs(length, keys, pattern, valid)
     mask = AttentionMask(pattern, key_valid=valid if padding else None)
-    got, expected = module(q, k, v, mask).context, softmax_over(q, k, v, allowed)
+    got, expected = module(q, k, v, mask).out, softmax_over(q, k, v, allowed)
     torch.testing.assert_close(mask.real_queries(got), mask.real_queries(expected), rtol=0, atol=1e-12)
 
 
@@ -123,18 +123,18 @@ def test_training_is_dense_and_the_loss_leaves_the_backbone_alone(pattern):
     (q, k, v), valid = draw(33, 33, padding=0.2)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     mask = AttentionMask(pattern, key_valid=valid)
-    dense = build_attention("dense", {}, AttentionShape(HEADS, KV_HEADS, DIM))(q, k, v, mask).context
+    dense = build_attention("dense", {}, AttentionShape(HEADS, KV_HEADS, DIM))(q, k, v, mask).out
     module = build(train=True, top_k=2)
-    out = module(q, k, v, mask, context=AttentionContext(listen=True))
-    assert torch.equal(out.context, dense) and (out.stats.density == 1).all()
+    out = module(q, k, v, mask, context=AttentionContext(collect_stats=True))
+    assert torch.equal(out.out, dense) and (out.stats.density == 1).all()
     assert torch.autograd.grad(out.losses["distill"], [q, k, v], allow_unused=True) == (None,) * 3
     module.eval()
-    assert not torch.equal(module(q, k, v, mask).context, dense)
+    assert not torch.equal(module(q, k, v, mask).out, dense)
 
 
 def test_a_pooled_group_looks_ahead_and_says_so():
     (q, k, v), _ = draw(40, 40)
-    mask, context = AttentionMask("causal_self"), AttentionContext(listen=True)
+    mask, context = AttentionMask("causal_self"), AttentionContext(collect_stats=True)
     later = q.clone()
     later[:, :, 39] *= -50  # the last query of the last group of eight
     for group in (1, 8):
@@ -164,7 +164,7 @@ def test_distillation_teaches_the_blocks_of_most_mass():
     torch.manual_seed(0)
     module = build_attention("seer", options, shape).double()
     oracle = build_attention("oracle_topk", {**options, "min_blocks": 1, "first_block": False}, shape).double()
-    held_out, context = planted(999), AttentionContext(listen=True)
+    held_out, context = planted(999), AttentionContext(collect_stats=True)
 
     def recall():
         kept = [m.eval()(*held_out, mask, context=context).stats.layout.to_mask() for m in (module, oracle)]

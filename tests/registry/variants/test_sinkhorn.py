@@ -90,7 +90,7 @@ def test_it_is_the_equations_written_out(length, size, pattern, padding):
     tensors, valid = draw(length, padding=padding, grad=True)
     module = build({"block_size": size, "num_iterations": 3})
     expected = oracle(*tensors, valid, module.sort_weight, module.config, pattern == "causal_self")
-    got = module(*tensors, AttentionMask(pattern, key_valid=valid)).context
+    got = module(*tensors, AttentionMask(pattern, key_valid=valid)).out
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
     sources = [*tensors, module.sort_weight]
@@ -142,9 +142,9 @@ def test_full_blocks_are_balanced_both_ways():
 def test_removing_the_padding_changes_nothing(pattern):
     tensors, valid = draw(127, padding=0.3)
     module = build({"block_size": 8})
-    got = module(*tensors, AttentionMask(pattern, key_valid=valid)).context
+    got = module(*tensors, AttentionMask(pattern, key_valid=valid)).out
     for b in range(BATCH):
-        expected = module(*(x[b : b + 1, :, valid[b]] for x in tensors), AttentionMask(pattern)).context
+        expected = module(*(x[b : b + 1, :, valid[b]] for x in tensors), AttentionMask(pattern)).out
         torch.testing.assert_close(got[b : b + 1, :, valid[b]], expected, rtol=0, atol=1e-12)
 
 
@@ -154,7 +154,7 @@ def test_noise_follows_seed_layer_and_step_and_only_while_training():
 
     def run(step=0, train=True, layer=0, **more):
         module = build({**options, **more}, layer=layer, train=train)
-        return module(*tensors, AttentionMask(), context=AttentionContext(step=step)).context
+        return module(*tensors, AttentionMask(), context=AttentionContext(step=step)).out
 
     state = torch.get_rng_state()
     first = run()

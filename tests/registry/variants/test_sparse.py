@@ -88,7 +88,7 @@ def test_it_is_softmax_under_the_published_mask(length, options, pattern, paddin
     allowed = allowed if valid is None else allowed & valid[:, None, None]
     expected = softmax_by_rows(*tensors, allowed, 0.37)
     mask = AttentionMask(pattern, key_valid=valid)
-    got = build(options)(*tensors, mask, scale=0.37).context
+    got = build(options)(*tensors, mask, scale=0.37).out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
@@ -103,7 +103,7 @@ def test_a_thousand_tokens(options, pattern):
     options = {**options, "stride": 30}
     expected = softmax_by_rows(*tensors, expected_mask(1000, options, pattern)[None] & valid[:, None, None], DIM**-0.5)
     mask = AttentionMask(pattern, key_valid=valid)
-    got = build(options)(*tensors, mask).context
+    got = build(options)(*tensors, mask).out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
@@ -118,10 +118,10 @@ def test_the_pattern_is_exact(options, pattern, layer, padding):
     (q, k, _), valid = draw(size, dim=size, padding=padding)
     eye = torch.eye(size, dtype=torch.float64).expand_as(k)
     mask = AttentionMask(pattern, key_valid=valid)
-    out = build(options, dim=size, layer=layer)(q, k, eye, mask, context=AttentionContext(listen=True))
+    out = build(options, dim=size, layer=layer)(q, k, eye, mask, context=AttentionContext(collect_stats=True))
     expected = expected_mask(size, options, pattern, layer)[None]
-    expected = (expected if valid is None else expected & valid[:, None, None]).expand_as(out.context)
-    assert torch.equal(out.context > 0, expected)
+    expected = (expected if valid is None else expected & valid[:, None, None]).expand_as(out.out)
+    assert torch.equal(out.out > 0, expected)
     lists = out.stats.layout.token_mask(causal=mask.causal, key_valid=valid)
     assert torch.equal(lists.expand_as(expected), expected)
     assert torch.equal(out.stats.attended, expected.sum((-1, -2)).double())
@@ -131,7 +131,7 @@ def test_float16_holds_large_products():
     """q . k exceeds 65504 here, the scaled logits do not."""
     q = torch.full((1, 1, 40, 64), 40.0, dtype=torch.float16)
     module = build_attention("sparse", {"pattern": "strided", "stride": 7}, AttentionShape(1, 1, 64))
-    out = module(q, q, q, AttentionMask("causal_self")).context
+    out = module(q, q, q, AttentionMask("causal_self")).out
     assert torch.equal(out, q)
 
 
@@ -140,10 +140,10 @@ def test_decoding_reads_the_same_keys(options):
     """From any position, in steps of any size, through the kernel instead of the grid."""
     (q, k, v), _ = draw(50)
     module = build(options)
-    whole = module(q, k, v, AttentionMask("causal_self")).context
+    whole = module(q, k, v, AttentionMask("causal_self")).out
     for start, stop in ((1, 2), (13, 14), (17, 40), (49, 50)):
         mask = AttentionMask("causal_self", query_offset=start)
-        step = module(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], mask).context
+        step = module(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], mask).out
         torch.testing.assert_close(step, whole[:, :, start:stop], rtol=0, atol=1e-12)
 
 

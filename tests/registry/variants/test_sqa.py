@@ -66,7 +66,7 @@ def test_it_is_the_papers_layer_with_merged_projections(length, query_heads, kv_
         x, y, mean_slices(w_q, query_heads), mean_slices(w_k, left), mean_slices(w_v, left), merged_o, allowed
     )
     mask = AttentionMask(pattern, key_valid=valid)
-    out = build(query_heads, kv_heads)(heads_of(x, w_q), heads_of(y, w_k), heads_of(y, w_v), mask).context
+    out = build(query_heads, kv_heads)(heads_of(x, w_q), heads_of(y, w_k), heads_of(y, w_v), mask).out
     # A padded query's row is nobody's.
     out, expected = mask.real_queries(out), mask.real_queries(expected[:, None])[:, 0]
     got = out.transpose(1, 2).flatten(2) @ w_o.T
@@ -82,7 +82,7 @@ def test_with_all_heads_it_is_dense(pattern):
     q, k, v = (draw(BATCH, h, 40, DIM, g=g) for h in (HEADS, 4, 4))
     dense = build_attention("dense", {}, AttentionShape(HEADS, 4, DIM))
     mask = AttentionMask(pattern)
-    assert torch.equal(build(HEADS, 4)(q, k, v, mask).context, dense(q, k, v, mask).context)
+    assert torch.equal(build(HEADS, 4)(q, k, v, mask).out, dense(q, k, v, mask).out)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -94,10 +94,10 @@ def test_every_visible_key_is_attended_to(pattern, padding):
     module = build_attention("sqa", {}, AttentionShape(HEADS, 4, size))
     mask = AttentionMask(pattern, key_valid=valid)
     eye = torch.eye(size, dtype=torch.float64).expand_as(k)
-    out = module(q, k, eye, mask, context=AttentionContext(listen=True))
+    out = module(q, k, eye, mask, context=AttentionContext(collect_stats=True))
     allowed = torch.ones(size, size, dtype=torch.bool)
     allowed = (allowed.tril() if pattern == "causal_self" else allowed) & valid[:, None, None]
-    assert torch.equal(out.context > 0, allowed.expand_as(out.context))
+    assert torch.equal(out.out > 0, allowed.expand_as(out.out))
     assert torch.equal(out.stats.attended, allowed.sum((-1, -2)).double().expand(-1, HEADS))
 
 

@@ -74,7 +74,7 @@ def test_it_is_the_equations_written_out(length, options, pattern, padding):
     tensors, valid = draw(length, padding=padding, grad=True)
     module = build(options)
     expected = real_rows(written_out(module, *tensors, pattern, valid, 0.37), valid)
-    got = real_rows(module(*tensors, AttentionMask(pattern, key_valid=valid), scale=0.37).context, valid)
+    got = real_rows(module(*tensors, AttentionMask(pattern, key_valid=valid), scale=0.37).out, valid)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
     sources = [*tensors, *module.parameters()]
@@ -93,8 +93,8 @@ def test_untrained_it_is_dense_bit_for_bit(pattern, padding, dtype):
     tensors = [x.to(dtype) for x in tensors]
     mask = AttentionMask(pattern, key_valid=valid)
     dense = build_attention("dense", {}, AttentionShape(HEADS, KV_HEADS, DIM))
-    got = real_rows(build(trained=False).to(dtype)(*tensors, mask).context, valid)
-    assert torch.equal(got, real_rows(dense(*tensors, mask).context, valid))
+    got = real_rows(build(trained=False).to(dtype)(*tensors, mask).out, valid)
+    assert torch.equal(got, real_rows(dense(*tensors, mask).out, valid))
 
 
 def test_a_larger_alpha_sharpens_long_contexts_only():
@@ -106,7 +106,7 @@ def test_a_larger_alpha_sharpens_long_contexts_only():
         module = build({"token": False, "value": False}, dim=64)
         with torch.no_grad():
             module.alpha.fill_(alpha)
-        best.append(module(q, k, eye, AttentionMask("causal_self")).context.amax(-1))
+        best.append(module(q, k, eye, AttentionMask("causal_self")).out.amax(-1))
     assert torch.equal(best[0][..., 0], best[1][..., 0])
     assert (best[1][..., 32:] > best[0][..., 32:]).all()
 
@@ -117,12 +117,12 @@ def test_every_visible_key_is_attended_to(pattern, padding):
     (q, k, _), valid = draw(41, dim=41, padding=padding)
     mask = AttentionMask(pattern, key_valid=valid)
     eye = torch.eye(41, dtype=torch.float64).expand_as(k)
-    out = build(dim=41)(q, k, eye, mask, context=AttentionContext(listen=True))
+    out = build(dim=41)(q, k, eye, mask, context=AttentionContext(collect_stats=True))
     allowed = torch.ones(41, 41, dtype=torch.bool)
     allowed = allowed.tril() if pattern == "causal_self" else allowed
-    allowed = (allowed[None, None] if valid is None else allowed & valid[:, None, None]).expand_as(out.context)
+    allowed = (allowed[None, None] if valid is None else allowed & valid[:, None, None]).expand_as(out.out)
     rows = real_rows(torch.ones_like(allowed), valid)
-    assert torch.equal((out.context > 0) & rows, allowed & rows)
+    assert torch.equal((out.out > 0) & rows, allowed & rows)
     assert torch.equal(out.stats.attended, allowed.sum((-1, -2)).double())
 
 
@@ -131,7 +131,7 @@ def test_nan_in_padded_queries_does_not_reach_the_parameters(pattern):
     tensors, valid = draw(20, padding=0.3)
     tensors = [torch.where(valid[:, None, :, None], x, torch.nan) for x in tensors]
     module = build()
-    out = real_rows(module(*tensors, AttentionMask(pattern, key_valid=valid)).context, valid)
+    out = real_rows(module(*tensors, AttentionMask(pattern, key_valid=valid)).out, valid)
     grads = torch.autograd.grad(out.square().sum(), list(module.parameters()))
     assert all(x.isfinite().all() for x in grads)
 

@@ -79,7 +79,7 @@ def test_synthesizer_is_its_logits_written_out(length, pattern, kind, mix, paddi
     tensors, valid = draw(length, padding=padding, grad=True)
     module = build({"kind": kind, "mix_dense": mix, "k": 3})
     mask = AttentionMask(pattern, key_valid=valid)
-    got = module(*tensors[:3], mask, context=AttentionContext(hidden_states=tensors[3])).context
+    got = module(*tensors[:3], mask, context=AttentionContext(hidden_states=tensors[3])).out
     expected = written_out(module, *tensors, mask)
     if valid is not None:  # in padded rows the network reads zeros, not what lies there
         got, expected = (x * valid[:, None, :, None] for x in (got, expected))
@@ -99,7 +99,7 @@ def test_another_scale_multiplies_all_logits(kind, mix):
     tensors, _ = draw(31)
     module = build({"kind": kind, "mix_dense": mix})
     context = AttentionContext(hidden_states=tensors[3])
-    got = module(*tensors[:3], AttentionMask(), scale=0.9, context=context).context
+    got = module(*tensors[:3], AttentionMask(), scale=0.9, context=context).out
     torch.testing.assert_close(got, written_out(module, *tensors, AttentionMask(), 0.9), rtol=0, atol=1e-12)
 
 
@@ -118,8 +118,7 @@ def test_queries_and_keys_are_read_only_when_mixed(kind):
     for mix in (False, True):
         module = build({"kind": kind, "mix_dense": mix})
         first, second = (
-            module(*x[:3], AttentionMask(), context=AttentionContext(hidden_states=x[3])).context
-            for x in (tensors, other)
+            module(*x[:3], AttentionMask(), context=AttentionContext(hidden_states=x[3])).out for x in (tensors, other)
         )
         assert torch.equal(first, second) != mix
 

@@ -202,36 +202,26 @@ def _pieces(q: Tensor, k: Tensor, layout: BlockLayout, causal: bool, key_valid: 
 def _piece(
     q: Tensor, k: Tensor, layout: BlockLayout, causal: bool, key_valid: Tensor | None, where: tuple[slice, ...]
 ) -> _Piece:
+    """The piece of some batch rows, lists and groups."""
     batch, numbers, groups = where
-    lists, kv_heads, size, device = layout.indices.shape[1], k.shape[1], layout.block_size, q.device
-    heads, counts = q.shape[1] // lists, layout.counts[where]
-    start, stop = (
-        (layout.first_group + x) * layout.query_group - layout.query_offset for x in (groups.start, groups.stop)
-    )
-    start, stop = max(0, start), min(layout.query_length, stop)
-    where = *where, slice(max(1, int(counts.max())))
+    lists, kv_heads = layout.indices.shape[1], k.shape[1]
+    heads = q.shape[1] // lists
+    rows = _rows_of(layout, groups)
+    where = *where, slice(max(1, int(layout.counts[where].max())))
     tables = batch, slice(numbers.start * kv_heads // lists, (numbers.stop * kv_heads - 1) // lists + 1)
     part = replace(
         layout,
         indices=layout.indices[where],
-        counts=counts,
-        query_length=stop - start,
-        query_offset=layout.query_offset + start,
+        counts=layout.counts[where[:3]],
+        query_length=rows.stop - rows.start,
+        query_offset=layout.query_offset + rows.start,
     )
     units = Units(part, batch.stop - batch.start, heads)
-    blocks, slots = part.indices.to(torch.int32), part.slots
-    whole, last = slots, None
-    if causal:
-        last = units.last_keys(device)
-        slots = slots & (blocks <= (last[:, -1:] // size).to(torch.int32))  # what nobody sees yet is not there
-        whole = blocks < ((last[:, :1] + 1) // size).to(torch.int32)
-        last = last.repeat(1, heads)
+    slots, whole, last = _seen(part, units, causal, q.device)
+    row = torch.arange(numbers.start, numbers.stop, device=q.device) * kv_heads // lists
+    blocks = _rows_of_table(part, torch.arange(units.batch, device=q.device)[:, None] * kv_heads + row)
     valid = None if key_valid is None else key_valid[batch]
     unseen = unseen_keys(part, units.batch, tables[1].stop - tables[1].start, valid)
-    if slots.shape[:2].numel() > 1:  # more than one table
-        row = torch.arange(numbers.start, numbers.stop, device=device) * kv_heads // lists
-        row = torch.arange(units.batch, device=device)[:, None] * kv_heads + row
-        blocks = blocks + (row * part.num_blocks).to(torch.int32)[:, :, None, None]
     if unseen is not None:
         some = unseen.any(-1).index_select(0, blocks.masked_fill(~slots, 0).flatten())
         whole = whole & ~some.view_as(slots)
@@ -239,7 +229,7 @@ def _piece(
         layout=part,
         batch=units.batch,
         heads_per_list=heads,
-        queries=(batch, slice(numbers.start * heads, numbers.stop * heads), slice(start, stop)),
+        queries=(batch, slice(numbers.start * heads, numbers.stop * heads), rows),
         lists=where,
         tables=tables,
         blocks=blocks.flatten(0, 2),
@@ -248,6 +238,33 @@ def _piece(
         last=last,
         unseen=unseen,
     )
+
+
+def _rows_of(layout: BlockLayout, groups: slice) -> slice:
+    """The query rows of some groups; the first and the last group may be cut short."""
+    start, stop = (
+        (layout.first_group + x) * layout.query_group - layout.query_offset for x in (groups.start, groups.stop)
+    )
+    return slice(max(0, start), min(layout.query_length, stop))
+
+
+def _seen(part: BlockLayout, units: Units, causal: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of a piece's lists: entries that somebody sees a key of, entries without hidden pairs, rows' last keys."""
+    slots = part.slots
+    if not causal:
+        return slots, slots, None
+    blocks, size, last = part.indices.to(torch.int32), part.block_size, units.last_keys(device)
+    seen = slots & (blocks <= (last[:, -1:] // size).to(torch.int32))
+    whole = blocks < ((last[:, :1] + 1) // size).to(torch.int32)
+    return seen, whole, last.repeat(1, units.heads_per_list)
+
+
+def _rows_of_table(part: BlockLayout, table: Tensor) -> Tensor:
+    """int32, as the lists: where each listed block stands in the block table, given the table of each list."""
+    blocks = part.indices.to(torch.int32)
+    if table.numel() == 1:
+        return blocks
+    return blocks + (table * part.num_blocks).to(torch.int32)[:, :, None, None]
 
 
 def _bias(block_bias: Tensor | None, piece: _Piece, dtype: torch.dtype) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,17 +75,17 @@ class _TritonAttention(torch.autograd.Function):
         valid = None if key_valid is None else key_valid.contiguous()
         out = torch.empty(*q.shape[:3], plan.value_dim, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        arguments = _inputs(plan, q, k, v, bias, valid, scale)
+        inputs = _inputs(plan, q, k, v, bias, valid, scale)
         if plan.schedule == "decode":  # make_plan sees to it that no backward pass follows
-            _forward_decode(plan, layout, arguments, out, lse)
+            _forward_decode(plan, layout, inputs, out, lse)
             return out, lse
         states = block_states(plan, valid, q.device)
         transposed = None
         if plan.schedule == "query_major":
-            _forward_query_major(plan, layout, states, arguments, out, lse)
+            _forward_query_major(plan, layout, states, inputs, out, lse)
         else:
             transposed = transpose_lists(plan, layout, states, even=plan.key_major_even())
-            _forward_key_major(plan, layout, transposed, arguments, out, lse)
+            _forward_key_major(plan, layout, transposed, inputs, out, lse)
         ctx.save_for_backward(q, k, v, bias, valid, out, lse, states)
         ctx.transposed, ctx.layout, ctx.plan, ctx.scale = transposed, layout, plan, scale
         return out, lse
@@ -104,23 +105,66 @@ class _TritonAttention(torch.autograd.Function):
             # The two key-major tiles may differ in what they call full.
             if transposed is None or even != plan.key_major_even():
                 transposed = transpose_lists(plan, layout, states, even=even)
-            arguments = _inputs(plan, q, k, v, bias, valid, ctx.scale)
-            arguments |= {"d_out": d_out, "lse": lse, "delta": delta, "softmax_scale": ctx.scale}
-            arguments |= dict(zip(("stride_ob", "stride_oh", "stride_on"), d_out.stride(), strict=False))
+            inputs = _inputs(plan, q, k, v, bias, valid, ctx.scale).with_gradients(d_out, lse, delta, ctx.scale)
             d_q: Tensor | None
             if plan.adds_up_queries:
-                d_q, d_k, d_v, d_bias = _backward_key_major(plan, transposed, arguments, both=True)
+                d_q, d_k, d_v, d_bias = _backward_key_major(plan, transposed, inputs, both=True)
             else:
-                _, d_k, d_v, _ = _backward_key_major(plan, transposed, arguments, both=False)
-                d_q, d_bias = _backward_query_major(plan, layout, states, arguments)
+                _, d_k, d_v, _ = _backward_key_major(plan, transposed, inputs, both=False)
+                d_q, d_bias = _backward_query_major(plan, layout, states, inputs)
         d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
         return d_q, d_k, d_v, d_bias, None, None, None, None
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What every attention kernel is given.
+
+    Attributes:
+        arguments: By the kernels' parameter names. Pointers that a kernel does not read are any tensor's.
+        has_bias: Whether `bias` is read.
+        has_valid: Whether `key_valid` is read.
+    """
+
+    arguments: _Arguments
+    has_bias: bool
+    has_valid: bool
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def with_gradients(self, d_out: Tensor, lse: Tensor, delta: Tensor, scale: float) -> _Inputs:
+        """What the backward kernels are given besides; `scale` is the caller's, in base e."""
+        more = {"d_out": d_out, "lse": lse, "delta": delta, "softmax_scale": scale}
+        more |= dict(zip(("stride_ob", "stride_oh", "stride_on"), d_out.stride(), strict=False))
+        return replace(self, arguments=self.arguments | more)
+
+    def constants(self, plan: Plan, tile: Tile) -> _Arguments:
+        """What the kernels are compiled for."""
+        return {
+            "HEADS": plan.heads,
+            "KV_HEADS": plan.kv_heads,
+            "LISTS": plan.lists,
+            "BUNDLES": plan.bundles,
+            "CAUSAL": plan.causal,
+            "KEY_STRIDE": plan.key_stride,
+            "HAS_BIAS": self.has_bias,
+            "HAS_VALID": self.has_valid,
+            "DIM": plan.head_dim,
+            "BLOCK_DIM": padded_dim(plan.head_dim),
+            "VALUE_DIM": plan.value_dim,
+            "BLOCK_VALUE": padded_dim(plan.value_dim),
+            "BLOCK_SIZE": plan.block_size,
+            "GROUP": plan.query_group,
+            "ROWS": tile.rows,
+            "KEYS": tile.keys,
+            "PRECISE": not plan.half,
+        }
+
+
 def _inputs(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, valid: Tensor | None, scale: float
-) -> _Arguments:
-    """What every attention kernel takes. Pointers that a kernel does not read (HAS_...) are any tensor's."""
+) -> _Inputs:
     arguments: _Arguments = {
         "q": q,
         "k": k,
@@ -137,29 +181,7 @@ def _inputs(
     }
     for name, x in (("q", q), ("k", k), ("v", v)):
         arguments |= dict(zip((f"stride_{name}b", f"stride_{name}h", f"stride_{name}n"), x.stride(), strict=False))
-    return arguments
-
-
-def _constants(plan: Plan, arguments: _Arguments, tile: Tile) -> _Arguments:
-    return {
-        "HEADS": plan.heads,
-        "KV_HEADS": plan.kv_heads,
-        "LISTS": plan.lists,
-        "BUNDLES": plan.bundles,
-        "CAUSAL": plan.causal,
-        "KEY_STRIDE": plan.key_stride,
-        "HAS_BIAS": arguments["bias"] is not arguments["q"],
-        "HAS_VALID": arguments["key_valid"] is not arguments["k"],
-        "DIM": plan.head_dim,
-        "BLOCK_DIM": padded_dim(plan.head_dim),
-        "VALUE_DIM": plan.value_dim,
-        "BLOCK_VALUE": padded_dim(plan.value_dim),
-        "BLOCK_SIZE": plan.block_size,
-        "GROUP": plan.query_group,
-        "ROWS": tile.rows,
-        "KEYS": tile.keys,
-        "PRECISE": not plan.half,
-    }
+    return _Inputs(arguments, has_bias=bias is not None, has_valid=valid is not None)
 
 
 def _query_major_grid(plan: Plan, tile: Tile) -> tuple[int, int]:
@@ -169,7 +191,7 @@ def _query_major_grid(plan: Plan, tile: Tile) -> tuple[int, int]:
 
 
 def _forward_query_major(
-    plan: Plan, layout: BlockLayout, states: Tensor, arguments: _Arguments, out: Tensor, lse: Tensor
+    plan: Plan, layout: BlockLayout, states: Tensor, inputs: _Inputs, out: Tensor, lse: Tensor
 ) -> None:
     tile = plan.query_major_tile()
     lists = order_lists(plan, layout, states, even=plan.query_major_even())
@@ -177,29 +199,29 @@ def _forward_query_major(
     launch(
         query_major.forward,
         plan.batch * plan.bundles * tiles,
-        {**arguments, **vars(lists), "out": out, "lse": lse, "num_tiles": tiles},
-        {**_constants(plan, arguments, tile), "PADDED": plan.padded_block, "TILES_PER_GROUP": per_group},
+        {**inputs.arguments, **vars(lists), "out": out, "lse": lse, "num_tiles": tiles},
+        {**inputs.constants(plan, tile), "PADDED": plan.padded_block, "TILES_PER_GROUP": per_group},
         tile,
     )
 
 
 def _backward_query_major(
-    plan: Plan, layout: BlockLayout, states: Tensor, arguments: _Arguments
+    plan: Plan, layout: BlockLayout, states: Tensor, inputs: _Inputs
 ) -> tuple[Tensor, Tensor | None]:
     tile = plan.query_major_tile(backward=True)
     lists = order_lists(plan, layout, states, even=plan.query_major_even(backward=True))
     per_group, tiles = _query_major_grid(plan, tile)
-    q = arguments["q"]
+    q = inputs["q"]
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_bias = None
-    if arguments["bias"] is not q:
+    if inputs.has_bias:
         shape = (plan.batch, plan.bundles, plan.groups, per_group, plan.width)
         d_bias = torch.zeros(shape, dtype=torch.float32, device=q.device)
     launch(
         query_major.backward,
         plan.batch * plan.bundles * tiles,
-        {**arguments, **vars(lists), "d_q": d_q, "d_bias": q if d_bias is None else d_bias, "num_tiles": tiles},
-        {**_constants(plan, arguments, tile), "PADDED": plan.padded_block, "TILES_PER_GROUP": per_group},
+        {**inputs.arguments, **vars(lists), "d_q": d_q, "d_bias": q if d_bias is None else d_bias, "num_tiles": tiles},
+        {**inputs.constants(plan, tile), "PADDED": plan.padded_block, "TILES_PER_GROUP": per_group},
         tile,
     )
     if d_bias is None:
@@ -210,11 +232,11 @@ def _backward_query_major(
 
 
 def _forward_key_major(
-    plan: Plan, layout: BlockLayout, lists: TransposedLists, arguments: _Arguments, out: Tensor, lse: Tensor
+    plan: Plan, layout: BlockLayout, lists: TransposedLists, inputs: _Inputs, out: Tensor, lse: Tensor
 ) -> None:
     tile = plan.key_major_tile()
     parts = ceil_div(plan.block_size, tile.keys)
-    constants = _constants(plan, arguments, tile)
+    constants = inputs.constants(plan, tile)
     rows = min(plan.groups_per_chunk * plan.query_group, plan.query_length)
     shape = (plan.batch, plan.heads, rows, plan.width, parts)
     partial = torch.empty(*shape, plan.value_dim, dtype=out.dtype, device=out.device)
@@ -229,7 +251,7 @@ def _forward_key_major(
         launch(
             key_major.forward,
             plan.batch * plan.bundles * plan.num_blocks * parts,
-            {**arguments, **here, **_transposed(plan, lists), "partial": partial, "partial_lse": partial_lse}
+            {**inputs.arguments, **here, **_transposed(plan, lists), "partial": partial, "partial_lse": partial_lse}
             | {"chunk": chunk, "num_tiles": plan.num_blocks * parts},
             constants,
             tile,
@@ -238,7 +260,7 @@ def _forward_key_major(
         launch(
             key_major.merge,
             plan.batch * plan.heads * ceil_div(stop - start, merging.rows),
-            {**here, **{name: arguments[name] for name in names}, "partial": partial, "partial_lse": partial_lse}
+            {**here, **{name: inputs[name] for name in names}, "partial": partial, "partial_lse": partial_lse}
             | {"counts": layout.counts.contiguous(), "out": out, "lse": lse}
             | {"num_tiles": ceil_div(stop - start, merging.rows)},
             {name: constants[name] for name in ("HEADS", "LISTS", "VALUE_DIM", "BLOCK_VALUE", "GROUP")}
@@ -247,17 +269,17 @@ def _forward_key_major(
         )
 
 
-def _forward_decode(plan: Plan, layout: BlockLayout, arguments: _Arguments, out: Tensor, lse: Tensor) -> None:
+def _forward_decode(plan: Plan, layout: BlockLayout, inputs: _Inputs, out: Tensor, lse: Tensor) -> None:
     tile, splits = plan.decode_tile(), plan.num_splits
     partial, partial_lse = out, lse
     if splits > 1:
         partial = torch.empty(*lse.shape, splits, plan.value_dim, dtype=torch.float32, device=out.device)
         partial_lse = torch.empty(*lse.shape, splits, dtype=torch.float32, device=out.device)
-    constants = _constants(plan, arguments, tile)
+    constants = inputs.constants(plan, tile)
     launch(
         decode.forward,
         plan.decode_tiles * splits,
-        {**arguments, "indices": layout.indices.contiguous(), "counts": layout.counts.contiguous()}
+        {**inputs.arguments, "indices": layout.indices.contiguous(), "counts": layout.counts.contiguous()}
         | {"out": partial, "lse": partial_lse, "splits": splits},
         {**constants, "PADDED": plan.padded_block, "WHOLE": splits == 1}
         | {"TILES_PER_GROUP": ceil_div(plan.rows_per_group, tile.rows)},
@@ -277,21 +299,21 @@ def _forward_decode(plan: Plan, layout: BlockLayout, arguments: _Arguments, out:
 
 
 def _backward_key_major(
-    plan: Plan, lists: TransposedLists, arguments: _Arguments, *, both: bool
+    plan: Plan, lists: TransposedLists, inputs: _Inputs, *, both: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """(d_q, d_k, d_v, d_bias); the first and the last only with `both`."""
     tile = plan.key_major_tile(backward=True)
     tiles = plan.num_blocks * ceil_div(plan.block_size, tile.keys)
-    q, k, v, bias = (arguments[name] for name in ("q", "k", "v", "bias"))
+    q, k, v, bias = (inputs[name] for name in ("q", "k", "v", "bias"))
     d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     d_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if both else None
-    d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=q.device) if both and bias is not q else None
+    d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=q.device) if both and inputs.has_bias else None
     launch(
         key_major.backward,
         plan.batch * plan.kv_heads * tiles,
-        {**arguments, **_transposed(plan, lists), "d_k": d_k, "d_v": d_v, "num_tiles": tiles}
+        {**inputs.arguments, **_transposed(plan, lists), "d_k": d_k, "d_v": d_v, "num_tiles": tiles}
         | {"d_q": q if d_q is None else d_q, "d_bias": q if d_bias is None else d_bias},
-        {**_constants(plan, arguments, tile), "ALL": both},
+        {**inputs.constants(plan, tile), "ALL": both},
         tile,
     )
     return None if d_q is None else d_q.to(q.dtype), d_k, d_v, d_bias

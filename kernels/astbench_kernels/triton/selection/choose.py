@@ -55,8 +55,8 @@ def choose_blocks(
         blocks: Key side, float32 `(batch, kv_heads, blocks, dim)`; `kv_heads` divides `heads`.
         rule: Which blocks a group may, must and need not see.
         budget: From int64 numbers of visible blocks to the blocks that such a list keeps in all. Called for every
-            number there can be, on the CPU too: the width of the lists is the largest budget, or the most forced
-            blocks if those are more, and so follows from shapes alone.
+            number there can be, on the CPU too: the width of the lists is the largest budget, or the most
+            always kept if those are more, and so follows from shapes alone.
         seen: Bool `(batch, blocks)`: False for blocks that hold nothing but padding.
 
     Returns:
@@ -72,7 +72,7 @@ def choose_blocks(
     batch, heads, groups, _ = rows.shape
     kv_heads, num_blocks = blocks.shape[1:3]
     widest = int(budget(torch.arange(rule.most_visible + 1, device="cpu")).max())
-    width = max(1, rule.most_forced, min(widest, rule.most_visible))
+    width = max(1, rule.most_always_kept, min(widest, rule.most_visible))
     device = rows.device
     # Zeros behind the end of a list: whatever reads them reads a block that exists.
     indices = torch.zeros(batch, heads, groups, width, dtype=torch.int32, device=device)
@@ -97,7 +97,7 @@ def choose_blocks(
             "query_length": rule.query_length,
         }
         with torch.cuda.device_of(rows):
-            _launch(arguments, rule, tile)
+            _launch(arguments, rule, tile, has_seen=seen is not None)
     return BlockLayout(
         indices,
         counts,
@@ -140,7 +140,7 @@ def _check(rows: Tensor, blocks: Tensor, rule: BlockRule, seen: Tensor | None) -
         raise ValueError("; ".join(problems))
 
 
-def _launch(arguments: dict[str, Any], rule: BlockRule, tile: Tile) -> None:
+def _launch(arguments: dict[str, Any], rule: BlockRule, tile: Tile, *, has_seen: bool) -> None:
     batch, kv_heads, num_blocks, dim = arguments["blocks"].shape
     tiles = batch * kv_heads * arguments["num_tiles"]
     constants = {
@@ -148,7 +148,7 @@ def _launch(arguments: dict[str, Any], rule: BlockRule, tile: Tile) -> None:
         "OWN": rule.local_blocks is not None,
         "REACH": min((rule.local_blocks or 0) * rule.block_size, 2**30),  # with a position, still 32 bits
         "FIRST": rule.first_block,
-        "HAS_SEEN": arguments["seen"] is not arguments["counts"],
+        "HAS_SEEN": has_seen,
         "KV_HEADS": kv_heads,
         "DIM": dim,
         "STEP": _STEP,
@@ -176,9 +176,9 @@ def _order_of_scores(
     DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """int32 (rows, keys) in the order of the scores: _HIGHEST where a block is forced, _LOWEST where it is hidden.
+    """int32 (rows, keys) in the order of the scores: _HIGHEST where it is always kept, _LOWEST where it is hidden.
 
-    A block that a row sees either competes or is forced, so the rest tell how many it sees.
+    A block that a row sees either competes or is always kept, so the rest tell how many it sees.
     """
     there = block < num_blocks
     scores = tl.zeros([ROWS, KEYS], tl.float32)
@@ -203,21 +203,21 @@ def _order_of_scores(
     if CAUSAL:
         visible = visible & (begin[None, :] <= last[:, None])
         candidate = visible & ((begin + BLOCK_SIZE)[None, :] <= first[:, None])
-    forced = visible & ((block == 0) & FIRST)[None, :]
+    always_kept = visible & ((block == 0) & FIRST)[None, :]
     if OWN:
         near = (begin[None, :] <= (last + REACH)[:, None]) & ((begin + BLOCK_SIZE)[None, :] > (first - REACH)[:, None])
-        forced = forced | (visible & near)
+        always_kept = always_kept | (visible & near)
     # A sum that starts at zero is never -0, whose bits differ. Those of a NaN may be all ones, of either sign.
     bits = scores.to(tl.int32, bitcast=True)
     order = bits ^ ((bits >> 31) & _HIGHEST)
     order = tl.minimum(tl.maximum(order, _LOWEST + 1), _HIGHEST - 1)
-    return tl.where(forced, _HIGHEST, tl.where(candidate, order, _LOWEST))
+    return tl.where(always_kept, _HIGHEST, tl.where(candidate, order, _LOWEST))
 
 
 @triton.jit
-def _kept_of_row(budgets, visible, forced):
-    """How many blocks each row keeps: its budget, but all forced ones, and no more than it sees."""
-    return tl.minimum(tl.maximum(tl.load(budgets + visible), forced), visible)
+def _kept_of_row(budgets, visible, always_kept):
+    """How many blocks each row keeps: its budget, but all that are always kept, and no more than it sees."""
+    return tl.minimum(tl.maximum(tl.load(budgets + visible), always_kept), visible)
 
 
 @triton.jit
@@ -254,8 +254,8 @@ def choose_in_registers(
         seen + pair // KV_HEADS * num_blocks, groups, num_blocks, query_offset, query_length,
         CAUSAL, OWN, REACH, FIRST, HAS_SEEN, DIM, STEP, BLOCK_SIZE, GROUP, ROWS, KEYS,
     )  # fmt: skip
-    visible, forced = tl.sum((order > _LOWEST).to(tl.int32), 1), tl.sum((order == _HIGHEST).to(tl.int32), 1)
-    kept = _kept_of_row(budgets, visible, forced)
+    visible, always_kept = tl.sum((order > _LOWEST).to(tl.int32), 1), tl.sum((order == _HIGHEST).to(tl.int32), 1)
+    kept = _kept_of_row(budgets, visible, always_kept)
     # The largest number that `kept` of a row reach: its sign, then its bits from the highest down.
     threshold = tl.where(tl.sum((order >= 0).to(tl.int32), 1) >= kept, 0, _LOWEST)
     for step in range(31):
@@ -295,7 +295,7 @@ def choose_through_scratch(
         pair = (tile // num_tiles).to(tl.int64)
         row = (tile % num_tiles) * ROWS + lane
         exists = row < num_rows
-        visible, forced, positive = none, none, none
+        visible, always_kept, positive = none, none, none
         for start in range(0, num_blocks, KEYS):
             block = start + tl.arange(0, KEYS)
             order = _order_of_scores(
@@ -306,10 +306,10 @@ def choose_through_scratch(
             place = lane[:, None] * num_blocks + block[None, :]
             tl.store(scratch + place, order, mask=(block < num_blocks)[None, :])
             visible += tl.sum((order > _LOWEST).to(tl.int32), 1)
-            forced += tl.sum((order == _HIGHEST).to(tl.int32), 1)
+            always_kept += tl.sum((order == _HIGHEST).to(tl.int32), 1)
             positive += tl.sum((order >= 0).to(tl.int32), 1)
         tl.debug_barrier()  # what a thread reads, another one wrote
-        kept = _kept_of_row(budgets, visible, forced)
+        kept = _kept_of_row(budgets, visible, always_kept)
         threshold = tl.where(positive >= kept, 0, _LOWEST)
         for step in range(31):
             higher = threshold | (1 << (30 - step))

@@ -60,11 +60,11 @@ class BlockRule:
         return min(self.num_blocks, ceil_div(self.query_offset + self.query_length, self.block_size))
 
     @property
-    def most_forced(self) -> int:
+    def most_always_kept(self) -> int:
         """No group has more blocks that are always kept."""
-        forced = int(self.first_block)
+        always_kept = int(self.first_block)
         if self.local_blocks is not None:
             tokens = min(self.query_group, self.query_length) + 2 * self.local_blocks * self.block_size
             # A run of tokens that starts on a block's last one touches the most blocks.
-            forced += ceil_div(tokens - 1, self.block_size) + 1
-        return min(forced, self.most_visible)
+            always_kept += ceil_div(tokens - 1, self.block_size) + 1
+        return min(always_kept, self.most_visible)

@@ -471,7 +471,7 @@ def logits_of(model, batch, **options):
 
 
 def test_sparse_cross_attention_is_sparse(translator):
-    with translator.handle.listening() as slots:
+    with translator.handle.collecting_stats() as slots:
         logits_of(translator.model, sentences())
         density = {slot.pattern: float(slot.stats.density.mean()) for slot in slots}
     assert density.keys() == {"bidirectional_self", "causal_self", "causal_cross"}

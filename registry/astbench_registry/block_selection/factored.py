@@ -1,0 +1,161 @@
+"""Block selection by scores that are dot products: fused on a GPU, its block features kept while decoding."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from astbench_kernels import BlockLayout
+from astbench_kernels.triton import choose_blocks
+from astbench_kernels.triton.selection.rule import BlockRule
+from astbench_registry.block_selection.base import BlockSelectingAttention, Choice
+from astbench_registry.block_selection.call import Call
+from astbench_registry.block_selection.features import BlockFeatures
+from astbench_registry.block_selection.grid import Grid, Selection
+from astbench_registry.block_selection.pooling import block_mean, first_valid, in_blocks, valid_in_blocks
+from astbench_registry.block_selection.scores import block_scores
+from astbench_registry.block_selection.summaries import BlockSummaries
+
+
+class FactoredBlockSelection(BlockSelectingAttention):
+    """Score of group i and block j = row_i . column_j, rows from the queries and columns from the keys."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        base = FactoredBlockSelection
+        if cls.scores is not base.scores:
+            raise TypeError(f"{cls.__name__} has scores of its own: derive it from BlockSelectingAttention instead")
+        changed = [
+            name for name in ("selection", "choose", "rest_token") if getattr(cls, name) is not getattr(base, name)
+        ]
+        if changed and cls.fusible is base.fusible:
+            raise TypeError(
+                f"{cls.__name__} changes {', '.join(changed)}(): its fusible() has to say when that matters"
+            )
+
+    @abstractmethod
+    def block_features(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
+        """The blocks' side of the scores.
+
+        Args:
+            call: Zeros where there is padding. Of the mask nothing but what is padding may be looked at.
+            grid: The blocks.
+            fused: The Triton kernels may pool the blocks; there is no gradient.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def factors(self, call: Call, features: BlockFeatures, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Both sides of the scores, float32 or float64.
+
+        `(batch, num_heads, groups, d)` for the groups and `(batch, kv_heads, blocks, d)` for the blocks, or the
+        same number of consecutive rows for every block, whose score is then the log of their summed exponentials.
+
+        Args:
+            call: Zeros where there is padding.
+            features: From :meth:`block_features`.
+            grid: Groups and blocks.
+        """
+        raise NotImplementedError
+
+    def scores(self, call: Call, selection: Selection) -> Tensor:
+        """See the base class: products of the factors."""
+        return self._products(call, self.block_features(call, selection, fused=False), selection)
+
+    def rest_token(
+        self, scores: Tensor, keep: Tensor, call: Call, selection: Selection, features: BlockFeatures
+    ) -> tuple[Tensor, Tensor] | None:
+        """What stands in the softmax for all that was not kept, for variants that have it; None for nothing.
+
+        Args:
+            scores: `(batch, num_heads, groups, blocks)`.
+            keep: Bool, as `scores`.
+            call: Zeros where there is padding.
+            selection: What there was a choice among.
+            features: From :meth:`block_features`.
+
+        Returns:
+            Output `(batch, num_heads, query_length, value_dim)` and log-sum-exp `(batch, num_heads, query_length)`.
+        """
+        return None
+
+    def fusible(self, call: Call) -> bool:
+        """Whether the kernels that keep no scores make the same choice in this call.
+
+        They keep each row's best by the factors, within the budget, and nothing learns from it. A variant that
+        overrides :meth:`selection`, :meth:`choose`, :meth:`selector_losses` or :meth:`rest_token`, or has several rows
+        a block, says here when that makes a difference.
+        """
+        return not (self.training and torch.is_grad_enabled())
+
+    def new_cache_state(self) -> BlockSummaries:
+        """See the base class: the blocks' features."""
+        return BlockSummaries()
+
+    def choice(self, call: Call, backend: str) -> Choice:
+        """See the base class; by the fused kernels where they make the same choice."""
+        if backend == "triton" and self.fusible(call):
+            return Choice(self.fused_layout(call))
+        selection = self.selection(call)
+        features = self._known_features(call, selection, fused=False)
+        scores = self._products(call, features, selection)
+        keep = self.choose(scores.detach(), call, selection)
+        layout = selection.layout(keep, call)
+        learned_by = self.selector_losses(scores, keep, layout, call, selection)
+        return Choice(layout, learned_by, self.rest_token(scores, keep, call, selection, features))
+
+    @torch.no_grad()
+    def fused_layout(self, call: Call) -> BlockLayout:
+        """The choice by kernels that keep no scores and wait for nothing; see :meth:`fusible`."""
+        grid, mask, config = self.selector.grid(call), call.mask, self.config
+        rows, columns = self.factors(call, self._known_features(call, grid, fused=True), grid)
+        if columns.shape[2] != grid.num_blocks:
+            raise NotImplementedError(f"{type(self).__name__} has several rows a block: its fusible() has to say no")
+        rule = BlockRule(
+            block_size=grid.block_size,
+            query_group=grid.query_group,
+            query_length=call.q.shape[2],
+            key_length=call.k.shape[2],
+            query_offset=mask.query_offset,
+            causal=mask.causal,
+            local_blocks=None if mask.cross else config.local_blocks,
+            first_block=config.first_block,
+        )
+        seen = None
+        if mask.key_valid is not None:
+            seen = valid_in_blocks(mask.key_valid, grid.num_blocks, grid.block_size).any(-1)
+        budget = partial(self.selector.budget, density=self.density_at(call.context.step))
+        return choose_blocks(rows, columns, rule, budget, seen=seen)
+
+    def _products(self, call: Call, features: BlockFeatures, grid: Grid) -> Tensor:
+        return block_scores(*self.factors(call, features, grid), grid.num_blocks)
+
+    def _known_features(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
+        """:meth:`block_features` of all blocks, computed for those that the caller does not keep."""
+        features_of = partial(self.block_features, fused=fused)
+        known = call.context.summaries
+        kept = isinstance(known, BlockSummaries) and (call.mask.causal or call.mask.cross)
+        if kept and not torch.is_grad_enabled():
+            assert isinstance(known, BlockSummaries)
+            return known.completed(call, grid, features_of)
+        return features_of(call, grid)
+
+    def group_query(self, call: Call, grid: Grid) -> Tensor:
+        """`(batch, num_heads, groups, head_dim)`, float32 or more: the query that speaks for each group."""
+        q, mask, group, groups = call.q, call.mask, grid.query_group, grid.num_groups
+        wide = q.to(call.compute_dtype)
+        valid = mask.valid_queries(q.shape[2])
+        if group == 1 or (mask.sequential and valid is None):
+            return wide[:, :, ::group]
+        if valid is None:
+            valid = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
+        if mask.sequential:
+            rows = first_valid(valid, groups, group)[:, None, :, None]
+            return wide.take_along_dim(rows, 2)
+        # Not a product with zero: padding may hold NaN.
+        wide = wide.masked_fill(~valid[:, None, :, None], 0.0)
+        return block_mean(in_blocks(wide, groups, group), valid_in_blocks(valid, groups, group))

@@ -1,0 +1,133 @@
+"""The predictor: features of blocks and of query groups, and the two factors of their score."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, rms_norm
+
+from astbench_kernels.triton import pool_blocks
+from astbench_registry.block_selection import BlockFeatures, Call, FactoredBlockSelection, Grid
+from astbench_registry.block_selection.pooling import extremes_of_blocks, mean_of_blocks, real_in_blocks
+from astbench_registry.configs.adaptive_sparse import ASTConfig
+from astbench_registry.interface import AttentionShape
+from astbench_registry.mask import AttentionMask
+
+
+class LearnedBlockScores(FactoredBlockSelection):
+    """The scores of :class:`AdaptiveSparseAttention`, whose docstring has the equations, and their parameters."""
+
+    config: ASTConfig
+
+    def __init__(self, config: ASTConfig, shape: AttentionShape) -> None:
+        super().__init__(config, shape)
+        dim, rank = shape.head_dim, config.rank
+        self.gain = nn.Parameter(torch.zeros(shape.num_heads))
+        self.query_weight = nn.Parameter(torch.empty(shape.num_heads, 2 * dim + 1, rank))
+        self.key_weight = nn.Parameter(torch.zeros(shape.num_kv_heads, 4 * dim, rank))
+        nn.init.normal_(self.query_weight)
+        self.pattern_weight = nn.Parameter(torch.zeros(shape.num_heads, config.patterns)) if config.patterns else None
+
+    def block_features(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
+        """See the base class: the rows that are scored, and for the global context mean values and sizes."""
+        return self.features_with_gradient(call.detached() if self.detaches() else call, grid, fused=fused)
+
+    def factors(self, call: Call, features: BlockFeatures, grid: Grid) -> tuple[Tensor, Tensor]:
+        """See the base class. Time O(N + M / block_size) for the features."""
+        return self.factors_with_gradient(call.detached() if self.detaches() else call, features, grid)
+
+    def detaches(self) -> bool:
+        """Whether what teaches the predictor stops at its inputs."""
+        return self.config.detach and self.config.estimator != "soft"
+
+    def features_with_gradient(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
+        """:meth:`block_features`, with a gradient to keys and values whatever `detach` says."""
+        k, v, mask, compute = call.k, call.v, call.mask, call.compute_dtype
+        if fused:
+            mean_key, max_key, min_key, mean_value, counts = pool_blocks(k, v, mask.key_valid, grid.block_size)
+        else:
+            mean_key, mean_value = mean_of_blocks(k, mask, grid), mean_of_blocks(v, mask, grid)
+            max_key, min_key = extremes_of_blocks(k, mask, grid)
+            counts = real_in_blocks(k, mask, grid).sum(-1)
+        # Of length 1, so that one learning rate serves every layer of every backbone: with features of size 1, a
+        # step of Adam moved scores by several units, and the choice flickered.
+        local = _unit(torch.cat([mean_key, max_key, min_key, mean_value], -1))
+        key_side = [mean_key, torch.matmul(local, self.key_weight.to(compute))]
+        parts = self.config.sub_blocks
+        if parts > 1:
+            fine = replace(grid, block_size=grid.block_size // parts, num_blocks=grid.num_blocks * parts)
+            size = real_in_blocks(k, mask, fine).sum(-1)
+            # Of no tokens, no weight: exp(-1e4) is 0, where -inf would make NaN of blocks that are all padding.
+            weight = size.clamp(min=1).to(compute).log().masked_fill(size == 0, -1e4)
+            key_side = [mean_of_blocks(k, mask, fine), key_side[1].repeat_interleave(parts, 2)]
+            key_side.append(weight[:, None, :, None].expand(*k.shape[:2], -1, -1))
+        return BlockFeatures(torch.cat(key_side, -1), mean_value, counts.to(compute)[:, None, :, None])
+
+    def factors_with_gradient(self, call: Call, features: BlockFeatures, grid: Grid) -> tuple[Tensor, Tensor]:
+        """:meth:`factors`, with a gradient to the queries whatever `detach` says."""
+        compute, columns = call.compute_dtype, features.key
+        group_query = self.group_query(call, grid)
+        context = self.global_context(features, call.mask, grid)
+        described = pad(_unit(torch.cat([group_query, context], -1)), (0, 1), value=1.0)
+        u = torch.matmul(described, self.query_weight.to(compute)) * self.config.rank**-0.5
+        gain = call.scale * self.gain.to(compute).exp()[:, None, None]
+        rows = [group_query * gain, u]
+        if self.config.sub_blocks > 1:
+            rows.append(torch.ones_like(u[..., :1]))
+        if self.pattern_weight is not None:
+            waves, places = _distance_patterns(self.pattern_weight.to(compute), grid)
+            rows.append(waves.expand(call.q.shape[0], -1, -1, -1))
+            places = places.repeat_interleave(self.config.sub_blocks, 0)
+            columns = torch.cat([columns, places.expand(*columns.shape[:2], -1, -1)], -1)
+        return torch.cat(rows, -1), columns
+
+    def global_context(self, features: BlockFeatures, mask: AttentionMask, grid: Grid) -> Tensor:
+        """`(batch, num_heads, groups, value_dim)`: mean of the values that each group may know of."""
+        mean_value, num_tokens = features.mean_value, features.num_tokens
+        assert mean_value is not None and num_tokens is not None
+        mean = _mean_of_known(mean_value, num_tokens, mask, grid)
+        return mean.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length 1; zero rows stay zero, with finite gradients."""
+    return rms_norm(x, x.shape[-1:]) * x.shape[-1] ** -0.5
+
+
+def _distance_patterns(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Both sides of `sum_p weight_p cos(2 pi (i - j) / period_p)`, i and j in blocks.
+
+    `(num_heads, groups, 2 patterns)` and `(blocks, 2 patterns)`: as cos(a - b) = cos a cos b + sin a sin b, patterns
+    cost a few more columns of the score's product, and the kernel that chooses needs not know of them.
+    """
+    periods = 4.0 * 2.0 ** torch.arange(weight.shape[-1], device=weight.device, dtype=torch.float64)
+
+    def waves(position: Tensor) -> tuple[Tensor, Tensor]:
+        angle = 2 * torch.pi * position.double()[:, None] / periods
+        return angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)
+
+    cos, sin = waves(grid.first / grid.block_size)
+    weight = weight[:, None]
+    columns = torch.cat(waves(torch.arange(grid.num_blocks, device=weight.device)), -1)
+    return torch.cat([weight * cos, weight * sin], -1), columns
+
+
+def _mean_of_known(mean_value: Tensor, counts: Tensor, mask: AttentionMask, grid: Grid) -> Tensor:
+    """`(batch, kv_heads, groups, d)`: mean of the values that each group may know of.
+
+    Args:
+        mean_value: `(batch, kv_heads, blocks, d)`.
+        counts: `(batch or 1, 1, blocks, 1)`: values that each is the mean of.
+        mask: What may be seen.
+        grid: Groups and blocks.
+    """
+    if not mask.causal or grid.num_groups == 1:  # while decoding one sum costs far less than running sums
+        known = min(mask.query_offset // grid.block_size, grid.num_blocks) if mask.causal else grid.num_blocks
+        counts, mean_value = counts[:, :, :known], mean_value[:, :, :known]
+        mean = torch.matmul(counts.transpose(2, 3), mean_value) / counts.sum(2, keepdim=True).clamp(min=1)
+        return mean.expand(-1, -1, grid.num_groups, -1)
+    total = (mean_value * counts).cumsum(2)
+    mean = pad(total / counts.cumsum(2).clamp(min=1), (0, 0, 1, 0))  # entry n: over the first n blocks
+    return mean[:, :, (grid.first // grid.block_size).clamp(max=grid.num_blocks)]
