@@ -45,7 +45,7 @@ class _Kept:
 
 
 @dataclass
-class _Call:
+class _Append:
     """An attention module is about to append to a cache."""
 
     slot: nn.Module
@@ -56,7 +56,7 @@ class _Call:
 
 
 class _Current(threading.local):
-    call: _Call | None = None
+    call: _Append | None = None
 
 
 _kept: weakref.WeakKeyDictionary[Layer, _Kept] = weakref.WeakKeyDictionary()
@@ -93,7 +93,7 @@ def watch_cache(
         if layer is not None:
             known = _kept.get(layer)
             found = known if known and known.holds(slot, _tensors(layer)) else None
-        _current.call = _Call(slot, weakref.ref(cache), index, cross, found)
+        _current.call = _Append(slot, weakref.ref(cache), index, cross, found)
 
 
 @contextmanager

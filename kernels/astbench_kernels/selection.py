@@ -131,12 +131,12 @@ class _LogProbabilities(torch.autograd.Function):
         rows, known, choice, found, kept, of = _as_rows(
             scores, candidates, live, tau, k.unsqueeze(-1), count.unsqueeze(-1)
         )
-        slabs = _slabs(known)
-        for here, reach in slabs:
+        chunks = _chunks(known)
+        for here, reach in chunks:
             mask = known[here, :reach] & choice[here]
             found[here] = _threshold(rows[here, :reach], mask, kept[here], of[here], temperature)
         ctx.save_for_backward(scores, candidates, live, tau, at)
-        ctx.temperature, ctx.slabs = temperature, slabs
+        ctx.temperature, ctx.chunks = temperature, chunks
         candidates = candidates.expand(scores.shape)
         if at is not None:
             scores, candidates = scores.gather(-1, at), candidates.gather(-1, at)
@@ -151,7 +151,7 @@ class _LogProbabilities(torch.autograd.Function):
         rows, known, choice, found, out = _as_rows(scores, candidates, live, tau, d_scores)
         incoming = grad.reshape(-1, grad.shape[-1])
         listed = None if at is None else at.reshape(-1, at.shape[-1])
-        for here, reach in ctx.slabs:
+        for here, reach in ctx.chunks:
             mask = known[here, :reach] & choice[here]
             p = (rows[here, :reach] - found[here]).div_(ctx.temperature).sigmoid_().masked_fill_(~mask, 0.0)
             # What a block's own score does for its p. A slot may stand for a block that is no candidate.
@@ -191,11 +191,11 @@ class _LogMass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, blocks: Tensor, log_sizes: Tensor) -> Tensor:
         lse = scores.new_full((*scores.shape[:-1], 1), -torch.inf)
-        ctx.slabs = []
+        ctx.chunks = []
         for rows, known, found, sizes in zip(scores, blocks, lse, log_sizes, strict=True):
             rows, known, found = _as_rows(rows, known, found)
-            ctx.slabs.append(_slabs(known))
-            for here, reach in ctx.slabs[-1]:
+            ctx.chunks.append(_chunks(known))
+            for here, reach in ctx.chunks[-1]:
                 mass = (rows[here, :reach] + sizes[:reach]).masked_fill_(~known[here, :reach], -torch.inf)
                 found[here] = mass.logsumexp(-1, keepdim=True)
         ctx.save_for_backward(scores, blocks, log_sizes, lse)
@@ -207,10 +207,10 @@ class _LogMass(torch.autograd.Function):
         scores, blocks, log_sizes, lse = ctx.saved_tensors
         d_scores = torch.zeros_like(scores, memory_format=torch.contiguous_format)
         pivot = lse.masked_fill(lse == -torch.inf, 0.0)  # of rows without blocks: exp(-inf - 0) is 0, not NaN
-        for part in zip(ctx.slabs, scores, blocks, log_sizes, pivot, grad.unsqueeze(-1), d_scores, strict=True):
-            slabs, rows, known, sizes, *others = part
+        for part in zip(ctx.chunks, scores, blocks, log_sizes, pivot, grad.unsqueeze(-1), d_scores, strict=True):
+            chunks, rows, known, sizes, *others = part
             rows, known, whole, incoming, out = _as_rows(rows, known, *others)
-            for here, reach in slabs:
+            for here, reach in chunks:
                 mass = (rows[here, :reach] + sizes[:reach]).sub_(whole[here])
                 mass.masked_fill_(~known[here, :reach], -torch.inf)
                 out[here, :reach] = mass.exp_().mul_(incoming[here])
@@ -231,19 +231,19 @@ def _as_rows(scores: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.expand(*shape, x.shape[-1]).reshape(-1, x.shape[-1]) for x in (scores, *others))
 
 
-def _slabs(candidates: Tensor) -> list[tuple[slice, int]]:
+def _chunks(candidates: Tensor) -> list[tuple[slice, int]]:
     """Of `(rows, key_blocks)` rows to look at together, and how many columns hold all their candidates."""
     rows, width = candidates.shape
     if candidates.device.type != "cpu":  # neither cut nor asked, for which a GPU would wait
         return [(slice(0, rows), width)]
     step = max(1, SCORES_AT_A_TIME // max(1, width))
-    slabs = []
+    chunks = []
     for start in range(0, rows, step):
         here = slice(start, start + step)
         columns = candidates[here].view(torch.uint8).amax(0).nonzero()  # any() takes twenty times as long
         if len(columns):
-            slabs.append((here, int(columns[-1]) + 1))
-    return slabs
+            chunks.append((here, int(columns[-1]) + 1))
+    return chunks
 
 
 def _threshold(scores: Tensor, mask: Tensor, k: Tensor, count: Tensor, temperature: float) -> Tensor:

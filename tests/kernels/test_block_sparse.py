@@ -33,7 +33,7 @@ WAYS = ["query-major", "key-major", "masked", "masked in slabs"]
 def take(monkeypatch, way):
     """The gather backend goes this way, whatever the shape."""
     if way == "masked in slabs":  # which otherwise hold whole lists here
-        monkeypatch.setattr(rules, "SLAB_PAIRS", 1000)
+        monkeypatch.setattr(rules, "CHUNK_PAIRS", 1000)
     monkeypatch.setattr(gather, "schedule_of", lambda *args, **kwargs: way.partition(" ")[0].replace("-", "_"))
 
 
@@ -108,8 +108,8 @@ def test_reference_is_the_definition(lists):
 @pytest.mark.parametrize(("n", "m", "block", "group", "offset", "causal"), CASES)
 def test_backends_match_reference_with_gradients(backend, monkeypatch, n, m, block, group, offset, causal, lists):
     monkeypatch.setattr(key_major, "TILE_ROWS", 50)
-    monkeypatch.setattr(key_major, "PARTS_ROWS", 90)
-    monkeypatch.setattr(key_major, "PIECE_ROWS", 24)
+    monkeypatch.setattr(key_major, "PARTIAL_ROWS", 90)
+    monkeypatch.setattr(key_major, "CHUNK_ROWS", 24)
     results = {}
     for name in ("reference", backend):
         inputs, layout, valid = random_case(n, m, block, group, offset, lists)
@@ -382,7 +382,7 @@ def test_rows_whose_blocks_are_all_hidden_by_a_bias_get_no_gradient(backend):
 def test_pairs_that_are_counted_are_those_computed(monkeypatch):
     """Of the masked schedule, whatever lists nothing or sees nothing yet left out."""
     for pairs in (500, 2000, 2**18):
-        monkeypatch.setattr(rules, "SLAB_PAIRS", pairs)
+        monkeypatch.setattr(rules, "CHUNK_PAIRS", pairs)
         (q, k, v, _), layout, _ = random_case(127, 127, 8, 1, 0)
         layout = dataclasses.replace(layout, counts=layout.counts * (torch.arange(127) % 50 > 20))
         for causal in (False, True):

@@ -39,7 +39,7 @@ KEY_MAJOR_PAIR, KEY_MAJOR_ROW, KEY_MAJOR_BLOCK = 0.5, 55, 1500
 MASKED_PICK = 0.7
 """gather, masked: what a listed pair costs more than others."""
 
-SLAB_PAIRS = 2**18
+CHUNK_PAIRS = 2**18
 """gather, masked: pairs of queries with all keys that are computed at a time. Measured (docs/cpu-notes.md, "All
 pairs"): half of it and twice as many are slower by up to a fifth."""
 
@@ -209,8 +209,8 @@ def gather_schedule(
         cost = rows_met * (KEY_MAJOR_PAIR * block_size + KEY_MAJOR_ROW) + KEY_MAJOR_BLOCK
     else:
         cost = rows_met * block_size * QUERY_MAJOR_PAIR * (1 + QUERY_MAJOR_COPY / rows)
-    # A slab computes what its last row sees.
-    all_keys = min(key_length, seen + SLAB_PAIRS / (2 * max(1.0, seen)))
+    # A chunk computes what its last row sees.
+    all_keys = min(key_length, seen + CHUNK_PAIRS / (2 * max(1.0, seen)))
     all_pairs = query_rows * all_keys * block_size / max(1, key_length) + rows_met * block_size * MASKED_PICK
     if query_rows >= SHORTEST_TILE and all_pairs < cost:
         return "masked"

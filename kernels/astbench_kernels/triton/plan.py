@@ -2,7 +2,7 @@
 
 Nothing here reads a tensor's values, so a call never waits for the device and can be captured in a CUDA graph.
 
-A *bundle* is the set of query heads that share both a list and a key-value head; its rows in one query group are
+A *head_group* is the set of query heads that share both a list and a key-value head; its rows in one query group are
 packed into one tile. Lists may be coarser than key-value heads (one list for all) or finer (one per query head).
 """
 
@@ -79,19 +79,19 @@ class Plan:
         return padded_dim(max(self.head_dim, self.value_dim))
 
     @property
-    def bundles(self) -> int:
-        """Bundles per batch element."""
+    def head_groups(self) -> int:
+        """Head groups per batch element."""
         return max(self.lists, self.kv_heads)
 
     @property
-    def heads_per_bundle(self) -> int:
+    def heads_per_head_group(self) -> int:
         """Query heads that share list and keys."""
-        return self.heads // self.bundles
+        return self.heads // self.head_groups
 
     @property
     def rows_per_list(self) -> int:
-        """Query rows of one bundle in one group."""
-        return self.query_group * self.heads_per_bundle
+        """Query rows of one head group in one group."""
+        return self.query_group * self.heads_per_head_group
 
     @property
     def first_group(self) -> int:
@@ -164,13 +164,13 @@ class Plan:
 
     @property
     def rows_per_group(self) -> int:
-        """Query rows of one bundle in one group that there are in this call."""
-        return min(self.query_group, self.query_length) * self.heads_per_bundle
+        """Query rows of one head group in one group that there are in this call."""
+        return min(self.query_group, self.query_length) * self.heads_per_head_group
 
     @property
     def decode_tiles(self) -> int:
         """Decode programs of one call if no list is split."""
-        return self.batch * self.bundles * self.groups * ceil_div(self.rows_per_group, self.decode_tile().rows)
+        return self.batch * self.head_groups * self.groups * ceil_div(self.rows_per_group, self.decode_tile().rows)
 
     @property
     def num_splits(self) -> int:
@@ -212,7 +212,7 @@ def make_plan(
     MIN_ROWS_PER_LIST of them, for then a tile of them fills a matrix instruction and reads each listed key block
     once; with fewer, each key block gathers the rows that chose it.
 
-    Where none are wanted, up to DECODE_ROWS rows of a bundle run by the decode schedule if they are one tile, for
+    Where none are wanted, up to DECODE_ROWS rows of a head group run by the decode schedule if they are one tile, for
     then it reads each listed block once and needs no lists made ready; or if their tiles would not fill the device.
 
     Raises:
@@ -221,8 +221,8 @@ def make_plan(
     lists, groups, width = layout.indices.shape[1:]
     if groups * width >= 2**31:
         raise ValueError(f"{groups} query groups x {width} listed blocks do not fit 32 bits; raise query_group")
-    bundle = q.shape[1] // max(lists, k.shape[1]) * q.shape[2] * max(q.shape[-1], v.shape[-1])
-    if bundle >= 2**31:
+    head_group = q.shape[1] // max(lists, k.shape[1]) * q.shape[2] * max(q.shape[-1], v.shape[-1])
+    if head_group >= 2**31:
         raise ValueError(f"{q.shape[2]} queries of the heads that share a list do not fit 32 bits; use more lists")
     if schedule == "decode" and gradients:
         raise ValueError("schedule 'decode' has no backward pass, but gradients are wanted; call it under no_grad")
@@ -259,8 +259,8 @@ def wants_gradients(*inputs: Tensor | None) -> bool:
 
 def _rule(plan: Plan, gradients: bool) -> Schedule:
     """See :func:`make_plan`."""
-    rows = plan.query_length * plan.heads_per_bundle
-    if not gradients and rules.is_decode(rows, plan.decode_tiles, plan.batch * plan.bundles, plan.processors):
+    rows = plan.query_length * plan.heads_per_head_group
+    if not gradients and rules.is_decode(rows, plan.decode_tiles, plan.batch * plan.head_groups, plan.processors):
         return "decode"
     return rules.triton_schedule(plan.rows_per_list)
 

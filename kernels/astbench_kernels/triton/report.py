@@ -37,7 +37,7 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 
 @dataclass(frozen=True)
-class Call:
+class ReportedCall:
     """A kind of call that the kernels are shipped for."""
 
     head_dim: int = 128
@@ -56,7 +56,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ReportedChoice:
     """A kind of choice that the predictor's kernels are shipped for; `rank` is what its factors add to `head_dim`."""
 
     head_dim: int = 128
@@ -101,23 +101,23 @@ class Compiled:
     shared: int
     wgmma: int
     mma: int
-    call: Call | Choice
+    call: ReportedCall | ReportedChoice
 
 
-SHORT = [Call(), Call(query_group=1), Call(query_group=1, kv_heads=2, lists=2, decode=True)]
+SHORT = [ReportedCall(), ReportedCall(query_group=1), ReportedCall(query_group=1, kv_heads=2, lists=2, decode=True)]
 """The calls of a quick look: lists that many rows share, lists per token, and a decoding step."""
 
 
-SHORT_CHOICES = [Choice(), Choice(num_blocks=2048)]
+SHORT_CHOICES = [ReportedChoice(), ReportedChoice(num_blocks=2048)]
 """The choices of a quick look: scores in registers, and through the scratch."""
 
 
-def matrix() -> Iterator[Call]:
+def matrix() -> Iterator[ReportedCall]:
     """Every shipped combination of head size, block size and group in bfloat16, and what else changes code, once."""
     for head_dim, block_size, query_group in product((64, 96, 128), (16, 32, 64, 128), (1, 16, 64, 128)):
-        yield Call(head_dim, block_size, query_group)
+        yield ReportedCall(head_dim, block_size, query_group)
     for query_group in (1, 64):
-        call = Call(query_group=query_group)
+        call = ReportedCall(query_group=query_group)
         yield replace(call, causal=False, bias=False)
         yield replace(call, padding=True)
         yield replace(call, key_stride=4)
@@ -129,10 +129,10 @@ def matrix() -> Iterator[Call]:
         yield replace(call, head_dim=32)
         yield replace(call, head_dim=256)
     for head_dim, block_size in product((64, 96, 128), (16, 32, 64, 128)):
-        yield Call(head_dim, block_size, one_pass=True)
+        yield ReportedCall(head_dim, block_size, one_pass=True)
     for head_dim, block_size in product((64, 96, 128), (16, 32, 64, 128)):
-        yield Call(head_dim, block_size, query_group=1, decode=True)
-    call = Call(query_group=1, decode=True)
+        yield ReportedCall(head_dim, block_size, query_group=1, decode=True)
+    call = ReportedCall(query_group=1, decode=True)
     yield replace(call, causal=False, bias=False)
     yield replace(call, padding=True)
     yield replace(call, kv_heads=2, lists=2)
@@ -144,12 +144,12 @@ def matrix() -> Iterator[Call]:
     yield replace(call, head_dim=256)
 
 
-def choices() -> Iterator[Choice]:
+def choices() -> Iterator[ReportedChoice]:
     """Every number of blocks that has a tile of its own, and what else changes code, once."""
     for num_blocks, query_group in product((16, 32, 64, 128, 256, 512, 1024, 4096), (1, 64)):
-        yield Choice(num_blocks=num_blocks, query_group=query_group, kv_heads=8 if query_group == 1 else 2)
+        yield ReportedChoice(num_blocks=num_blocks, query_group=query_group, kv_heads=8 if query_group == 1 else 2)
     for num_blocks in (1024, 4096):
-        choice = Choice(num_blocks=num_blocks)
+        choice = ReportedChoice(num_blocks=num_blocks)
         yield replace(choice, causal=False, padding=True)
         yield replace(choice, rank=0)
         yield replace(choice, head_dim=16, block_size=4, dtype="float32")
@@ -157,7 +157,7 @@ def choices() -> Iterator[Choice]:
         yield replace(choice, head_dim=256, block_size=128)
 
 
-def launches_of_choice(choice: Choice) -> list[Launch]:
+def launches_of_choice(choice: ReportedChoice) -> list[Launch]:
     """What a choice launches, from keys and values to lists. Nothing runs."""
     batch, rows = 2, 128
     length = choice.num_blocks * choice.block_size
@@ -183,7 +183,7 @@ def launches_of_choice(choice: Choice) -> list[Launch]:
     return written
 
 
-def launches(call: Call, arch: int) -> list[Launch]:
+def launches(call: ReportedCall, arch: int) -> list[Launch]:
     """What a call launches on compute capability `arch`. Nothing runs.
 
     A forward and a backward pass, or two decoding steps: over one block, and over so many that lists are split.
@@ -198,7 +198,7 @@ def launches(call: Call, arch: int) -> list[Launch]:
     return written
 
 
-def _attention(call: Call, arch: int, *, queries: int, keys: int) -> Tensor:
+def _attention(call: ReportedCall, arch: int, *, queries: int, keys: int) -> Tensor:
     batch, gradients = 2, not call.decode
     groups, width = ceil_div(queries, call.query_group), ceil_div(keys, call.block_size)
     dtype = _DTYPES[call.dtype]
@@ -226,7 +226,7 @@ def _attention(call: Call, arch: int, *, queries: int, keys: int) -> Tensor:
     )[0]
 
 
-def compile_launch(launch: Launch, arch: int, call: Call | Choice) -> Compiled:
+def compile_launch(launch: Launch, arch: int, call: ReportedCall | ReportedChoice) -> Compiled:
     """Compile what a launch would run for compute capability `arch`."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -295,14 +295,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--all", action="store_true", help="every shipped configuration, not a short set")
-    for field in fields(Call):
+    for field in fields(ReportedCall):
         parser.add_argument(f"--{field.name}", type=json.loads if field.name != "dtype" else str, default=None)
     options = vars(parser.parse_args())
     archs, everything = options.pop("arch"), options.pop("all")
     if interpreted():
         raise SystemExit("unset TRITON_INTERPRET: it replaces the kernels by interpreted ones")
     changes = {name: value for name, value in options.items() if value is not None}
-    calls = list(matrix()) if everything else [Call(**changes)] if changes else SHORT
+    calls = list(matrix()) if everything else [ReportedCall(**changes)] if changes else SHORT
     for arch, call in product(archs, calls):
         for launch in launches(call, arch):
             print(json.dumps(asdict(compile_launch(launch, arch, call))), flush=True)

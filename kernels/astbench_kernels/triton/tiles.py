@@ -1,4 +1,4 @@
-"""Pieces that several kernels share: masked loads, and which rows and keys a tile holds."""
+"""Chunks that several kernels share: masked loads, and which rows and keys a tile holds."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def last_key(position, KEY_STRIDE: tl.constexpr):
 
 @triton.jit
 def rows_of_group(index, group, first_group, query_offset, query_length, GROUP: tl.constexpr, HEADS: tl.constexpr):
-    """Row `index` of a bundle's group: (head in the bundle, position, query row, whether that row exists).
+    """Row `index` of a head group's group: (head in the head group, position, query row, whether that row exists).
 
     Head and row are int64, since they are multiplied by strides.
     """

@@ -153,7 +153,7 @@ def test_random_blocks_are_spread_evenly():
     assert chi_square < 181.9, "chi-square with 127 degrees of freedom exceeds this once in 1000"
 
 
-@pytest.mark.parametrize("masked", [None, 2000, rules.SLAB_PAIRS], ids=["listed", "masked in slabs", "masked"])
+@pytest.mark.parametrize("masked", [None, 2000, rules.CHUNK_PAIRS], ids=["listed", "masked in slabs", "masked"])
 @pytest.mark.parametrize("chunk", [0, 5000, rules.CHUNK_BYTES])
 def test_flops_are_what_the_counter_sees(monkeypatch, chunk, masked):
     """The kernel widens the lists of a chunk to one length: one list, some, or all; or computes all pairs."""
@@ -161,7 +161,7 @@ def test_flops_are_what_the_counter_sees(monkeypatch, chunk, masked):
     if masked is None:
         monkeypatch.setattr(rules, "MASKED_PICK", float("inf"))
     else:
-        monkeypatch.setattr(rules, "SLAB_PAIRS", masked)
+        monkeypatch.setattr(rules, "CHUNK_PAIRS", masked)
     module, tensors = build(), [x.float() for x in draw(101)[0]]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         out = module(*tensors, MASK, context=AttentionContext(collect_stats=True))

@@ -4,7 +4,7 @@ The other way round than `query_major.py`, for lists that few rows share (a caus
 every token by itself). There, gathering each list's own keys would cost more than the work on them; here a tile is as
 tall as the number of rows that chose the block, whoever shares their lists.
 
-A call is done in pieces, some thousand query rows with their lists: what belongs to one stays in cache, and nothing is
+A call is done in chunks, some thousand query rows with their lists: what belongs to one stays in cache, and nothing is
 held for every entry of every list.
 
 Plain torch on any device, written for the CPU.
@@ -24,13 +24,13 @@ from torch.nn.functional import embedding_bag, pad
 from astbench_kernels.backends.cpu.units import LOG2_E, Units, from_blocks, from_units, to_blocks, to_units, unseen_keys
 from astbench_kernels.layout import BlockLayout
 
-PIECE_ROWS = 4096
-"""Query rows of a piece, per key/value head: the more, the fewer small calls; the fewer, the less memory."""
+CHUNK_ROWS = 4096
+"""Query rows of a chunk, per key/value head: the more, the fewer small calls; the fewer, the less memory."""
 
 TILE_ROWS = 3072
 """Query rows of a tile: its logits stay in cache."""
 
-PARTS_ROWS = 32768
+PARTIAL_ROWS = 32768
 """Rows of tiles' results that are held before they are added up."""
 
 FILLING, FILLING_ROWS = 0.15, 256
@@ -39,7 +39,7 @@ than computing that many rows."""
 
 
 @dataclass
-class _Piece(Units):
+class _Chunk(Units):
     """Some batch rows, or some groups of one list, with the blocks that they may choose.
 
     `queries` index `(batch, heads, query_length)`, `lists` index `(batch, list_heads, groups, width)`, `tables` index
@@ -107,22 +107,22 @@ class KeyMajorAttention(torch.autograd.Function):
         lse = q.new_empty(q.shape[:-1], dtype=compute)
         memory: list[Tensor] = []
         tables = _Tables(k, v, key_valid)
-        for piece in _pieces(q, k, layout, causal, key_valid):
-            keys, values = tables.of(piece)
-            bias = _bias(block_bias, piece, compute)
-            queries = to_units(q[piece.queries], piece).to(compute) * (scale * LOG2_E)
+        for chunk in _chunks(q, k, layout, causal, key_valid):
+            keys, values = tables.of(chunk)
+            bias = _bias(block_bias, chunk, compute)
+            queries = to_units(q[chunk.queries], chunk).to(compute) * (scale * LOG2_E)
             # A row's last column is minus its reference, and every key's is 1: the product is the logit less that.
-            queries = _with_filler(torch.cat([queries, -_references(queries, keys, bias, piece)], -1))
-            sums = _weighted_sums(queries, keys, values, bias, piece, memory)
+            queries = _with_filler(torch.cat([queries, -_references(queries, keys, bias, chunk)], -1))
+            sums = _weighted_sums(queries, keys, values, bias, chunk, memory)
             if not bool(sums.sum().isfinite()):
                 # A logit lies 2^7 powers of two above its row's reference (or the inputs are not finite): once more,
                 # with care. Looking at every tile beforehand cost more than a tenth of the work.
-                sums = _weighted_sums_with_care(queries, keys, values, bias, piece)
+                sums = _weighted_sums_with_care(queries, keys, values, bias, chunk)
             total = sums[..., -1:]
-            out[piece.queries] = from_units(sums[..., :-1] / total.clamp(min=torch.finfo(compute).tiny), piece)
+            out[chunk.queries] = from_units(sums[..., :-1] / total.clamp(min=torch.finfo(compute).tiny), chunk)
             # Rows that see nothing: output 0, log-sum-exp log 0 = -inf.
             logs = (total.log2() - queries[:-1, :, -1:]).masked_fill_(total == 0, -torch.inf)
-            lse[piece.queries] = from_units(logs / LOG2_E, piece).squeeze(-1)
+            lse[chunk.queries] = from_units(logs / LOG2_E, chunk).squeeze(-1)
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.call = layout, scale, causal
         return out.to(q.dtype), lse
@@ -140,25 +140,25 @@ class KeyMajorAttention(torch.autograd.Function):
         d_block_bias = None if block_bias is None else torch.zeros_like(block_bias)
         memory: list[Tensor] = []
         tables = _Tables(k, v, key_valid)
-        for piece in _pieces(q, k, layout, causal, key_valid):
-            keys, values = tables.of(piece)
-            d_keys, d_values = (x[piece.tables].flatten(0, 2) for x in (d_k, d_v))
-            bias = _bias(block_bias, piece, compute)
-            d_out, d_lse = (to_units(x[piece.queries].to(compute), piece) for x in (grads[0], grads[1].unsqueeze(-1)))
+        for chunk in _chunks(q, k, layout, causal, key_valid):
+            keys, values = tables.of(chunk)
+            d_keys, d_values = (x[chunk.tables].flatten(0, 2) for x in (d_k, d_v))
+            bias = _bias(block_bias, chunk, compute)
+            d_out, d_lse = (to_units(x[chunk.queries].to(compute), chunk) for x in (grads[0], grads[1].unsqueeze(-1)))
             # Rows that are no queries: exp(logit - inf) = 0, however large their block's bias.
-            known_lse = to_units(lse.unsqueeze(-1)[piece.queries], piece, value=torch.inf)
+            known_lse = to_units(lse.unsqueeze(-1)[chunk.queries], chunk, value=torch.inf)
             known_lse = known_lse.masked_fill(known_lse == -torch.inf, 0.0)  # blind rows: exp(-inf - 0) = 0
-            queries = to_units(q[piece.queries], piece).to(compute)
+            queries = to_units(q[chunk.queries], chunk).to(compute)
             queries = _with_filler(torch.cat([queries * (scale * LOG2_E), known_lse * -LOG2_E], -1))
             # d logits = P * (dO V^T - delta + d lse), delta = rowsum(dO * O): the last column again.
-            delta = (d_out * to_units(out[piece.queries], piece)).sum(-1, keepdim=True)
+            delta = (d_out * to_units(out[chunk.queries], chunk)).sum(-1, keepdim=True)
             d_out = pad(torch.cat([d_out, d_lse - delta], -1), (0, 0, 0, 0, 0, 1))
             d_bias = None if bias is None else torch.zeros_like(bias)
-            tiles = _Tiles(piece)
-            parts = _Parts(queries.new_zeros(len(queries) - 1, piece.rows, dim), tiles, memory)
+            tiles = _Tiles(chunk)
+            parts = _PartialSums(queries.new_zeros(len(queries) - 1, chunk.rows, dim), tiles, memory)
             for tile in tiles:
                 rows, logits = _logits(queries, keys, bias, tile)
-                weights = _hide(logits, tile, piece).exp2_()
+                weights = _hide(logits, tile, chunk).exp2_()
                 given = d_out.index_select(0, tile.units.flatten()).view(len(tile.units), -1, d_out.shape[-1])
                 d_values[tile.blocks].baddbmm_(weights.transpose(1, 2), given[..., :-1])
                 d_logits = torch.bmm(given, values[tile.blocks].transpose(1, 2)).mul_(weights)
@@ -166,9 +166,9 @@ class KeyMajorAttention(torch.autograd.Function):
                     d_bias[tile.entries] = d_logits.view(*tile.units.shape, -1).sum(-1)
                 d_keys[tile.blocks].baddbmm_(d_logits.transpose(1, 2), rows[..., :dim])
                 torch.bmm(d_logits, keys[tile.blocks][..., :dim], out=parts.of(tile))
-            d_q[piece.queries] = from_units(parts.sums().mul_(scale), piece)
+            d_q[chunk.queries] = from_units(parts.sums().mul_(scale), chunk)
             if d_bias is not None and d_block_bias is not None:
-                lists = d_block_bias[piece.lists]
+                lists = d_block_bias[chunk.lists]
                 lists.copy_(d_bias[:-1].view_as(lists))
         return (
             d_q,
@@ -182,27 +182,27 @@ class KeyMajorAttention(torch.autograd.Function):
         )
 
 
-def _pieces(q: Tensor, k: Tensor, layout: BlockLayout, causal: bool, key_valid: Tensor | None) -> Iterator[_Piece]:
-    """Short sequences several together, long ones list by list; a block meets at most about PIECE_ROWS rows."""
+def _chunks(q: Tensor, k: Tensor, layout: BlockLayout, causal: bool, key_valid: Tensor | None) -> Iterator[_Chunk]:
+    """Short sequences several together, long ones list by list; a block meets at most about CHUNK_ROWS rows."""
     batch, lists, groups = layout.indices.shape[:3]
     heads, kv_heads = q.shape[1] // lists, k.shape[1]
     rows = groups * heads * layout.query_group  # of a list
-    if rows * lists <= PIECE_ROWS * kv_heads:
-        steps = max(1, PIECE_ROWS * kv_heads // (rows * lists)), lists, groups
+    if rows * lists <= CHUNK_ROWS * kv_heads:
+        steps = max(1, CHUNK_ROWS * kv_heads // (rows * lists)), lists, groups
     else:
-        steps = 1, 1, max(1, PIECE_ROWS // (heads * layout.query_group))
+        steps = 1, 1, max(1, CHUNK_ROWS // (heads * layout.query_group))
     starts = product(*(range(0, n, step) for n, step in zip((batch, lists, groups), steps, strict=True)))
     for first in starts:
         where = tuple(
             slice(x, min(x + step, n)) for x, step, n in zip(first, steps, (batch, lists, groups), strict=True)
         )
-        yield _piece(q, k, layout, causal, key_valid, where)
+        yield _chunk(q, k, layout, causal, key_valid, where)
 
 
-def _piece(
+def _chunk(
     q: Tensor, k: Tensor, layout: BlockLayout, causal: bool, key_valid: Tensor | None, where: tuple[slice, ...]
-) -> _Piece:
-    """The piece of some batch rows, lists and groups."""
+) -> _Chunk:
+    """The chunk of some batch rows, lists and groups."""
     batch, numbers, groups = where
     lists, kv_heads = layout.indices.shape[1], k.shape[1]
     heads = q.shape[1] // lists
@@ -225,7 +225,7 @@ def _piece(
     if unseen is not None:
         some = unseen.any(-1).index_select(0, blocks.masked_fill(~slots, 0).flatten())
         whole = whole & ~some.view_as(slots)
-    return _Piece(
+    return _Chunk(
         layout=part,
         batch=units.batch,
         heads_per_list=heads,
@@ -249,7 +249,7 @@ def _rows_of(layout: BlockLayout, groups: slice) -> slice:
 
 
 def _seen(part: BlockLayout, units: Units, causal: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of a piece's lists: entries that somebody sees a key of, entries without hidden pairs, rows' last keys."""
+    """Of a chunk's lists: entries that somebody sees a key of, entries without hidden pairs, rows' last keys."""
     slots = part.slots
     if not causal:
         return slots, slots, None
@@ -267,9 +267,9 @@ def _rows_of_table(part: BlockLayout, table: Tensor) -> Tensor:
     return blocks + (table * part.num_blocks).to(torch.int32)[:, :, None, None]
 
 
-def _bias(block_bias: Tensor | None, piece: _Piece, dtype: torch.dtype) -> Tensor | None:
-    """Of every entry of the piece's lists, in powers of two, and of the filler."""
-    return None if block_bias is None else pad(block_bias.detach()[piece.lists].flatten().to(dtype) * LOG2_E, (0, 1))
+def _bias(block_bias: Tensor | None, chunk: _Chunk, dtype: torch.dtype) -> Tensor | None:
+    """Of every entry of the chunk's lists, in powers of two, and of the filler."""
+    return None if block_bias is None else pad(block_bias.detach()[chunk.lists].flatten().to(dtype) * LOG2_E, (0, 1))
 
 
 class _Tables:
@@ -279,32 +279,32 @@ class _Tables:
         self._tensors, self._key_valid = (k, v), key_valid
         self._made: tuple[Any, ...] = (None, None)
 
-    def of(self, piece: _Piece) -> list[Tensor]:
+    def of(self, chunk: _Chunk) -> list[Tensor]:
         """`(block table, block_size, d + 1)` of keys and of values."""
-        if self._made[0] != piece.tables:
-            self._made = piece.tables, [self._table(x[piece.tables], piece) for x in self._tensors]
+        if self._made[0] != chunk.tables:
+            self._made = chunk.tables, [self._table(x[chunk.tables], chunk) for x in self._tensors]
         return self._made[1]
 
-    def _table(self, x: Tensor, piece: _Piece) -> Tensor:
-        key_valid = None if self._key_valid is None else self._key_valid[piece.tables[0]]
-        blocks = to_blocks(x, key_valid, piece.layout).unflatten(1, (piece.layout.block_size, x.shape[-1]))
+    def _table(self, x: Tensor, chunk: _Chunk) -> Tensor:
+        key_valid = None if self._key_valid is None else self._key_valid[chunk.tables[0]]
+        blocks = to_blocks(x, key_valid, chunk.layout).unflatten(1, (chunk.layout.block_size, x.shape[-1]))
         return pad(blocks.to(torch.promote_types(x.dtype, torch.float32)), (0, 1), value=1.0)
 
 
 class _Tiles:
-    """The entries of a piece's lists block by block, cut into tiles.
+    """The entries of a chunk's lists block by block, cut into tiles.
 
     Attributes:
         place_of_entry: int64 `(units, width)`: where each entry stands among the tiles' entries; -1 for empty slots.
     """
 
-    def __init__(self, piece: _Piece, blocks_at_a_time: int | None = None) -> None:
-        self._piece = piece
-        filler, width = piece.slots.numel(), piece.slots.shape[1]
-        entries = piece.slots.flatten().nonzero().squeeze(-1)
+    def __init__(self, chunk: _Chunk, blocks_at_a_time: int | None = None) -> None:
+        self._chunk = chunk
+        filler, width = chunk.slots.numel(), chunk.slots.shape[1]
+        entries = chunk.slots.flatten().nonzero().squeeze(-1)
         # A counting sort by block; within one, first the entries that hold hidden pairs.
-        number = (2 * piece.blocks + piece.whole).masked_select(piece.slots)
-        if piece.num_blocks < 2**14:
+        number = (2 * chunk.blocks + chunk.whole).masked_select(chunk.slots)
+        if chunk.num_blocks < 2**14:
             number = number.to(torch.int16)  # sorting pays by the byte
         order = number.sort(stable=True)
         entries = entries.index_select(0, order.indices)
@@ -313,7 +313,7 @@ class _Tiles:
         masked, numbers = counts[:, 0].tolist(), counts.sum(1).tolist()
         self._runs: list[tuple[slice, slice, int]] = []
         shift, taken, total = [0] * len(numbers), 0, 0
-        for chosen in _runs(numbers, piece.rows, blocks_at_a_time):
+        for chosen in _runs(numbers, chunk.rows, blocks_at_a_time):
             most, start = max(numbers[chosen]), total
             for block in range(chosen.start, chosen.stop):
                 shift[block] = total - taken
@@ -324,8 +324,8 @@ class _Tiles:
         places += torch.arange(len(entries), device=entries.device)
         self._entries = entries.new_full((total,), filler).scatter_(0, places, entries)
         self._units = self._entries // width
-        self.place_of_entry = entries.new_full((filler,), -1).scatter_(0, entries, places).view_as(piece.slots)
-        self._keys = torch.arange(piece.layout.block_size, device=entries.device)
+        self.place_of_entry = entries.new_full((filler,), -1).scatter_(0, entries, places).view_as(chunk.slots)
+        self._keys = torch.arange(chunk.layout.block_size, device=entries.device)
 
     def __iter__(self) -> Iterator[_Tile]:
         for blocks, places, masked in self._runs:
@@ -333,13 +333,13 @@ class _Tiles:
             units = self._units[places].view(number, -1)
             if masked:
                 block = torch.arange(blocks.start, blocks.stop, device=units.device).repeat_interleave(masked)
-                hidden = self._piece.hidden(units[:, :masked].flatten(), block, self._keys).unflatten(
+                hidden = self._chunk.hidden(units[:, :masked].flatten(), block, self._keys).unflatten(
                     0, (number, masked)
                 )
             yield _Tile(blocks, places, self._entries[places].view(number, -1), units, hidden)
 
 
-class _Parts:
+class _PartialSums:
     """Tiles' results, added up for the units they belong to, many tiles at a time.
 
     Adding them up tile by tile (`index_add_`) takes five times as long.
@@ -352,9 +352,9 @@ class _Parts:
     def of(self, tile: _Tile) -> Tensor:
         """Where the tile's result belongs, `(blocks, n * rows, d)`; the tiles come one after the other."""
         rows, dim = self._sums.shape[1:]
-        if (tile.places.stop - self._start) * rows > PARTS_ROWS:
+        if (tile.places.stop - self._start) * rows > PARTIAL_ROWS:
             self._add_up()
-        entries = max(PARTS_ROWS // rows, tile.places.stop - tile.places.start)
+        entries = max(PARTIAL_ROWS // rows, tile.places.stop - tile.places.start)
         if not self._memory or self._memory[0].numel() < entries * rows * dim:
             self._memory[:] = [self._sums.new_empty(entries * rows * dim)]
         first = tile.places.start - self._start
@@ -383,27 +383,27 @@ class _Parts:
 
 
 def _weighted_sums(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, piece: _Piece, memory: list[Tensor]
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, chunk: _Chunk, memory: list[Tensor]
 ) -> Tensor:
     """`(units, rows, value_dim + 1)`: values times exp2(logit - reference), and last the sum of those weights."""
-    tiles = _Tiles(piece)
-    parts = _Parts(queries.new_zeros(len(queries) - 1, piece.rows, values.shape[-1]), tiles, memory)
+    tiles = _Tiles(chunk)
+    parts = _PartialSums(queries.new_zeros(len(queries) - 1, chunk.rows, values.shape[-1]), tiles, memory)
     for tile in tiles:
-        weights = _hide(_logits(queries, keys, bias, tile)[1], tile, piece).exp2_()
+        weights = _hide(_logits(queries, keys, bias, tile)[1], tile, chunk).exp2_()
         torch.bmm(weights, values[tile.blocks], out=parts.of(tile))
     return parts.sums()
 
 
 def _weighted_sums_with_care(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, piece: _Piece
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, chunk: _Chunk
 ) -> Tensor:
     """The same where logits lie far above their row's reference (in `queries`), which is raised wherever one does."""
-    sums = queries.new_zeros(len(queries), piece.rows, values.shape[-1])
+    sums = queries.new_zeros(len(queries), chunk.rows, values.shape[-1])
     # A row that chose several blocks of a tile can only have one reference raised at a time.
-    for tile in _Tiles(piece, blocks_at_a_time=1):
-        weights = _hide(_raise_references(queries, keys, bias, sums, tile, piece), tile, piece).exp2_()
+    for tile in _Tiles(chunk, blocks_at_a_time=1):
+        weights = _hide(_raise_references(queries, keys, bias, sums, tile, chunk), tile, chunk).exp2_()
         part = torch.bmm(weights, values[tile.blocks])
-        sums.index_add_(0, tile.units.flatten(), part.view(-1, piece.rows, values.shape[-1]))
+        sums.index_add_(0, tile.units.flatten(), part.view(-1, chunk.rows, values.shape[-1]))
     return sums[:-1]
 
 
@@ -414,30 +414,30 @@ def _with_filler(queries: Tensor) -> Tensor:
     return queries
 
 
-def _references(queries: Tensor, keys: Tensor, bias: Tensor | None, piece: _Piece) -> Tensor:
+def _references(queries: Tensor, keys: Tensor, bias: Tensor | None, chunk: _Chunk) -> Tensor:
     """`(units, rows, 1)`: each row's logit with the first key of its list, or one that it sees; 0 for blind rows.
 
     A logit of the row itself: however large or small all of them are, its weights neither vanish nor overflow.
     """
-    listed, one = piece.slots[:, 0], torch.zeros(1, dtype=torch.int64, device=queries.device)
-    block = piece.blocks[:, 0] * listed
+    listed, one = chunk.slots[:, 0], torch.zeros(1, dtype=torch.int64, device=queries.device)
+    block = chunk.blocks[:, 0] * listed
     first = keys[:, 0, :-1].index_select(0, block)
     reference = (queries * first.unsqueeze(1)).sum(-1)
     if bias is not None:
         reference += bias[:-1].view(len(queries), -1)[:, :1]
     unit = torch.arange(len(queries), device=queries.device)
-    hidden = piece.hidden(unit, block, one).squeeze(-1) | ~listed[:, None] | (reference == -torch.inf)  # by a bias
+    hidden = chunk.hidden(unit, block, one).squeeze(-1) | ~listed[:, None] | (reference == -torch.inf)  # by a bias
     reference.masked_fill_(hidden, 0.0)
     # Behind padding, or with only blocks of which it sees the end: the highest logit of the first one it sees any of.
-    unit, row = (hidden & piece.slots.any(1, keepdim=True)).nonzero(as_tuple=True)
-    every = torch.arange(piece.layout.block_size, device=queries.device)
-    for slot in range(piece.slots.shape[1]):
+    unit, row = (hidden & chunk.slots.any(1, keepdim=True)).nonzero(as_tuple=True)
+    every = torch.arange(chunk.layout.block_size, device=queries.device)
+    for slot in range(chunk.slots.shape[1]):
         if not len(unit):
             break
-        listed = piece.slots[unit, slot]
-        block = piece.blocks[unit, slot] * listed
+        listed = chunk.slots[unit, slot]
+        block = chunk.blocks[unit, slot] * listed
         logits = (keys[block, :, :-1] @ queries[unit, row].unsqueeze(-1)).squeeze(-1)
-        unseen = piece.hidden(unit, block, every).expand(-1, piece.rows, -1)[torch.arange(len(unit)), row]
+        unseen = chunk.hidden(unit, block, every).expand(-1, chunk.rows, -1)[torch.arange(len(unit)), row]
         highest = logits.masked_fill(unseen | ~listed[:, None], -torch.inf).amax(-1)
         if bias is not None:
             highest += bias[:-1].view(len(queries), -1)[unit, slot]
@@ -472,7 +472,7 @@ def _logits(queries: Tensor, keys: Tensor, bias: Tensor | None, tile: _Tile) -> 
 
 
 def _raise_references(
-    queries: Tensor, keys: Tensor, bias: Tensor | None, sums: Tensor, tile: _Tile, piece: _Piece
+    queries: Tensor, keys: Tensor, bias: Tensor | None, sums: Tensor, tile: _Tile, chunk: _Chunk
 ) -> Tensor:
     """Raise rows' references to their highest logit so far and adapt their sums; the logits less the new ones."""
     units = tile.units[0]
@@ -480,16 +480,16 @@ def _raise_references(
     logits = queries[units][..., :-1] @ keys[tile.blocks.start][:, :-1].T
     if bias is not None:
         logits += bias[tile.entries[0], None, None]
-    _hide(logits.view(1, -1, logits.shape[-1]), tile, piece)
+    _hide(logits.view(1, -1, logits.shape[-1]), tile, chunk)
     new = torch.maximum(old, logits.amax(-1, keepdim=True))
     sums[units] *= (old - new).exp2()
     queries[units, :, -1:] = -new
     return (logits - new).view(1, -1, logits.shape[-1])
 
 
-def _hide(logits: Tensor, tile: _Tile, piece: _Piece) -> Tensor:
+def _hide(logits: Tensor, tile: _Tile, chunk: _Chunk) -> Tensor:
     """Set unseen pairs of `(blocks, n * rows, block_size)` to -inf, in place."""
     if tile.hidden is not None:
-        places = logits.view(*tile.units.shape, piece.rows, -1)
+        places = logits.view(*tile.units.shape, chunk.rows, -1)
         places[:, : tile.hidden.shape[1]].masked_fill_(tile.hidden, -torch.inf)
     return logits

@@ -1,7 +1,7 @@
-"""Block-sparse attention that leaves out no product: all pairs of a slab of queries, of which the listed are picked.
+"""Block-sparse attention that leaves out no product: all pairs of a chunk of queries, of which the listed are picked.
 
 Where sequences are short, blocks small or most is listed, leaving products out (`query_major.py`,
-`key_major.py`) costs more than doing them. Softmax sees the listed pairs only, and a slab of
+`key_major.py`) costs more than doing them. Softmax sees the listed pairs only, and a chunk of
 queries the keys up to its last one, so it costs about what dense attention does, whatever the lists are.
 
 Plain torch on any device, written for the CPU.
@@ -23,7 +23,7 @@ from astbench_kernels.layout import BlockLayout
 
 
 @dataclass
-class _Slab:
+class _Chunk:
     """Consecutive groups of some lists, or all groups of several, and what they pick.
 
     Attributes:
@@ -84,12 +84,12 @@ class _Listing(Units):
     table: Tensor  # int64 (n,): the batch row and key/value head of each list
     kv_heads: int
 
-    def slabs(self) -> Iterator[_Slab]:
+    def chunks(self) -> Iterator[_Chunk]:
         """All of the call but what lists or sees nothing."""
         for cut in _cut(self.counts, self.layout.block_size, self.rows, self.stops):
-            yield self._slab(*cut)
+            yield self._chunk(*cut)
 
-    def _slab(self, lists: slice, groups: slice, keys: int, width: int) -> _Slab:
+    def _chunk(self, lists: slice, groups: slice, keys: int, width: int) -> _Chunk:
         size, device = self.layout.block_size, self.blocks.device
         empty = torch.arange(width, device=device) >= self.counts[lists, groups, None]
         starts = (self.blocks[lists, groups, :width].long() * size).masked_fill_(empty, self.layout.key_length)
@@ -103,7 +103,7 @@ class _Listing(Units):
             unseen[:, keys] = False
             batch_row = (table // self.kv_heads).view(-1, 1, 1, 1)
             index = index.masked_fill(unseen[batch_row, index], keys)
-        return _Slab(
+        return _Chunk(
             lists=lists,
             groups=groups,
             rows=slice(groups.start * self.rows, groups.stop * self.rows),
@@ -114,15 +114,15 @@ class _Listing(Units):
             empty=empty[:, :, None, :, None],
         )
 
-    def logits(self, queries: Tensor, keys: Tensor, slab: _Slab, scratch: Scratch) -> Tensor:
-        """The picked ones of a slab, bias added, -inf where a pair may not be seen."""
+    def logits(self, queries: Tensor, keys: Tensor, chunk: _Chunk, scratch: Scratch) -> Tensor:
+        """The picked ones of a chunk, bias added, -inf where a pair may not be seen."""
         products = scratch.bmm("products", queries, keys.transpose(1, 2))
-        products[..., slab.keys] = -torch.inf
-        logits = slab.pick(products)
+        products[..., chunk.keys] = -torch.inf
+        logits = chunk.pick(products)
         if self.bias is not None:
-            bias = self.bias[slab.lists, slab.groups, None, : slab.width, None].masked_fill(slab.empty, 0.0)
-            logits.unflatten(-1, (slab.width, -1)).add_(bias.to(logits.dtype) * LOG2_E)
-            logits.masked_fill_(slab.index == slab.keys, -torch.inf)  # a bias may be NaN or inf where nobody sees it
+            bias = self.bias[chunk.lists, chunk.groups, None, : chunk.width, None].masked_fill(chunk.empty, 0.0)
+            logits.unflatten(-1, (chunk.width, -1)).add_(bias.to(logits.dtype) * LOG2_E)
+            logits.masked_fill_(chunk.index == chunk.keys, -torch.inf)  # a bias may be NaN or inf where nobody sees it
         return logits
 
 
@@ -147,17 +147,17 @@ class MaskedAttention(torch.autograd.Function):
         out = queries.new_zeros(*queries.shape[:2], v.shape[-1])
         lse = torch.full((*queries.shape[:2], 1), -torch.inf, dtype=queries.dtype, device=q.device)
         scratch = Scratch(queries)
-        for slab in listing.slabs():
-            where = slab.lists, slab.rows
-            weights = listing.logits(queries[where], slab.read(keys), slab, scratch)
+        for chunk in listing.chunks():
+            where = chunk.lists, chunk.rows
+            weights = listing.logits(queries[where], chunk.read(keys), chunk, scratch)
             # Rows that see nothing: weights 0, log-sum-exp log 0 = -inf; no NaN on the way.
             highest = weights.amax(-1, keepdim=True)
             highest.masked_fill_(highest == -torch.inf, 0.0)
             total = weights.sub_(highest).exp2_().sum(-1, keepdim=True)
             lse[where] = (highest + total.log2()).flatten(1, 2)
             weights.div_(total.clamp_(min=torch.finfo(total.dtype).tiny))
-            spread = scratch.take("spread", out.dtype, *out[where].shape[:2], slab.keys + 1).zero_()
-            torch.bmm(slab.place(weights, spread), slab.read(values), out=out[where])
+            spread = scratch.take("spread", out.dtype, *out[where].shape[:2], chunk.keys + 1).zero_()
+            torch.bmm(chunk.place(weights, spread), chunk.read(values), out=out[where])
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.call = layout, scale, causal
         shape = (-1, listing.rows)
@@ -178,23 +178,23 @@ class MaskedAttention(torch.autograd.Function):
         d_queries, d_keys, d_values = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         d_bias = None if listing.bias is None else torch.zeros_like(listing.bias, dtype=queries.dtype)
         scratch = Scratch(queries)
-        for slab in listing.slabs():
-            where = slab.lists, slab.rows
-            key, grad = slab.read(keys), d_out[where]
-            weights = listing.logits(queries[where], key, slab, scratch)
+        for chunk in listing.chunks():
+            where = chunk.lists, chunk.rows
+            key, grad = chunk.read(keys), d_out[where]
+            weights = listing.logits(queries[where], key, chunk, scratch)
             each = weights.shape[1:3]
             weights.sub_(known_lse[where].unflatten(1, each)).exp2_()
-            spread = scratch.take("spread", grad.dtype, *grad.shape[:2], slab.keys + 1).zero_()
-            slab.place(weights, spread)
-            slab.add(scratch.bmm("part", spread.transpose(1, 2), grad), d_values)
-            d_logits = slab.pick(scratch.bmm("products", grad, slab.read(values).transpose(1, 2)))
+            spread = scratch.take("spread", grad.dtype, *grad.shape[:2], chunk.keys + 1).zero_()
+            chunk.place(weights, spread)
+            chunk.add(scratch.bmm("part", spread.transpose(1, 2), grad), d_values)
+            d_logits = chunk.pick(scratch.bmm("products", grad, chunk.read(values).transpose(1, 2)))
             d_logits.sub_(shift[where].unflatten(1, each)).mul_(weights)
             if d_bias is not None:
-                tiles = d_logits.unflatten(-1, (slab.width, -1))
-                d_bias[slab.lists, slab.groups, : slab.width] = tiles.sum((2, 4))
-            slab.place(d_logits, spread)
+                tiles = d_logits.unflatten(-1, (chunk.width, -1))
+                d_bias[chunk.lists, chunk.groups, : chunk.width] = tiles.sum((2, 4))
+            chunk.place(d_logits, spread)
             torch.bmm(spread, key, out=d_queries[where])
-            slab.add(scratch.bmm("part", spread.transpose(1, 2), queries[where]), d_keys)
+            chunk.add(scratch.bmm("part", spread.transpose(1, 2), queries[where]), d_keys)
         return (
             from_units(d_queries.mul_(scale).view(-1, listing.rows, q.shape[-1]), listing).to(q.dtype),
             _like(d_keys.div_(LOG2_E), k, key_valid),  # the queries above hold scale * LOG2_E
@@ -208,7 +208,7 @@ class MaskedAttention(torch.autograd.Function):
 
 
 def masked_pairs(layout: BlockLayout, num_heads: int, causal: bool) -> int:
-    """Pairs that :class:`MaskedAttention` computes, one column a slab more than it has keys."""
+    """Pairs that :class:`MaskedAttention` computes, one column a chunk more than it has keys."""
     units = Units(layout, layout.indices.shape[0], num_heads // layout.indices.shape[1])
     stops = (_limit(units, causal, layout.indices.device).amax(-1) + 1).tolist()
     return sum(
@@ -218,7 +218,7 @@ def masked_pairs(layout: BlockLayout, num_heads: int, causal: bool) -> int:
 
 
 def _cut(counts: Tensor, size: int, rows: int, stops: list[int]) -> Iterator[tuple[slice, slice, int, int]]:
-    """Slabs of about SLAB_PAIRS pairs, computed or picked: lists, their groups, the keys that those see, blocks listed.
+    """Chunks of about CHUNK_PAIRS pairs, computed or picked: lists, groups, the keys those see, blocks listed.
 
     What lists nothing or sees nothing is in none.
 
@@ -228,7 +228,7 @@ def _cut(counts: Tensor, size: int, rows: int, stops: list[int]) -> Iterator[tup
         rows: Query rows of a group.
         stops: Keys that some row of a group may see; later groups never see less.
     """
-    pairs, number, groups = rules.SLAB_PAIRS, len(counts), len(stops)
+    pairs, number, groups = rules.CHUNK_PAIRS, len(counts), len(stops)
     longest, widths = counts.amax(0).tolist(), counts.tolist()
     together = max(1, pairs // max(1, groups * rows * max(stops[-1], size * max(longest))))
     for first in range(0, number, together):

@@ -21,11 +21,11 @@ from astbench_kernels.backends.cpu.key_major import KeyMajorAttention
 from astbench_kernels.backends.cpu.masked import MaskedAttention, masked_pairs
 from astbench_kernels.backends.cpu.units import (
     LOG2_E,
-    Plan,
+    ListedUnits,
     Scratch,
     from_blocks,
     from_units,
-    make_plan,
+    listed_units,
     one_list_per_kv_head,
     to_blocks,
     to_units,
@@ -82,7 +82,7 @@ def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes
     """(query, key) pairs that :func:`gather_attention` computes.
 
     Query-major, each chunk's lists are as long as its longest one; key-major, every list has its own length (tiles that
-    are filled up, and blocks that nobody sees yet, left aside); masked, all keys up to a slab's last one are computed,
+    are filled up, and blocks that nobody sees yet, left aside); masked, all keys up to a chunk's last one are computed,
     and a column of nothing.
 
     Args:
@@ -119,8 +119,8 @@ def gather_attention(
 
     Cost: O(N x width x block_size) time, or O(N x M) where that is less; beside inputs and outputs, and copies as large
     as those, O(CHUNK_BYTES) memory, in both directions. For lists that few rows share
-    (`key_major.py`) O(PIECE_ROWS x width), for short sequences times the key/value heads; where all
-    pairs are computed (`masked.py`) O(SLAB_PAIRS), or those of one list.
+    (`key_major.py`) O(CHUNK_ROWS x width), for short sequences times the key/value heads; where all
+    pairs are computed (`masked.py`) O(CHUNK_PAIRS), or those of one list.
     """
     if 0 in (q.numel(), k.numel(), v.numel(), layout.indices.numel()):  # nothing to gather
         return reference_attention(
@@ -147,7 +147,7 @@ class _GatherAttention(torch.autograd.Function):
         causal: bool,
         key_valid: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        plan = make_plan(q, k, layout, scale, causal, key_valid)
+        plan = listed_units(q, k, layout, scale, causal, key_valid)
         compute = torch.promote_types(q.dtype, torch.float32)
         queries = to_units(q, plan).to(compute) * (scale * LOG2_E)
         keys, values = to_blocks(k, key_valid, layout), to_blocks(v, key_valid, layout)
@@ -175,7 +175,7 @@ class _GatherAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_out, grad_lse = grads
         q, k, v, block_bias, key_valid, out, lse = ctx.saved_tensors
-        plan: Plan = ctx.plan
+        plan: ListedUnits = ctx.plan
         compute = lse.dtype
         queries, d_out = to_units(q, plan).to(compute) * (plan.scale * LOG2_E), to_units(grad_out, plan).to(compute)
         d_lse = to_units(grad_lse.unsqueeze(-1), plan)
@@ -223,13 +223,13 @@ _SCHEDULES: dict[rules.GatherSchedule, type[torch.autograd.Function]] = {
 }
 
 
-def _chunks_of(plan: Plan, k: Tensor) -> Iterator[tuple[slice, int]]:
+def _chunks_of(plan: ListedUnits, k: Tensor) -> Iterator[tuple[slice, int]]:
     bytes_per_block = plan.layout.block_size * k.shape[-1] * k.element_size()
     return _chunks(plan.layout.counts.flatten().tolist(), bytes_per_block)
 
 
 def _logits(
-    queries: Tensor, key: Tensor, plan: Plan, units: slice, width: int, bias: Tensor | None, scratch: Scratch
+    queries: Tensor, key: Tensor, plan: ListedUnits, units: slice, width: int, bias: Tensor | None, scratch: Scratch
 ) -> Tensor:
     """`(units, rows, keys)` in powers of two, -inf where a pair may not be seen."""
     logits = scratch.bmm("logits", queries, key.transpose(1, 2))
@@ -240,7 +240,7 @@ def _logits(
     return logits
 
 
-def _hide(logits: Tensor, plan: Plan, units: slice, width: int) -> None:
+def _hide(logits: Tensor, plan: ListedUnits, units: slice, width: int) -> None:
     """Set unseen pairs of `(units, rows, width * block_size)` to -inf; few blocks hold any, only they are touched."""
     masked = plan.masked[units, :width]
     if not bool(masked.any()):

@@ -20,7 +20,7 @@ LOG2_E = math.log2(math.e)
 
 @dataclass
 class Units:
-    """How the query rows of a call, or of a piece of one, belong to lists."""
+    """How the query rows of a call, or of a chunk of one, belong to lists."""
 
     layout: BlockLayout
     batch: int
@@ -39,7 +39,7 @@ class Units:
 
 
 @dataclass
-class Plan(Units):
+class ListedUnits(Units):
     """Everything about a call but the tensors that need gradients."""
 
     scale: float
@@ -79,8 +79,10 @@ def unseen_keys(layout: BlockLayout, batch: int, kv_heads: int, key_valid: Tenso
     return ~valid.view(batch, 1, layout.num_blocks, size).expand(-1, kv_heads, -1, -1).reshape(-1, size)
 
 
-def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: bool, key_valid: Tensor | None) -> Plan:
-    """The plan of a call; the layout has a list per head or per key/value head."""
+def listed_units(
+    q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: bool, key_valid: Tensor | None
+) -> ListedUnits:
+    """Of a call; the layout has a list per head or per key/value head."""
     batch, num_heads, _, _ = q.shape
     kv_heads, lists = k.shape[1], layout.indices.shape[1]
     width, size = layout.indices.shape[-1], layout.block_size
@@ -99,7 +101,7 @@ def make_plan(q: Tensor, k: Tensor, layout: BlockLayout, scale: float, causal: b
     unseen = unseen_keys(layout, batch, kv_heads, key_valid)
     if unseen is not None:
         masked = masked | unseen.any(-1).index_select(0, blocks.flatten()).view_as(masked)
-    return Plan(
+    return ListedUnits(
         layout=layout,
         batch=batch,
         heads_per_list=num_heads // lists,

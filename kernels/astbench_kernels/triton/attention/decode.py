@@ -19,7 +19,7 @@ def _rows_of_tile(
     CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr,
     TILES_PER_GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """(head in the bundle, query row, whether that row exists, how many of the first keys it may see).
+    """(head in the head group, query row, whether that row exists, how many of the first keys it may see).
 
     A step in the middle of a group has few of the group's rows; only those that exist are counted.
     """
@@ -71,7 +71,7 @@ def forward(
     q, k, v, bias, key_valid, indices, counts, out, lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, splits, groups, width, first_group, query_offset, query_length, key_length,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, BUNDLES: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, HEAD_GROUPS: tl.constexpr,
     CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
     WHOLE: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
@@ -82,12 +82,12 @@ def forward(
 
     The log is in base 2, except with WHOLE: then there is one split, and this is what the caller gets.
     """
-    each: tl.constexpr = HEADS // BUNDLES
+    each: tl.constexpr = HEADS // HEAD_GROUPS
     split, unit = tl.program_id(0) % splits, tl.program_id(0) // splits
-    tile, bundle = unit % (groups * TILES_PER_GROUP), unit // (groups * TILES_PER_GROUP)
-    batch, bundle = (bundle // BUNDLES).to(tl.int64), (bundle % BUNDLES).to(tl.int64)
-    kv_head = bundle * KV_HEADS // BUNDLES
-    listing = (batch * LISTS + bundle * LISTS // BUNDLES) * groups + tile // TILES_PER_GROUP
+    tile, head_group = unit % (groups * TILES_PER_GROUP), unit // (groups * TILES_PER_GROUP)
+    batch, head_group = (head_group // HEAD_GROUPS).to(tl.int64), (head_group % HEAD_GROUPS).to(tl.int64)
+    kv_head = head_group * KV_HEADS // HEAD_GROUPS
+    listing = (batch * LISTS + head_group * LISTS // HEAD_GROUPS) * groups + tile // TILES_PER_GROUP
     head, row, exists, visible = _rows_of_tile(
         tile,
         first_group,
@@ -101,7 +101,7 @@ def forward(
         TILES_PER_GROUP,
         ROWS,
     )
-    head = bundle * each + head
+    head = head_group * each + head
     queries = load_tile(q + batch * stride_qb, head * stride_qh + row * stride_qn, exists, DIM, BLOCK_DIM, True)
     k += batch * stride_kb + kv_head * stride_kh
     v += batch * stride_vb + kv_head * stride_vh

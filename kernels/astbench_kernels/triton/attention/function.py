@@ -145,7 +145,7 @@ class _Inputs:
             "HEADS": plan.heads,
             "KV_HEADS": plan.kv_heads,
             "LISTS": plan.lists,
-            "BUNDLES": plan.bundles,
+            "HEAD_GROUPS": plan.head_groups,
             "CAUSAL": plan.causal,
             "KEY_STRIDE": plan.key_stride,
             "HAS_BIAS": self.has_bias,
@@ -185,7 +185,7 @@ def _inputs(
 
 
 def _query_major_grid(plan: Plan, tile: Tile) -> tuple[int, int]:
-    """(tiles of a group, tiles of a bundle)."""
+    """(tiles of a group, tiles of a head group)."""
     per_group = ceil_div(plan.rows_per_list, tile.rows)
     return per_group, per_group * plan.groups
 
@@ -198,7 +198,7 @@ def _forward_query_major(
     per_group, tiles = _query_major_grid(plan, tile)
     launch(
         query_major.forward,
-        plan.batch * plan.bundles * tiles,
+        plan.batch * plan.head_groups * tiles,
         {**inputs.arguments, **vars(lists), "out": out, "lse": lse, "num_tiles": tiles},
         {**inputs.constants(plan, tile), "PADDED": plan.padded_block, "TILES_PER_GROUP": per_group},
         tile,
@@ -215,19 +215,19 @@ def _backward_query_major(
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_bias = None
     if inputs.has_bias:
-        shape = (plan.batch, plan.bundles, plan.groups, per_group, plan.width)
+        shape = (plan.batch, plan.head_groups, plan.groups, per_group, plan.width)
         d_bias = torch.zeros(shape, dtype=torch.float32, device=q.device)
     launch(
         query_major.backward,
-        plan.batch * plan.bundles * tiles,
+        plan.batch * plan.head_groups * tiles,
         {**inputs.arguments, **vars(lists), "d_q": d_q, "d_bias": q if d_bias is None else d_bias, "num_tiles": tiles},
         {**inputs.constants(plan, tile), "PADDED": plan.padded_block, "TILES_PER_GROUP": per_group},
         tile,
     )
     if d_bias is None:
         return d_q, None
-    # Bundles that share a list are neighbours.
-    shared = d_bias.sum(3).view(plan.batch, plan.lists, plan.bundles // plan.lists, plan.groups, plan.width)
+    # Head groups that share a list are neighbours.
+    shared = d_bias.sum(3).view(plan.batch, plan.lists, plan.head_groups // plan.lists, plan.groups, plan.width)
     return d_q, shared.sum(2)
 
 
@@ -250,7 +250,7 @@ def _forward_key_major(
         partial_lse.fill_(-torch.inf)
         launch(
             key_major.forward,
-            plan.batch * plan.bundles * plan.num_blocks * parts,
+            plan.batch * plan.head_groups * plan.num_blocks * parts,
             {**inputs.arguments, **here, **_transposed(plan, lists), "partial": partial, "partial_lse": partial_lse}
             | {"chunk": chunk, "num_tiles": plan.num_blocks * parts},
             constants,

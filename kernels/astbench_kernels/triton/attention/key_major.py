@@ -41,7 +41,7 @@ def _keys_of_program(
 @triton.jit
 def _partial_steps(
     start, stop,
-    keys, values, key_position, live, q, bias, entries, partial, partial_lse, bundle_row, part,
+    keys, values, key_position, live, q, bias, entries, partial, partial_lse, head_group_row, part,
     stride_qh, stride_qn, scale, chunk_start, chunk_rows, width, first_group, query_offset, query_length,
     EACH: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
@@ -65,7 +65,7 @@ def _partial_steps(
         weights = tl.exp2(logits - pivot[:, None])
         total = tl.sum(weights, 1)
         acc = matmul(weights.to(values.dtype), values, PRECISE) / tl.where(total > 0, total, 1.0)[:, None]
-        target = (bundle_row + head) * chunk_rows + row - chunk_start
+        target = (head_group_row + head) * chunk_rows + row - chunk_start
         target = (target * width + code % width) * PARTS + part
         store_tile(partial, target * VALUE_DIM, acc, exists, VALUE_DIM, BLOCK_VALUE)
         tl.store(partial_lse + target, log_of_sum(highest, total), mask=exists)
@@ -77,19 +77,19 @@ def forward(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, chunk, chunk_start, chunk_rows,
     num_tiles, num_blocks, num_chunks, groups, width, first_group, query_offset, query_length, key_length,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, BUNDLES: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, HEAD_GROUPS: tl.constexpr,
     CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Partial outputs `(batch, heads, chunk_rows, width, parts, VALUE_DIM)` of one chunk of groups, lse in base 2."""
-    each: tl.constexpr = HEADS // BUNDLES
+    each: tl.constexpr = HEADS // HEAD_GROUPS
     parts: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
-    bundle, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
-    batch, bundle = (bundle // BUNDLES).to(tl.int64), (bundle % BUNDLES).to(tl.int64)
-    kv_head = bundle * KV_HEADS // BUNDLES
+    head_group, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
+    batch, head_group = (head_group // HEAD_GROUPS).to(tl.int64), (head_group % HEAD_GROUPS).to(tl.int64)
+    kv_head = head_group * KV_HEADS // HEAD_GROUPS
     tile = _tile_in_turn(turns + (batch * KV_HEADS + kv_head) * num_blocks, tile, parts)
-    unit = batch * LISTS + bundle * LISTS // BUNDLES
+    unit = batch * LISTS + head_group * LISTS // HEAD_GROUPS
     starts += unit * (num_blocks * 2 * num_chunks + 1)
     cell = (tile // parts) * 2 * num_chunks + chunk
     full_start, full_stop = tl.load(starts + cell), tl.load(starts + cell + 1)
@@ -106,18 +106,18 @@ def forward(
         v += batch * stride_vb + kv_head * stride_vh
         keys = load_tile(k, source * stride_kn, live, DIM, BLOCK_DIM, True)
         values = load_tile(v, source * stride_vn, live, VALUE_DIM, BLOCK_VALUE, True)
-        q += batch * stride_qb + bundle * each * stride_qh
-        bundle_row = batch * HEADS + bundle * each
+        q += batch * stride_qb + head_group * each * stride_qh
+        head_group_row = batch * HEADS + head_group * each
         size: tl.constexpr = GROUP * each
         _partial_steps(
             full_start * size, full_stop * size,
-            keys, values, key_position, live, q, bias, entries, partial, partial_lse, bundle_row, part,
+            keys, values, key_position, live, q, bias, entries, partial, partial_lse, head_group_row, part,
             stride_qh, stride_qn, scale, chunk_start, chunk_rows, width, first_group, query_offset, query_length,
             each, parts, CAUSAL, HAS_BIAS, False, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, GROUP, ROWS, PRECISE,
         )  # fmt: skip
         _partial_steps(
             partial_start * size, partial_stop * size,
-            keys, values, key_position, live, q, bias, entries, partial, partial_lse, bundle_row, part,
+            keys, values, key_position, live, q, bias, entries, partial, partial_lse, head_group_row, part,
             stride_qh, stride_qn, scale, chunk_start, chunk_rows, width, first_group, query_offset, query_length,
             each, parts, CAUSAL, HAS_BIAS, True, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, GROUP, ROWS, PRECISE,
         )  # fmt: skip
@@ -213,17 +213,17 @@ def backward(
     stride_ob, stride_oh, stride_on,
     scale, softmax_scale,
     num_tiles, num_blocks, num_chunks, groups, width, first_group, query_offset, query_length, key_length,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, BUNDLES: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, HEAD_GROUPS: tl.constexpr,
     CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr, ALL: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values; with ALL also of queries and block_bias, added to float32 buffers of zeros.
 
-    A program owns its keys for every bundle of the KV head, so nothing but ALL's additions meets another program.
+    A program owns its keys for every head_group of the KV head, so nothing but ALL's additions meets another program.
     """
-    each: tl.constexpr = HEADS // BUNDLES
-    bundles: tl.constexpr = BUNDLES // KV_HEADS
+    each: tl.constexpr = HEADS // HEAD_GROUPS
+    head_groups: tl.constexpr = HEAD_GROUPS // KV_HEADS
     size: tl.constexpr = GROUP * each
     kv_head, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     batch, kv_head = (kv_head // KV_HEADS).to(tl.int64), (kv_head % KV_HEADS).to(tl.int64)
@@ -238,15 +238,15 @@ def backward(
     values = load_tile(v, source * stride_vn, live, VALUE_DIM, BLOCK_VALUE, True)
     grad_k = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
     grad_v = tl.zeros([KEYS, BLOCK_VALUE], tl.float32)
-    for nth in range(bundles):
-        bundle = kv_head * bundles + nth
-        unit = batch * LISTS + bundle * LISTS // BUNDLES
+    for nth in range(head_groups):
+        head_group = kv_head * head_groups + nth
+        unit = batch * LISTS + head_group * LISTS // HEAD_GROUPS
         cells = starts + unit * (num_blocks * 2 * num_chunks + 1) + block * 2 * num_chunks
         begin, middle, end = tl.load(cells), tl.load(cells + num_chunks), tl.load(cells + 2 * num_chunks)
         table = unit * groups * width
-        first_head = batch * HEADS + bundle * each
-        q_rows = q + batch * stride_qb + bundle * each * stride_qh
-        o_rows = d_out + batch * stride_ob + bundle * each * stride_oh
+        first_head = batch * HEADS + head_group * each
+        q_rows = q + batch * stride_qb + head_group * each * stride_qh
+        o_rows = d_out + batch * stride_ob + head_group * each * stride_oh
         scalars = first_head * query_length
         grad_k, grad_v = _backward_steps(
             grad_k, grad_v, begin * size, middle * size,

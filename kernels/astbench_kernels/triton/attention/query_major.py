@@ -26,14 +26,14 @@ _SIZES = ["num_tiles", "groups", "width", "first_group", "query_offset", "query_
 
 @triton.jit
 def _tile_of_program(
-    turns, num_tiles, groups, LISTS: tl.constexpr, BUNDLES: tl.constexpr, TILES_PER_GROUP: tl.constexpr
+    turns, num_tiles, groups, LISTS: tl.constexpr, HEAD_GROUPS: tl.constexpr, TILES_PER_GROUP: tl.constexpr
 ):
-    """(batch, bundle, list, group, tile in the group) as int64 but the last; a bundle's longest lists start first."""
-    bundle, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
-    batch, bundle = (bundle // BUNDLES).to(tl.int64), (bundle % BUNDLES).to(tl.int64)
-    unit = (batch * LISTS + bundle * LISTS // BUNDLES) * groups
+    """(batch, head group, list, group, tile in the group), int64 but the last; the longest lists start first."""
+    head_group, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
+    batch, head_group = (head_group // HEAD_GROUPS).to(tl.int64), (head_group % HEAD_GROUPS).to(tl.int64)
+    unit = (batch * LISTS + head_group * LISTS // HEAD_GROUPS) * groups
     group = tl.load(turns + unit + tile // TILES_PER_GROUP)
-    return batch, bundle, unit + group, group, tile % TILES_PER_GROUP
+    return batch, head_group, unit + group, group, tile % TILES_PER_GROUP
 
 
 @triton.jit
@@ -123,23 +123,25 @@ def forward(
     q, k, v, bias, key_valid, blocks, slots, num_full, num_seen, turns, out, lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, num_tiles, groups, width, first_group, query_offset, query_length, key_length,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, BUNDLES: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, HEAD_GROUPS: tl.constexpr,
     CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, TILES_PER_GROUP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Writes `out` `(batch, heads, query_length, VALUE_DIM)` and `lse` (natural log), both contiguous."""
-    each: tl.constexpr = HEADS // BUNDLES
-    batch, bundle, unit, group, part = _tile_of_program(turns, num_tiles, groups, LISTS, BUNDLES, TILES_PER_GROUP)
-    kv_head = bundle * KV_HEADS // BUNDLES
+    each: tl.constexpr = HEADS // HEAD_GROUPS
+    batch, head_group, unit, group, part = _tile_of_program(
+        turns, num_tiles, groups, LISTS, HEAD_GROUPS, TILES_PER_GROUP
+    )
+    kv_head = head_group * KV_HEADS // HEAD_GROUPS
     blocks += unit * width
     slots += unit * width
     head, position, row, exists = rows_of_group(
         part * ROWS + tl.arange(0, ROWS), group, first_group, query_offset, query_length, GROUP, each
     )
     last = last_key(position, KEY_STRIDE)
-    head = bundle * each + head
+    head = head_group * each + head
     queries = load_tile(q + batch * stride_qb, head * stride_qh + row * stride_qn, exists, DIM, BLOCK_DIM, True)
     k += batch * stride_kb + kv_head * stride_kh
     v += batch * stride_vb + kv_head * stride_vh
@@ -219,26 +221,28 @@ def backward(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
     scale, softmax_scale, num_tiles, groups, width, first_group, query_offset, query_length, key_length,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, BUNDLES: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, HEAD_GROUPS: tl.constexpr,
     CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, TILES_PER_GROUP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, and of block_bias as `(batch, bundles, groups, tiles, width)`: no two programs share one.
+    """Gradients of queries, and of block_bias as `(batch, head groups, groups, tiles, width)`: no two share one.
 
     `d_bias` starts at zero; `scale` is in base 2, `softmax_scale` the caller's.
     """
-    each: tl.constexpr = HEADS // BUNDLES
-    batch, bundle, unit, group, part = _tile_of_program(turns, num_tiles, groups, LISTS, BUNDLES, TILES_PER_GROUP)
-    kv_head = bundle * KV_HEADS // BUNDLES
+    each: tl.constexpr = HEADS // HEAD_GROUPS
+    batch, head_group, unit, group, part = _tile_of_program(
+        turns, num_tiles, groups, LISTS, HEAD_GROUPS, TILES_PER_GROUP
+    )
+    kv_head = head_group * KV_HEADS // HEAD_GROUPS
     blocks += unit * width
     slots += unit * width
     head, position, row, exists = rows_of_group(
         part * ROWS + tl.arange(0, ROWS), group, first_group, query_offset, query_length, GROUP, each
     )
     last = last_key(position, KEY_STRIDE)
-    head = bundle * each + head
+    head = head_group * each + head
     queries = load_tile(q + batch * stride_qb, head * stride_qh + row * stride_qn, exists, DIM, BLOCK_DIM, True)
     d_rows = load_tile(
         d_out + batch * stride_ob, head * stride_oh + row * stride_on, exists, VALUE_DIM, BLOCK_VALUE, True
@@ -251,7 +255,7 @@ def backward(
     k += batch * stride_kb + kv_head * stride_kh
     v += batch * stride_vb + kv_head * stride_vh
     bias += unit * width
-    d_bias += (((batch * BUNDLES + bundle) * groups + group) * TILES_PER_GROUP + part) * width
+    d_bias += (((batch * HEAD_GROUPS + head_group) * groups + group) * TILES_PER_GROUP + part) * width
     key_valid += batch * key_length
     fulls, seen = tl.load(num_full + unit), tl.load(num_seen + unit)
     unmasked, steps = _steps(fulls, seen, BLOCK_SIZE, PADDED, KEYS)
