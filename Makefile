@@ -11,11 +11,15 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 demo: $(VENV)/.installed  ## Train the Adaptive Sparse Transformer on generated questions, from scratch
 	$(BIN)/astbench fit --attention=ast --task=triviaqa
 
+# One worker a core and one torch thread a worker; at most eight, for each takes about 1.5 GB.  make test JOBS=1: one.
+JOBS   ?= $(shell $(BIN)/python -c 'import os; print(min(8, len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))))')
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 test: $(VENV)/.installed-dev  ## Style, types, import rules and the fast tests
-	$(BIN)/python -m pytest
+	$(PYTEST) -n $(JOBS) --dist=worksteal
 
 test-all: $(VENV)/.installed-dev  ## The slow tests too
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -n $(JOBS) --dist=worksteal -m "not gpu"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

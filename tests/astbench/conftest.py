@@ -18,6 +18,7 @@ from transformers import (
 
 from astbench.cli import main
 from astbench_registry import registry
+from tests.astbench.processes import Runner
 
 VOCABULARY = 61
 
@@ -88,6 +89,12 @@ class Outcome:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """Commands in processes of their own, all from one server: see :class:`tests.astbench.processes.Runner`."""
+    return Runner(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture

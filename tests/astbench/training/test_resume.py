@@ -1,11 +1,8 @@
 """Kill and resume: whatever the moment, the resumed run ends bitwise where the uninterrupted one does."""
 
 import json
-import multiprocessing
-import os
 import random
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,60 +15,6 @@ from tests.astbench.conftest import DEMO, NAMES
 STEPS, EVERY = 12, 3
 # Five batches an epoch: the checkpoints of steps 6 and 12 are in the second and third, that of step 3 in the first.
 FIT = ["fit", *NAMES, *DEMO, "--data.demo_train=20", f"--trainer.max_steps={STEPS}", f"--checkpoint_every={EVERY}"]
-
-
-# -- the child process ------------------------------------------------------------------------------------------
-
-
-def child(words, output, end):
-    """Run a command; at `end` = (what, number, signal) the process sends itself the signal."""
-    torch.set_num_threads(1)
-    os.dup2(os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
-    os.dup2(1, 2)
-    if end is not None:
-        _arm(*end)
-    from astbench.cli import main
-
-    sys.exit(main(words))
-
-
-def _arm(what, number, how):
-    from astbench.cli.run_callback import RunCallback
-
-    count = 0
-
-    def tick(*_):
-        nonlocal count
-        if count == number:
-            os.kill(os.getpid(), how)
-        count += 1
-
-    if what == "rename":
-        # Every atomic write renames: checkpoints (four times each), the manifest, the record, the log's header.
-        rename = os.replace
-        os.replace = lambda *a, **k: (tick(), rename(*a, **k))
-    else:
-        before = getattr(RunCallback, what)
-        setattr(RunCallback, what, lambda *a, **k: (tick(), before(*a, **k))[1])
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """`run(words, end)` -> (exit code, output), in a fresh process that has the heavy imports behind it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["astbench.cli.lightning", "astbench.tasks.qa.task", "tests.astbench.training.test_resume"]
-    )
-    output = tmp_path_factory.mktemp("output") / "out.txt"
-
-    def start(words, end=None):
-        process = context.Process(target=child, args=([str(w) for w in words], str(output), end))
-        process.start()
-        process.join(120)
-        assert process.exitcode is not None, "still running"
-        return process.exitcode, output.read_text()
-
-    return start
 
 
 @pytest.fixture(scope="module")

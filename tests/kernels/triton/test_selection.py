@@ -15,28 +15,19 @@ from astbench_kernels.triton.selection.rule import BlockRule
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from astbench_registry.block_selection import Call, FactoredBlockSelection, block_scores, factored
 from astbench_registry.variants.pooled_topk import PooledTopKAttention
+from tests.kernels.conftest import DEVICE
+from tests.oracles import draw
+from tests.registry.building import build
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # As in test_triton.py: the interpreter of triton 3.6 does not go with numpy 2.4.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    pytest.mark.usefixtures("interpreter"),
+]
 if DEVICE == "cpu" and (triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0"):
     pytest.skip("the interpreter of this triton needs numpy below 2.4", allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
-    """Kernels are interpreted where there is no GPU; nothing that they should have written is left to luck."""
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        x = empty(*args, **kwargs)
-        return x.fill_(torch.nan if x.is_floating_point() else -7)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 # ----- pooled blocks
@@ -262,22 +253,16 @@ def test_refusals():
 # ----- in the layer
 
 
-def draw(queries, keys, *, padding=0.0, dtype=torch.float32, dim=16):
-    g = torch.Generator().manual_seed(queries + keys)
-    shapes = [(4, queries), (2, keys), (2, keys)]
-    tensors = [torch.randn(2, heads, n, dim, generator=g).to(DEVICE, dtype) for heads, n in shapes]
-    valid = (torch.rand(2, keys, generator=g) >= padding).to(DEVICE) if padding else None
-    return tensors, valid
+def drawn(queries, keys, *, padding=0.0, dtype=torch.float32, dim=16):
+    sizes = {"heads": 4, "kv_heads": 2, "dim": dim}
+    tensors, valid = draw(queries, keys, **sizes, padding=padding, seed=queries + keys)
+    return [x.to(DEVICE, dtype) for x in tensors], None if valid is None else valid.to(DEVICE)
 
 
 def layer(name, backend, options=None, dim=16):
     """Weights away from zero, so that every term of the score counts."""
-    module = build_attention(name, {**SMALL, **(options or {}), "backend": backend}, AttentionShape(4, 2, dim))
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=g))
-    return module.to(DEVICE)
+    options = {**SMALL, **(options or {}), "backend": backend}
+    return build(name, options, heads=4, kv_heads=2, dim=dim, weights=1.0, seed=3, dtype=torch.float32).to(DEVICE)
 
 
 def never(*args, **kwargs):
@@ -298,7 +283,7 @@ def never(*args, **kwargs):
 )
 def test_fused_layer_chooses_the_same(monkeypatch, pattern, offset, options, name, padding):
     keys = 53 if pattern.endswith("self") else 37
-    tensors, valid = draw(53 - offset, keys, padding=padding)
+    tensors, valid = drawn(53 - offset, keys, padding=padding)
     if valid is not None:
         for x in tensors[1:]:
             x.masked_fill_(~valid[:, None, :, None], torch.nan)
@@ -316,7 +301,7 @@ def test_fused_layer_chooses_the_same(monkeypatch, pattern, offset, options, nam
 @pytest.mark.parametrize("pattern", ["causal_self", "bidirectional_cross"])
 @pytest.mark.parametrize("name", ["ast", "pooled_topk"])
 def test_fused_layer_computes_the_same(monkeypatch, name, pattern):
-    tensors, valid = draw(23, 23 if pattern == "causal_self" else 37, padding=0.3)
+    tensors, valid = drawn(23, 23 if pattern == "causal_self" else 37, padding=0.3)
     mask, context = AttentionMask(pattern, key_valid=valid), AttentionContext(collect_stats=True)
     options = {"query_group": 1}
     expected = layer(name, "gather", options).eval()(*tensors, mask, context=context)
@@ -330,7 +315,7 @@ def test_fused_layer_computes_the_same(monkeypatch, name, pattern):
 
 
 def test_half_precision_pools_what_torch_pools():
-    tensors, _ = draw(53, 53, dtype=torch.float16)
+    tensors, _ = drawn(53, 53, dtype=torch.float16)
     mask, context = AttentionMask("causal_self"), AttentionContext(collect_stats=True)
     expected = layer("ast", "gather").eval()(*tensors, mask, context=context).stats.layout
     module = layer("ast", "triton").eval()
@@ -340,7 +325,7 @@ def test_half_precision_pools_what_torch_pools():
 
 def test_the_learned_term_moves_the_choice():
     """Else the comparisons above would hold without it."""
-    tensors, _ = draw(53, 53)
+    tensors, _ = drawn(53, 53)
     modules = [layer(name, "triton").eval() for name in ("ast", "pooled_topk")]
     call = Call.of(modules[0].shape, *tensors, AttentionMask("causal_self"))
     ours, pooled = (module.fused_layout(call).to_mask() for module in modules)
@@ -359,7 +344,7 @@ def test_the_learned_term_moves_the_choice():
 )
 def test_scores_are_made_where_they_are_needed(monkeypatch, name, options, train):
     monkeypatch.setattr(factored, "choose_blocks", never)
-    tensors, _ = draw(17, 17)
+    tensors, _ = drawn(17, 17)
     mask, context = AttentionMask("causal_self"), AttentionContext(collect_stats=True)
     options = {**options, "top_k": 3} | ({"distill_weight": 0.0} if name == "ast" else {})
     outs = [
@@ -371,14 +356,14 @@ def test_scores_are_made_where_they_are_needed(monkeypatch, name, options, train
 
 def test_sampling_needs_scores_even_without_a_gradient():
     module = layer("ast", "triton", {"sample": True}).train()
-    call = Call.of(module.shape, *draw(17, 17)[0], AttentionMask("causal_self"))
+    call = Call.of(module.shape, *drawn(17, 17)[0], AttentionMask("causal_self"))
     with torch.no_grad():
         assert not module.fusible(call)
     assert module.eval().fusible(call)
 
 
 def test_fused_layer_follows_patterns():
-    tensors, _ = draw(53, 53)
+    tensors, _ = drawn(53, 53)
     mask, context = AttentionMask("causal_self"), AttentionContext(collect_stats=True)
     expected, plain = (
         layer("ast", "gather", options).eval()(*tensors, mask, context=context).stats.layout.to_mask()
@@ -391,7 +376,7 @@ def test_fused_layer_follows_patterns():
 
 
 def test_global_tokens_are_not_fused():
-    tensors, _ = draw(33, 33)
+    tensors, _ = drawn(33, 33)
     mask, named = AttentionMask("bidirectional_self"), torch.arange(33).expand(2, -1) == 20
     options, context = (
         {"global_tokens": True, "query_group": 8},
@@ -415,7 +400,7 @@ def test_a_changed_choice_is_not_fused():
         def fusible(self, call):
             return False
 
-    tensors, _ = draw(17, 17)
+    tensors, _ = drawn(17, 17)
     mask, context = AttentionMask("causal_self"), AttentionContext(collect_stats=True)
     plain = layer("pooled_topk", "triton", {"top_k": 3}).eval()
     changed = Reversed(plain.config, plain.shape).to(DEVICE).eval()
@@ -434,7 +419,7 @@ def test_a_change_that_the_kernels_would_not_see_is_refused():
 
 
 def test_schedule_of_the_density_is_followed_without_a_gradient():
-    tensors, _ = draw(33, 33)
+    tensors, _ = drawn(33, 33)
     options = {"density_start": 1.0, "density_steps": 10, "density": 0.3}
     mask = AttentionMask("causal_self")
     module = layer("ast", "triton", options).train()

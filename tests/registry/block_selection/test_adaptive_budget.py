@@ -3,22 +3,22 @@
 import pytest
 import torch
 
-from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry import AttentionContext, AttentionMask
+from tests.oracles import BATCH, draw
+from tests.registry.building import build
 
-BATCH, HEADS, KV_HEADS, TOKENS, DIM, SIZE = 2, 4, 2, 61, 8, 4
+HEADS, KV_HEADS, TOKENS, DIM, SIZE = 4, 2, 61, 8, 4
+SIZES = {"heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM}
 
 
-def build(**options):
+def ast(**options):
     options = {"block_size": SIZE, "query_group": 1, "budget": "adaptive", "min_blocks": 2, **options}
-    return build_attention("ast", options, AttentionShape(HEADS, KV_HEADS, DIM))
+    return build("ast", options, **SIZES, dtype=torch.float32)
 
 
-def draw(scale=2.0):
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(BATCH, n, TOKENS, DIM, generator=g, dtype=torch.float64) for n in (HEADS, KV_HEADS, KV_HEADS)
-    )
-    return q * scale, k, v
+def inputs(size=2.0):
+    (q, k, v), _ = draw(TOKENS, **SIZES)
+    return q * size, k, v
 
 
 def expected_blocks(q, k, row, share, least):
@@ -35,8 +35,8 @@ def expected_blocks(q, k, row, share, least):
 
 @pytest.mark.parametrize(("share", "least"), [(0.15, 2), (0.02, 5), (0.9, 1)])
 def test_blocks_with_their_share_are_kept(share, least):
-    q, k, v = draw()
-    module = build(share=share, min_blocks=least)
+    q, k, v = inputs()
+    module = ast(share=share, min_blocks=least)
     out = module(q, k, v, AttentionMask("causal_self"), context=AttentionContext(collect_stats=True))
     keep = out.stats.layout.to_mask()
     counts = set()
@@ -58,17 +58,16 @@ def step(module, tokens):
 @pytest.mark.parametrize("scale", [0.3, 2.0])
 def test_the_prediction_is_what_is_kept(share, scale):
     options = {"density": 1e-6, "lambda_density": 1.0, "distill_weight": 0.0, "temperature": 0.05}
-    module = build(share=share, **options).train()
-    kept, loss = step(module, draw(scale))
+    module = ast(share=share, **options).train()
+    kept, loss = step(module, inputs(scale))
     assert float(loss.detach()) ** 0.5 == pytest.approx(kept, abs=0.03)
 
 
 @pytest.mark.parametrize(("share", "target"), [(0.05, 0.35), (0.2, 0.7)], ids=["less", "more"])
 def test_the_regulariser_moves_the_density_to_its_target(share, target):
-    tokens = draw(0.7)
-    torch.manual_seed(0)  # the predictor's weights
+    tokens = inputs(0.7)
     options = {"density": target, "lambda_density": 1.0, "distill_weight": 0.0, "estimator": "none"}
-    module = build(share=share, **options).train()
+    module = ast(share=share, **options).train()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
     kept = []
     for _ in range(120):
@@ -82,21 +81,21 @@ def test_the_regulariser_moves_the_density_to_its_target(share, target):
 
 
 def test_runs_of_before_still_load():
-    assert build(budget="fixed", mass=0.9).config.mass == 0.9
+    assert ast(budget="fixed", mass=0.9).config.mass == 0.9
     with pytest.raises(ValueError, match=r"--attention.mass must be left out: .* by --attention.share"):
-        build(mass=0.9)
+        ast(mass=0.9)
 
 
 def test_the_regulariser_of_a_batch_that_sees_nothing_is_finite():
-    module = build(lambda_density=1.0)
+    module = ast(lambda_density=1.0)
     mask = AttentionMask("causal_self", 0, torch.zeros(BATCH, TOKENS, dtype=torch.bool))
-    out = module.train()(*(x.float() for x in draw()), mask)
+    out = module.train()(*(x.float() for x in inputs()), mask)
     assert sum(out.losses.values()).isfinite()
 
 
 def test_a_schedule_from_dense_keeps_gradients_finite_where_no_choice_is_soft():
     options = {"budget": "fixed", "temperature": 0.05, "density_start": 1.0, "density_steps": 100, "min_blocks": 1}
-    module = build(**options).train()
-    q, k, v = (x.float() for x in draw(16.0))
+    module = ast(**options).train()
+    q, k, v = (x.float() for x in inputs(16.0))
     module(q, k, v, AttentionMask("causal_self"), context=AttentionContext(step=0)).out.square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())

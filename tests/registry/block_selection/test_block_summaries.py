@@ -7,8 +7,9 @@ from astbench_registry import build_attention
 from astbench_registry.block_selection.summaries import BlockSummaries
 from astbench_registry.interface import AttentionContext, AttentionShape
 from astbench_registry.mask import AttentionMask
+from tests.oracles import HEADS, KV_HEADS, draw
 
-HEADS, KV_HEADS, DIM, TOKENS, SIZE = 6, 3, 8, 45, 4
+DIM, TOKENS, SIZE = 8, 45, 4
 OPTIONS = {
     "ast": {"min_blocks": 2, "density": 0.3, "block_size": SIZE, "sub_blocks": 2, "patterns": 2},
     "pooled_topk": {"min_blocks": 2, "density": 0.3, "block_size": SIZE},
@@ -33,11 +34,6 @@ def layer(name):
     return module, counted
 
 
-def draw():
-    g = torch.Generator().manual_seed(1)
-    return [torch.randn(2, h, TOKENS, DIM, generator=g, dtype=torch.float64) for h in (HEADS, KV_HEADS, KV_HEADS)]
-
-
 def step(module, tensors, start, stop, kept, valid=None, room=0):
     """Queries `start` to `stop`, with `room` places for keys that are still to come."""
     q, k, v = tensors
@@ -57,7 +53,7 @@ def same(module, tensors, start, stop, kept, **rest):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_block_is_summed_up_once(name):
-    (module, counted), tensors, kept = layer(name), draw(), BlockSummaries()
+    (module, counted), tensors, kept = layer(name), draw(TOKENS, dim=DIM, seed=1)[0], BlockSummaries()
     step(module, tensors, 0, 18, kept)
     assert counted == [4], "the fifth block is not complete"
     counted.clear()
@@ -74,7 +70,7 @@ def test_a_block_is_summed_up_once(name):
 @pytest.mark.parametrize("room", [0, 7])
 def test_steps_of_any_size_and_a_cut_cache(name, room):
     """Also with places for later keys, which hold something else until their time comes."""
-    (module, _), tensors, kept = layer(name), draw(), BlockSummaries()
+    (module, _), tensors, kept = layer(name), draw(TOKENS, dim=DIM, seed=1)[0], BlockSummaries()
     stale = [x.clone() for x in tensors]
     for x in stale[1:]:
         x[:, :, 20:] = 1e3
@@ -88,7 +84,7 @@ def test_steps_of_any_size_and_a_cut_cache(name, room):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_padding_is_part_of_what_is_kept(name):
-    (module, counted), tensors, kept = layer(name), draw(), BlockSummaries()
+    (module, counted), tensors, kept = layer(name), draw(TOKENS, dim=DIM, seed=1)[0], BlockSummaries()
     valid = torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(2)) < 0.7
     valid[:, 12:16] = False
     same(module, tensors, 0, 30, kept, valid=valid)
@@ -107,7 +103,7 @@ def test_padding_is_part_of_what_is_kept(name):
 
 
 def test_keys_of_another_sequence_are_summed_up_in_the_first_step():
-    (module, counted), (q, k, v), kept = layer("ast"), draw(), BlockSummaries()
+    (module, counted), (q, k, v), kept = layer("ast"), draw(TOKENS, dim=DIM, seed=1)[0], BlockSummaries()
     for position in range(3):
         mask = AttentionMask("causal_cross", position)
         with torch.no_grad():
@@ -120,7 +116,7 @@ def test_keys_of_another_sequence_are_summed_up_in_the_first_step():
 
 
 def test_with_gradients_or_nothing_to_append_to_nothing_is_kept():
-    (module, _), (q, k, v), kept = layer("ast"), draw(), BlockSummaries()
+    (module, _), (q, k, v), kept = layer("ast"), draw(TOKENS, dim=DIM, seed=1)[0], BlockSummaries()
     context = AttentionContext(summaries=kept)
     module(q, k, v, AttentionMask("causal_self"), context=context)
     with torch.no_grad():
@@ -135,7 +131,7 @@ def test_what_a_later_value_holds_changes_no_earlier_choice(group, what):
     options = {**OPTIONS["ast"], "query_group": group}
     module = build_attention("ast", options, AttentionShape(HEADS, KV_HEADS, DIM)).double().eval()
     torch.nn.init.normal_(module.key_weight)
-    q, k, v = (x[:, :, :44] for x in draw())
+    q, k, v = (x[:, :, :44] for x in draw(TOKENS, dim=DIM, seed=1)[0])
     later = v.clone()
     later[:, :, -1] = what
     mask, context = AttentionMask("causal_self"), AttentionContext(collect_stats=True)

@@ -7,23 +7,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from tests.oracles import BATCH, DIM, HEADS, KV_HEADS, draw
+from tests.registry.building import build
 
-BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
 OPTIONS = {"block_size": 4, "min_blocks": 2, "density": 0.4, "coarse_stride": 3}
 
 
 def layer(**options):
-    module = build_attention("ast", {**OPTIONS, **options}, AttentionShape(HEADS, KV_HEADS, DIM)).double().eval()
+    module = build("ast", {**OPTIONS, **options}, train=False)
     with torch.no_grad():
         for parameter in module.coarse_keys.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
     return module
-
-
-def tensors(query_length, key_length):
-    generator = torch.Generator().manual_seed(0)
-    shapes = (HEADS, query_length), (KV_HEADS, key_length), (KV_HEADS, key_length)
-    return [torch.randn(BATCH, h, n, DIM, generator=generator, dtype=torch.float64) for h, n in shapes]
 
 
 def expected(module, q, k, v, mask, layout):
@@ -67,7 +62,7 @@ def test_one_softmax_over_single_and_coarse_tokens(pattern, padded):
     valid = torch.ones(BATCH, key_length, dtype=torch.bool)
     valid[1, 31:] = False
     mask = AttentionMask(pattern, key_valid=valid if padded else None)
-    module, (q, k, v) = layer(), tensors(query_length, key_length)
+    module, ((q, k, v), _) = layer(), draw(query_length, key_length)
     got = module(q, k, v, mask, context=AttentionContext(collect_stats=True))
     real = torch.ones(BATCH, query_length, dtype=torch.bool) if cross or not padded else valid
     want = expected(module, q, k, v, mask, got.stats.layout)
@@ -86,7 +81,7 @@ def test_the_stride_doubles_in_higher_layers():
 
 
 def test_shorter_than_a_window_there_are_no_coarse_tokens():
-    q, k, v = tensors(5, 5)
+    (q, k, v), _ = draw(5)
     with_them, without = layer(coarse_stride=6), layer()
     without.coarse_keys = None
     without.load_state_dict(with_them.state_dict(), strict=False)
@@ -96,7 +91,7 @@ def test_shorter_than_a_window_there_are_no_coarse_tokens():
 
 @pytest.mark.parametrize("pattern", ["causal_self", "bidirectional_self"])
 def test_flops_grow_by_what_the_counter_sees(pattern):
-    q, k, v = tensors(130, 130)
+    (q, k, v), _ = draw(130)
     module, mask = layer(), AttentionMask(pattern)
     declared = module.coarse_keys.flops(BATCH, HEADS, 130, 130, DIM, mask)
     with FlopCounterMode(display=False) as counter:

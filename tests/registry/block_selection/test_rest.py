@@ -3,20 +3,18 @@
 import pytest
 import torch
 
-from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry import AttentionContext, AttentionMask
 from astbench_registry.block_selection import Call
+from tests.oracles import BATCH, draw
+from tests.registry.building import build
 
-BATCH, HEADS, KV_HEADS, TOKENS, DIM, SIZE = 2, 4, 2, 61, 8, 4
+HEADS, KV_HEADS, TOKENS, DIM, SIZE = 4, 2, 61, 8, 4
+SIZES = {"heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM}
 
 
-def build(**options):
+def ast(**options):
     options = {"block_size": SIZE, "min_blocks": 1, "density": 0.3, "rest": True, **options}
-    return build_attention("ast", options, AttentionShape(HEADS, KV_HEADS, DIM)).double()
-
-
-def draw():
-    g = torch.Generator().manual_seed(0)
-    return [torch.randn(BATCH, n, TOKENS, DIM, generator=g, dtype=torch.float64) for n in (HEADS, KV_HEADS, KV_HEADS)]
+    return build("ast", options, **SIZES)
 
 
 def written_out(module, q, k, v, mask, keep):
@@ -62,13 +60,13 @@ def written_out(module, q, k, v, mask, keep):
     ],
 )
 def test_one_token_stands_for_the_rest(pattern, options, padding):
-    q, k, v = draw()
+    (q, k, v), _ = draw(TOKENS, **SIZES)
     valid = None
     if padding:
         valid = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.7
         valid[:, 16:20] = False  # a block that is all padding
     mask = AttentionMask(pattern, 0, valid)
-    module = build(**options).eval()
+    module = ast(**options).eval()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
     out = module(q, k, v, mask, context=AttentionContext(collect_stats=True))
@@ -78,33 +76,33 @@ def test_one_token_stands_for_the_rest(pattern, options, padding):
     if padding and pattern != "causal_cross":
         rows = valid[:, None, :].expand(BATCH, HEADS, TOKENS)
     torch.testing.assert_close(out.out[rows], expected[rows], rtol=1e-9, atol=1e-9)
-    without = build(**{**options, "rest": False}).eval()
+    without = ast(**{**options, "rest": False}).eval()
     without.load_state_dict(module.state_dict())
     assert not torch.allclose(without(q, k, v, mask).out[rows], expected[rows], atol=1e-3)
 
 
 def test_all_kept_leaves_nothing():
-    q, k, v = draw()
+    (q, k, v), _ = draw(TOKENS, **SIZES)
     mask = AttentionMask("causal_self")
-    out = build(density=1.0)(q, k, v, mask, context=AttentionContext(collect_stats=True))
+    out = ast(density=1.0)(q, k, v, mask, context=AttentionContext(collect_stats=True))
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(out.out, dense, rtol=1e-9, atol=1e-9)
     assert float(out.stats.coarse.sum()) == 0
 
 
 def test_the_task_reaches_the_predictor_through_it():
-    q, k, v = draw()
-    module = build(estimator="none", distill_weight=0.0).train()
+    (q, k, v), _ = draw(TOKENS, **SIZES)
+    module = ast(estimator="none", distill_weight=0.0).train()
     module(q, k, v, AttentionMask("causal_self")).out.square().sum().backward()
     assert module.key_weight.grad.abs().sum() > 0 and module.gain.grad.abs().sum() > 0
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
 
 
 def test_it_counts_as_one_pair_a_row():
-    q, k, v = draw()
+    (q, k, v), _ = draw(TOKENS, **SIZES)
     mask = AttentionMask("causal_self")
     with_rest, without = (
-        build(rest=rest).eval()(q, k, v, mask, context=AttentionContext(collect_stats=True)).stats
+        ast(rest=rest).eval()(q, k, v, mask, context=AttentionContext(collect_stats=True)).stats
         for rest in (True, False)
     )
     more = (with_rest.density - without.density) * TOKENS * (TOKENS + 1) / 2

@@ -5,30 +5,24 @@ import math
 import pytest
 import torch
 
-from astbench_registry import build_attention
 from astbench_registry.block_selection import Call, scores
-from astbench_registry.interface import AttentionContext, AttentionShape
+from astbench_registry.interface import AttentionContext
 from astbench_registry.mask import AttentionMask
+from tests.oracles import HEADS, KV_HEADS, draw
+from tests.registry.building import build
 
-HEADS, KV_HEADS, DIM, TOKENS = 6, 3, 8, 61
-
-
-def draw(tokens=TOKENS):
-    g = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(2, heads, tokens, DIM, generator=g, dtype=torch.float64) for heads in (HEADS, KV_HEADS, KV_HEADS)
-    ]
+DIM, TOKENS = 8, 61
 
 
 def layer(name, **options):
     given = {"block_size": 8, "min_blocks": 1, "density": 0.4, "first_block": False, "query_group": 1}
-    return build_attention(name, {**given, **options}, AttentionShape(HEADS, KV_HEADS, DIM)).double()
+    return build(name, {**given, **options}, dim=DIM)
 
 
 @pytest.mark.parametrize("pattern", ["causal_self", "bidirectional_self", "causal_cross"])
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
 def test_a_mean_a_token_chooses_as_the_oracle(pattern, padding):
-    q, k, v = draw()
+    (q, k, v), _ = draw(TOKENS, dim=DIM)
     valid = None
     if padding:
         valid = torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.7
@@ -45,7 +39,7 @@ def test_a_mean_a_token_chooses_as_the_oracle(pattern, padding):
 
 
 def test_the_score_is_the_mass_of_the_means():
-    q, k, v = draw(64)
+    (q, k, v), _ = draw(64, dim=DIM)
     module, mask = layer("ast", sub_blocks=2, patterns=2), AttentionMask("causal_self")
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(2))
@@ -66,9 +60,8 @@ def test_in_pieces_the_same_with_gradients(monkeypatch):
     results = []
     for held in (2**22, 200):
         monkeypatch.setattr(scores, "SCORES_AT_A_TIME", held)
-        torch.manual_seed(0)
         module = layer("ast", sub_blocks=4).train()
-        q, k, v = draw()
+        (q, k, v), _ = draw(TOKENS, dim=DIM)
         call = Call.of(module.shape, q, k, v, AttentionMask("causal_self"), 0.3)
         found = module.scores(call, module.selection(call))
         results.append((found, *torch.autograd.grad(found.square().sum(), (module.gain, module.key_weight))))
@@ -78,7 +71,7 @@ def test_in_pieces_the_same_with_gradients(monkeypatch):
 
 
 def test_several_means_are_not_fused():
-    q, k, v = (x.float() for x in draw(64))
+    q, k, v = (x.float() for x in draw(64, dim=DIM)[0])
     module, mask = layer("ast", sub_blocks=2).float().eval(), AttentionMask("causal_self")
     assert not module.fusible(Call.of(module.shape, q, k, v, mask, 0.3))
 

@@ -5,6 +5,7 @@ import torch
 
 from astbench_registry.conformance import PROPERTIES, check
 from astbench_registry.table import BUILTIN
+from tests.registry.building import assert_conforms
 
 AST_OPTIONS = {
     "adaptive": {"budget": "adaptive", "share": 0.1},
@@ -44,31 +45,22 @@ CONTROL_OPTIONS = [
 ]
 
 
-def assert_conforms(name, property, options=None):
-    results = check(name, options, properties=[property])
-    failures = [f"{r.pattern}: {r.detail}" for r in results if r.status == "fail"]
-    assert not failures, "\n".join(failures)
-    if all(r.status == "skip" for r in results):
-        reasons = {r.detail for r in results} or {"it has none of the patterns"}
-        pytest.skip(f"{name}: {', '.join(sorted(reasons))}")
-
-
 @pytest.mark.parametrize("property", PROPERTIES)
 @pytest.mark.parametrize("name", BUILTIN)
 def test_builtin(name, property):
-    assert_conforms(name, property)
+    assert_conforms(name, property=property)
 
 
 @pytest.mark.parametrize("property", PROPERTIES)
 @pytest.mark.parametrize("options", AST_OPTIONS.values(), ids=AST_OPTIONS)
 def test_ast_options(options, property):
-    assert_conforms("ast", property, options)
+    assert_conforms("ast", options, property)
 
 
 @pytest.mark.parametrize("property", PROPERTIES)
 @pytest.mark.parametrize(("name", "options"), CONTROL_OPTIONS, ids=[f"{n}-{o}" for n, o in CONTROL_OPTIONS])
 def test_control_options(name, options, property):
-    assert_conforms(name, property, options)
+    assert_conforms(name, options, property)
 
 
 def test_results_name_variant_property_pattern_and_reason():

@@ -1,15 +1,20 @@
 """BigBird against a pattern written out block by block, and transformers' own block-sparse attention."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_kernels.dispatch import rules
-from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
-from astbench_registry.conformance import PROPERTIES, check
+from astbench_registry import AttentionContext, AttentionMask
+from astbench_registry.conformance import PROPERTIES
+from tests.oracles import BATCH, DIM, HEADS, assert_same, draw, softmax_attention
+from tests.registry import building
+from tests.registry.building import assert_conforms
 
-BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
 SMALL = {"block_size": 4, "num_random_blocks": 2}
+build = partial(building.build, "bigbird")
 OPTIONS = {
     "paper": SMALL,
     "no-random": {"block_size": 5, "num_random_blocks": 0},
@@ -19,17 +24,10 @@ OPTIONS = {
 MASK = AttentionMask("bidirectional_self")
 
 
-def build(options=SMALL, *, dim=DIM, layer=0, heads=HEADS, kv_heads=KV_HEADS):
-    return build_attention("bigbird", options, AttentionShape(heads, kv_heads, dim, layer_index=layer)).double()
-
-
-def draw(length, *, dim=DIM, padding=0.0, seed=0):
+def draw_named(length, *, dim=DIM, padding=0.0):
     """q, k, v with gradients, a padding mask with a run of padding at the end, and tokens that the task names."""
-    g = torch.Generator().manual_seed(seed)
-    tensors = [
-        torch.randn(BATCH, heads, length, dim, generator=g, dtype=torch.float64).requires_grad_()
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
-    ]
+    g = torch.Generator().manual_seed(0)
+    tensors, _ = draw(length, dim=dim, seed=g, grad=True)
     named = torch.rand(BATCH, length, generator=g) < 2 / length
     if not padding:
         return tensors, None, named
@@ -63,18 +61,12 @@ def fixed_blocks(length, options, valid, named):
     return fixed, exist
 
 
-def softmax(q, k, v, allowed):
-    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
-    weights = torch.where(allowed, (torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5).exp(), 0.0)
-    return torch.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdim=True).clamp(min=1e-300), v)
-
-
 @pytest.mark.parametrize("padding", [0.0, 0.3])
 @pytest.mark.parametrize("length", [1, 63, 127, 400])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_blocks_are_the_papers(options, length, padding):
     """Window and global blocks exactly, the right number of others, and none that holds only padding."""
-    tensors, valid, named = draw(length, padding=padding)
+    tensors, valid, named = draw_named(length, padding=padding)
     keep = layout_of(build(options), tensors, valid, named)
     fixed, exist = fixed_blocks(length, options, valid, named)
     assert (keep | ~fixed[:, None]).all(), "a window or global block is missing"
@@ -90,28 +82,26 @@ def test_blocks_are_the_papers(options, length, padding):
 @pytest.mark.parametrize("options", list(OPTIONS.values())[:2], ids=list(OPTIONS)[:2])
 def test_it_is_a_masked_softmax(options, length, padding):
     options = {**options, "block_size": options["block_size"] * (8 if length == 1000 else 1)}
-    tensors, valid, named = draw(length, padding=padding)
+    tensors, valid, named = draw_named(length, padding=padding)
     module, context = build(options), AttentionContext(global_tokens=named)
     mask = AttentionMask(key_valid=valid)
     got = module(*tensors, mask, context=context).out
     block = torch.arange(length) // options["block_size"]
     allowed = layout_of(module, tensors, valid, named)[:, :, block][..., block]
     allowed = allowed if valid is None else allowed & valid[:, None, None, :]
-    expected = softmax(*tensors, allowed)
+    expected = softmax_attention(*tensors, allowed)
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    if length == 1000 and not padding:
-        return  # one long backward pass is enough
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    pairs = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
-    torch.testing.assert_close(*pairs, rtol=0, atol=1e-10)
+    if length == 1000 and not padding:  # one long backward pass is enough
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    else:
+        assert_same(got, expected, tensors, gradients=1e-10)
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
 def test_pattern_without_random_blocks_is_exact(padding):
     """Values are the identity, so that output > 0 is the pattern."""
     size, options = 61, OPTIONS["no-random"]
-    (q, k, _), valid, named = draw(size, dim=size, padding=padding)
+    (q, k, _), valid, named = draw_named(size, dim=size, padding=padding)
     eye, context = torch.eye(size, dtype=torch.float64).expand_as(k), AttentionContext(global_tokens=named)
     out = build(options, dim=size)(q, k, eye, AttentionMask(key_valid=valid), context=context)
     block = torch.arange(size) // options["block_size"]
@@ -123,16 +113,14 @@ def test_pattern_without_random_blocks_is_exact(padding):
 @pytest.mark.parametrize("property", PROPERTIES)
 @pytest.mark.parametrize("options", list(OPTIONS.values())[1:], ids=list(OPTIONS)[1:])
 def test_options_conform(options, property):
-    results = check("bigbird", options, properties=[property])
-    failures = [f"{r.pattern}: {r.detail}" for r in results if r.status == "fail"]
-    assert not failures, "\n".join(failures)
+    assert_conforms("bigbird", options, property)
 
 
 def random_blocks(**changes):
     """Random blocks alone, 4 of 128: `(heads, 128, 128)`."""
     options = {"block_size": 1, "window_blocks": 0, "first_blocks": 0, "last_blocks": 0, "num_random_blocks": 4}
     module = build({**options, "seed": changes.pop("seed", 0)}, **changes)
-    tensors, _, _ = draw(128)
+    tensors, _, _ = draw_named(128)
     return layout_of(module, tensors)[0] & ~torch.eye(128, dtype=torch.bool)
 
 
@@ -162,7 +150,7 @@ def test_flops_are_what_the_counter_sees(monkeypatch, chunk, masked):
         monkeypatch.setattr(rules, "MASKED_PICK", float("inf"))
     else:
         monkeypatch.setattr(rules, "CHUNK_PAIRS", masked)
-    module, tensors = build(), [x.float() for x in draw(101)[0]]
+    module, tensors = build(SMALL), [x.float() for x in draw_named(101)[0]]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         out = module(*tensors, MASK, context=AttentionContext(collect_stats=True))
     declared, size = module.flops(BATCH, 101, 101, MASK), module.config.block_size
@@ -182,9 +170,9 @@ def test_wrong_arguments_name_what_was_expected():
     for field in ("block_size", "window_blocks", "num_random_blocks"):
         with pytest.raises(ValueError, match=f"--attention.{field} must be"):
             build({field: -1})
-    tensors, _, named = draw(20)
+    tensors, _, named = draw_named(20)
     with pytest.raises(ValueError, match=r"global_tokens must be \(2, 20\), got \(2, 19\)"):
-        build()(*tensors, MASK, context=AttentionContext(global_tokens=named[:, 1:]))
+        build(SMALL)(*tensors, MASK, context=AttentionContext(global_tokens=named[:, 1:]))
 
 
 # ----- transformers' own attention
@@ -228,7 +216,7 @@ def test_against_transformers_given_our_random_blocks(padded, monkeypatch):
     hidden = torch.randn(BATCH, length, HEADS * DIM, generator=g, dtype=torch.float64)
     valid = torch.rand(BATCH, length, generator=g) >= (0.2 if padded else 0.0)
     valid[:, ::4] = True  # every block holds a real token, so that the last block is the same
-    module = build(kv_heads=HEADS)
+    module = build(SMALL, kv_heads=HEADS)
     layer, _ = theirs()
     tensors = projections(layer, hidden)
     fixed, _ = fixed_blocks(length, SMALL, valid, None)
@@ -263,7 +251,7 @@ def test_fault_of_theirs_more_padding_moves_real_rows():
     with torch.no_grad():
         short, long = run(hidden[:, :length], valid[:, :length]), run(hidden, valid)[:, :length]
     assert float((short - long).abs().max()) > 1e-3
-    module = build(kv_heads=HEADS)
+    module = build(SMALL, kv_heads=HEADS)
     ours = [
         module(*projections(layer, hidden[:, :n]), AttentionMask(key_valid=valid[:, :n])).out[:, :, :length]
         for n in (length, more)

@@ -1,6 +1,7 @@
 """Dense attention's backends: what runs is what was asked for, what cannot is refused with its reasons."""
 
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -11,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from astbench_kernels import dense
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from astbench_registry.registry import make_config
+from tests import oracles
+from tests.oracles import PATTERNS, assert_same, softmax_attention, visible
+from tests.registry.building import build
 
-BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
-PATTERNS = ["bidirectional_self", "causal_self", "bidirectional_cross", "causal_cross"]
+draw = partial(oracles.draw, seed=None)
 ON_CPU = ["sdpa_math", "sdpa_flash"]
 # The conformance suite runs those of the CPU; the others must say why they cannot.
 ELSEWHERE = {
@@ -31,26 +34,12 @@ def bare_cpu(monkeypatch):
     monkeypatch.setattr(dense, "find_spec", lambda name: None)
 
 
-def build(backend):
-    return build_attention("dense", {"backend": backend}, AttentionShape(HEADS, KV_HEADS, DIM))
+def dense_on(backend):
+    return build("dense", {"backend": backend})
 
 
-def draw(length, keys=None, *, padding=0.0, grad=False, dtype=torch.float64):
-    g = torch.Generator().manual_seed(length)
-    keys = keys or length
-    shapes = [(HEADS, length), (KV_HEADS, keys), (KV_HEADS, keys)]
-    tensors = [torch.randn(BATCH, h, n, DIM, generator=g, dtype=torch.float64).to(dtype) for h, n in shapes]
-    valid = torch.rand(BATCH, keys, generator=g) >= padding if padding else None
-    return [x.requires_grad_(grad) for x in tensors], valid
-
-
-def softmax_by_rows(q, k, v, mask, scale):
-    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
-    allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
-    allowed = (allowed.tril(mask.query_offset) if mask.causal else allowed)[None, None]
-    allowed = allowed if mask.key_valid is None else allowed & mask.key_valid[:, None, None]
-    weights = torch.where(allowed, (torch.einsum("bhid,bhjd->bhij", q, k) * scale).exp(), 0.0)
-    return torch.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdim=True).clamp(min=1e-300), v)
+def written_out(q, k, v, pattern, valid, offset=0):
+    return softmax_attention(q, k, v, visible(q.shape[2], k.shape[2], pattern, valid, offset), 0.37)
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
@@ -60,15 +49,12 @@ def softmax_by_rows(q, k, v, mask, scale):
 def test_torch_kernels_are_softmax_written_out(length, backend, pattern, padding):
     tensors, valid = draw(length, None if pattern.endswith("self") else 73, padding=padding, grad=True)
     mask = AttentionMask(pattern, key_valid=valid)
-    expected = softmax_by_rows(*tensors, mask, 0.37)
-    out = build(backend)(*tensors, mask, scale=0.37, context=AttentionContext(collect_stats=True))
+    expected = written_out(*tensors, pattern, valid)
+    out = dense_on(backend)(*tensors, mask, scale=0.37, context=AttentionContext(collect_stats=True))
     assert out.stats.backend == f"{backend}-cpu"
     got = out.out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
-    pairs = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
-    torch.testing.assert_close(*pairs, rtol=0, atol=1e-12)
+    assert_same(got, expected, tensors, gradients=1e-12)
 
 
 class Called(TorchDispatchMode):
@@ -87,7 +73,7 @@ class Called(TorchDispatchMode):
 def test_the_named_kernel_is_the_one_that_runs(backend, flash):
     tensors, _ = draw(16)
     with Called() as called:
-        build(backend)(*tensors, AttentionMask())
+        dense_on(backend)(*tensors, AttentionMask())
     ran_flash = any("flash_attention" in name for name in called.names)
     assert (ran_flash, "aten::_softmax" in called.names or any("safe_softmax" in n for n in called.names)) == (
         flash,
@@ -98,7 +84,7 @@ def test_the_named_kernel_is_the_one_that_runs(backend, flash):
 @pytest.mark.parametrize(("backend", "reasons"), ELSEWHERE.items(), ids=ELSEWHERE)
 def test_what_cannot_run_here_is_refused_when_built(backend, reasons):
     with pytest.raises(ValueError) as error:
-        build(backend)
+        dense_on(backend)
     assert str(error.value) == (
         f"attention 'dense' with --attention.backend={backend}: backend '{backend}' cannot run on cpu: "
         f"{'; '.join(reasons)} (here run: auto, sdpa_math, sdpa_flash)"
@@ -107,7 +93,7 @@ def test_what_cannot_run_here_is_refused_when_built(backend, reasons):
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"--attention.backend must be one of auto, sdpa_flash, .*, got 'sdpa'"):
-        build("sdpa")
+        dense_on("sdpa")
 
 
 def call(q, k, v, **changes):
@@ -227,8 +213,8 @@ def test_packages_are_called_as_documented(monkeypatch, backend, pattern, paddin
     offset = keys - queries if pattern == "causal_self" else 0
     tensors, valid = draw(queries, keys, padding=padding)
     mask = AttentionMask(pattern, query_offset=offset, key_valid=valid)
-    got = build(backend)(*tensors, mask, scale=0.37).out
-    expected = softmax_by_rows(*tensors, mask, 0.37)
+    got = dense_on(backend)(*tensors, mask, scale=0.37).out
+    expected = written_out(*tensors, pattern, valid, offset)
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
@@ -237,7 +223,7 @@ def test_rows_that_see_nothing_are_zero_for_xformers(monkeypatch):
     in_place_of(monkeypatch, "xformers")
     tensors, valid = draw(12, padding=0.3, grad=True)
     valid[0], valid[1, :2] = False, False
-    out = build("xformers")(*tensors, AttentionMask("causal_self", key_valid=valid)).out
+    out = dense_on("xformers")(*tensors, AttentionMask("causal_self", key_valid=valid)).out
     assert not out[0].any() and not out[1, :, :2].any()
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.square().sum(), tensors))
 
@@ -252,7 +238,7 @@ def test_on_a_gpu(monkeypatch, backend):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 200, 64, generator=g).half() for h in (6, 3, 3))
     for pattern in ("bidirectional_self", "causal_self"):
-        expected = build("sdpa_math")(q.double(), k.double(), v.double(), AttentionMask(pattern)).out
-        got = build(backend)(q.cuda(), k.cuda(), v.cuda(), AttentionMask(pattern)).out
+        expected = dense_on("sdpa_math")(q.double(), k.double(), v.double(), AttentionMask(pattern)).out
+        got = dense_on(backend)(q.cuda(), k.cuda(), v.cuda(), AttentionMask(pattern)).out
         error = (got.cpu().double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert error < 2e-3

@@ -1,42 +1,35 @@
 """DeepSeek sparse attention against its equations, token by token, and what its indexer learns."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from astbench_registry.block_selection import Call
+from tests import oracles
+from tests.oracles import (
+    BATCH,
+    DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    SELF,
+    assert_same,
+    attention_weights,
+    real_keys,
+    softmax_attention,
+    visible,
+)
+from tests.registry.building import build
 
-BATCH, HEADS, KV_HEADS, DIM, HIDDEN = 2, 6, 3, 5, 7
 OPTIONS = {"top_k": 8, "index_heads": 4, "index_dim": 3}
-PATTERNS = ["causal_self", "bidirectional_self"]
+draw = partial(oracles.draw, hidden=HIDDEN, seed=None, grad=True)
 
 
-def build(*, train=False, **options):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        shape = AttentionShape(HEADS, KV_HEADS, DIM, hidden_size=HIDDEN)
-        return build_attention("dsa", {**OPTIONS, **options}, shape).double().train(train)
-
-
-def draw(length, *, padding=0.0):
-    g = torch.Generator().manual_seed(length)
-    sizes = (HEADS, length), (KV_HEADS, length), (KV_HEADS, length)
-    tensors = [torch.randn(BATCH, h, n, DIM, generator=g, dtype=torch.float64) for h, n in sizes]
-    hidden = torch.randn(BATCH, length, HIDDEN, generator=g, dtype=torch.float64)
-    return [x.requires_grad_() for x in tensors], hidden, torch.rand(BATCH, length, generator=g) >= padding
-
-
-def softmax_over(q, k, v, allowed, scale):
-    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
-    weights = torch.where(allowed, (q @ k.transpose(-1, -2) * scale).exp(), 0.0)
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
-    return weights @ v, weights
-
-
-def visible_pairs(length, pattern, valid):
-    allowed = torch.ones(length, length, dtype=torch.bool)
-    return (allowed.tril() if pattern == "causal_self" else allowed) & valid[:, None, None, :]
+def dsa(*, train=False, **options):
+    return build("dsa", {**OPTIONS, **options}, hidden=HIDDEN, train=train)
 
 
 def index_scores(module, hidden):
@@ -51,55 +44,51 @@ def index_scores(module, hidden):
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 @pytest.mark.parametrize("length", [1, 41])
 def test_it_is_the_equations_written_out(length, pattern, padding):
-    tensors, hidden, valid = draw(length, padding=padding)
-    module, visible = build(), visible_pairs(length, pattern, valid)
+    (*tensors, hidden), valid = draw(length, padding=padding)
+    module, seen = dsa(), visible(length, length, pattern, valid).expand(BATCH, -1, -1, -1)
     scores = index_scores(module, hidden).tolist()
     allowed = torch.zeros(BATCH, HEADS, length, length, dtype=torch.bool)
     for b in range(BATCH):
         for t in range(length):
-            seen = [s for s in range(length) if visible[b, 0, t, s]]
-            allowed[b, :, t, sorted(seen, key=lambda s: -scores[b][t][s])[:8]] = True
-    mask = AttentionMask(pattern, key_valid=valid if padding else None)
+            candidates = [s for s in range(length) if seen[b, 0, t, s]]
+            allowed[b, :, t, sorted(candidates, key=lambda s: -scores[b][t][s])[:8]] = True
+    mask = AttentionMask(pattern, key_valid=valid)
     run = module(*tensors, mask, scale=0.37, context=AttentionContext(collect_stats=True, hidden_states=hidden))
-    got, expected = (mask.real_queries(x) for x in (run.out, softmax_over(*tensors, allowed, 0.37)[0]))
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    got, expected = (mask.real_queries(x) for x in (run.out, softmax_attention(*tensors, allowed, 0.37)))
+    assert_same(got, expected, tensors, gradients=1e-12)
     assert torch.equal(run.stats.attended, allowed.sum((2, 3)).double())
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    gradients = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 def test_the_loss_is_the_divergence_from_the_heads_attention(pattern, padding):
-    tensors, hidden, valid = draw(41, padding=padding)
-    module, visible = build(train=True, distill_weight=0.7), visible_pairs(41, pattern, valid)
-    weights = softmax_over(*tensors, visible, DIM**-0.5)[1].detach().sum(1)
-    scores, divergences = index_scores(module, hidden), []
+    (*tensors, hidden), valid = draw(41, padding=padding)
+    module, allowed = dsa(train=True, distill_weight=0.7), visible(41, 41, pattern, valid).expand(BATCH, -1, -1, -1)
+    weights = attention_weights(*tensors[:2], allowed).detach().sum(1)
+    scores, divergences, real = index_scores(module, hidden), [], real_keys(valid, tensors[1])
     for b in range(BATCH):
         for t in range(41):
-            seen = [s for s in range(41) if visible[b, 0, t, s]]
-            if valid[b, t] and len(seen) > 1:
+            seen = [s for s in range(41) if allowed[b, 0, t, s]]
+            if real[b, t] and len(seen) > 1:
                 target = weights[b, t, seen] / weights[b, t, seen].sum()
                 divergences.append((target * (target.log() - scores[b, t, seen].log_softmax(0))).sum())
     expected = 0.7 * torch.stack(divergences).mean()
-    mask = AttentionMask(pattern, key_valid=valid if padding else None)
+    mask = AttentionMask(pattern, key_valid=valid)
     got = module(*tensors, mask, context=AttentionContext(hidden_states=hidden)).losses["distill"]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     gradients = [torch.autograd.grad(x, list(module.parameters())) for x in (got, expected)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 def test_training_is_dense_and_the_loss_leaves_the_backbone_alone(pattern):
-    tensors, hidden, valid = draw(41, padding=0.2)
+    (*tensors, hidden), valid = draw(41, padding=0.2)
     mask = AttentionMask(pattern, key_valid=valid)
     dense = build_attention("dense", {}, AttentionShape(HEADS, KV_HEADS, DIM))(*tensors, mask).out
-    hidden.requires_grad_()
-    out = build(train=True)(*tensors, mask, context=AttentionContext(collect_stats=True, hidden_states=hidden))
+    out = dsa(train=True)(*tensors, mask, context=AttentionContext(collect_stats=True, hidden_states=hidden))
     assert torch.equal(out.out, dense) and (out.stats.density == 1).all()
     assert torch.autograd.grad(out.losses["distill"], [*tensors, hidden], allow_unused=True) == (None,) * 4
 
@@ -140,8 +129,8 @@ def test_distillation_teaches_the_tokens_of_most_mass():
 
 
 def test_flops_are_what_the_counter_sees_beside_the_kernel_call():
-    (q, k, _), hidden, _ = draw(41)
-    module, mask = build(), AttentionMask("causal_self")
+    (q, k, _, hidden), _ = draw(41)
+    module, mask = dsa(), AttentionMask("causal_self")
     with FlopCounterMode(display=False) as counter:
         module.index_scores(Call.of(module.shape, q, k, k, mask, context=AttentionContext(hidden_states=hidden)))
     kernel = 4 * BATCH * HEADS * DIM * module.selector.kept_keys(41, 41, mask)
@@ -149,7 +138,7 @@ def test_flops_are_what_the_counter_sees_beside_the_kernel_call():
 
 
 def test_decoding_with_a_cache_is_refused_with_the_reason():
-    (q, k, v), hidden, _ = draw(41)
+    (q, k, v, hidden), _ = draw(41)
     mask, context = AttentionMask("causal_self", query_offset=40), AttentionContext(hidden_states=hidden[:, 40:])
     with pytest.raises(ValueError, match="input for all 41 tokens, got 1: it cannot decode with a cache"):
-        build()(q[:, :, 40:], k, v, mask, context=context)
+        dsa()(q[:, :, 40:], k, v, mask, context=context)

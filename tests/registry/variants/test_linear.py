@@ -7,32 +7,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionMask, AttentionShape, build_attention
 from astbench_registry.toolbox.linear import CHUNK, normalised_linear_attention
-
-BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
-PATTERNS = ["bidirectional_self", "causal_self", "bidirectional_cross", "causal_cross"]
-
-
-def build(*, dim=DIM, kv_heads=KV_HEADS):
-    return build_attention("linear", {}, AttentionShape(HEADS, kv_heads, dim)).eval()
-
-
-def draw(length, keys=None, *, padding=0.0, grad=False):
-    keys = keys or length
-    g = torch.Generator().manual_seed(0)
-    shapes = [(HEADS, length), (KV_HEADS, keys), (KV_HEADS, keys)]
-    tensors = [torch.randn(BATCH, h, n, DIM, generator=g, dtype=torch.float64) for h, n in shapes]
-    valid = torch.rand(BATCH, keys, generator=g) >= padding if padding else None
-    return [x.requires_grad_(grad) for x in tensors], valid
+from tests.oracles import BATCH, DIM, HEADS, KV_HEADS, PATTERNS, assert_same, draw, normalised, visible
+from tests.registry.building import build
 
 
 def weighted(weights, v, pattern, valid):
     """Average of the values with the visible weights; rows that see nothing are zero."""
-    allowed = torch.ones_like(weights, dtype=torch.bool)
-    allowed = allowed.tril() if pattern == "causal_self" else allowed
-    allowed = allowed if valid is None else allowed & valid[:, None, None, :]
-    weights = torch.where(allowed, weights, 0.0)
+    weights = torch.where(visible(*weights.shape[2:], pattern, valid), weights, 0.0)
     v = v.repeat_interleave(weights.shape[1] // v.shape[1], 1)
-    return torch.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdim=True).clamp(min=1e-300), v)
+    return torch.einsum("bhij,bhjd->bhid", normalised(weights), v)
 
 
 def oracle(q, k, v, pattern, valid):
@@ -47,12 +30,9 @@ def oracle(q, k, v, pattern, valid):
 def test_is_the_definition(length, pattern, padding):
     tensors, valid = draw(length, length if pattern.endswith("self") else 73, padding=padding, grad=True)
     mask = AttentionMask(pattern, key_valid=valid)
-    got, expected = build()(*tensors, mask).out, oracle(*tensors, pattern, valid)
+    got, expected = build("linear", train=False)(*tensors, mask).out, oracle(*tensors, pattern, valid)
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    pairs = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
-    torch.testing.assert_close(*pairs, rtol=0, atol=1e-11)
+    assert_same(got, expected, tensors)
 
 
 def test_causal_form_is_the_recurrence():
@@ -74,7 +54,7 @@ def test_causal_form_is_the_recurrence():
 def test_scale_is_relative_to_the_papers():
     (q, k, v), _ = draw(37)
     mask = AttentionMask("bidirectional_self")
-    got = build()(q, k, v, mask, scale=0.3).out
+    got = build("linear", train=False)(q, k, v, mask, scale=0.3).out
     torch.testing.assert_close(got, oracle(q * 0.3 * DIM**0.5, k, v, mask.pattern, None), rtol=0, atol=1e-12)
 
 
@@ -88,7 +68,7 @@ def test_against_the_sums_of_the_performer_package(causal):
     expected = (
         package.causal_linear_attention_noncuda(*features, eps=0.0) if causal else package.linear_attention(*features)
     )
-    got = build()(q, k, v, AttentionMask("causal_self" if causal else "bidirectional_self")).out
+    got = build("linear", train=False)(q, k, v, AttentionMask("causal_self" if causal else "bidirectional_self")).out
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
@@ -96,7 +76,7 @@ def test_against_the_sums_of_the_performer_package(causal):
 def test_flops_are_what_the_counter_sees(pattern, offset):
     keys = 191 if pattern.endswith("self") else 53
     (q, k, v), _ = draw(191, keys)
-    mask, module = AttentionMask(pattern, query_offset=offset), build()
+    mask, module = AttentionMask(pattern, query_offset=offset), build("linear", train=False)
     with FlopCounterMode(display=False) as counter:
         module(q[:, :, offset:], k, v, mask)
     assert module.flops(BATCH, 191 - offset, keys, mask) == counter.get_total_flops()

@@ -6,11 +6,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
-from astbench_registry.conformance import PROPERTIES, check
+from astbench_registry.conformance import PROPERTIES
 from astbench_registry.registry import make_config
+from tests.oracles import BATCH, DIM, HEADS, HIDDEN, KV_HEADS, PATTERNS, assert_same, draw, softmax_attention
+from tests.registry.building import assert_conforms, build
 
-BATCH, HEADS, KV_HEADS, DIM, HIDDEN = 2, 6, 3, 5, 7
-PATTERNS = ["bidirectional_self", "causal_self"]
 LONG = pytest.param(1000, 0.3, marks=pytest.mark.slow)
 OPTIONS = {
     "plain": {"window": 5},
@@ -21,15 +21,9 @@ OPTIONS = {
 }
 
 
-def build(options, *, dim=DIM, kv_heads=KV_HEADS, seed=0):
-    kv_heads = kv_heads if make_config("longformer", options).can.gqa else HEADS
-    shape = AttentionShape(HEADS, kv_heads, dim, hidden_size=HIDDEN)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        module = build_attention("longformer", options, shape).double()
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.5)
-    return module
+def longformer(options, **shape):
+    kv_heads = KV_HEADS if make_config("longformer", options).can.gqa else HEADS
+    return build("longformer", options, kv_heads=kv_heads, hidden=HIDDEN, weights=0.5, **shape)
 
 
 def skip_without(module, pattern):
@@ -37,12 +31,10 @@ def skip_without(module, pattern):
         pytest.skip(f"this backend has no {pattern} attention")
 
 
-def draw(length, *, dim=DIM, padding=0.0, kv_heads=KV_HEADS, seed=0):
+def draw_named(length, *, padding=0.0, **sizes):
     """q, k, v, hidden states (all with gradients), a padding mask and a few tokens that the task names."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = [(BATCH, HEADS, length, dim), *[(BATCH, kv_heads, length, dim)] * 2, (BATCH, length, HIDDEN)]
-    tensors = [torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_() for shape in shapes]
-    valid = torch.rand(BATCH, length, generator=g) >= padding if padding else None
+    g = torch.Generator().manual_seed(0)
+    tensors, valid = draw(length, hidden=HIDDEN, padding=padding, seed=g, grad=True, **sizes)
     named = torch.rand(BATCH, length, generator=g) < 5 / length
     named[1] &= torch.rand(length, generator=g) < 0.3  # another number in each sequence
     return tensors, valid, named
@@ -74,24 +66,18 @@ def pattern_mask(length, options, pattern, valid, chosen):
     return allowed if valid is None else allowed & valid[:, None, None, :]
 
 
-def softmax(q, k, v, allowed, scale):
-    k, v = (x.repeat_interleave(HEADS // x.shape[1], 1) for x in (k, v))
-    weights = torch.where(allowed, (torch.einsum("bhid,bhjd->bhij", q, k) * scale).exp(), 0.0)
-    return torch.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdim=True).clamp(min=1e-300), v)
-
-
 def oracle(module, tensors, options, pattern, valid, named, scale):
     q, k, v, hidden = tensors
     chosen = global_tokens(q.shape[2], options, valid, named)
     allowed = pattern_mask(q.shape[2], options, pattern, valid, chosen)
-    out = softmax(q, k, v, allowed, scale)
+    out = softmax_attention(q, k, v, allowed, scale)
     if options.get("global_projections"):
         linears = (module.query_global, module.key_global, module.value_global)
         own = [
             (hidden @ x.weight.T + (0 if x.bias is None else x.bias)).view(BATCH, -1, HEADS, DIM).transpose(1, 2)
             for x in linears
         ]
-        out = torch.where(chosen[:, None, :, None], softmax(*own, allowed, scale), out)
+        out = torch.where(chosen[:, None, :, None], softmax_attention(*own, allowed, scale), out)
     return out
 
 
@@ -101,19 +87,17 @@ def oracle(module, tensors, options, pattern, valid, named, scale):
 )
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_it_is_a_masked_softmax(options, length, pattern, padding):
-    module = build(options)
+    module = longformer(options)
     skip_without(module, pattern)
-    tensors, valid, named = draw(length, padding=padding, kv_heads=module.shape.num_kv_heads)
+    tensors, valid, named = draw_named(length, padding=padding, kv_heads=module.shape.num_kv_heads)
     context = AttentionContext(hidden_states=tensors[3], global_tokens=named)
     mask = AttentionMask(pattern, key_valid=valid)
     got = module(*tensors[:3], mask, scale=0.4, context=context).out
     expected = oracle(module, tensors, options, pattern, valid, named, 0.4)
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    sources = [*tensors[: 4 if module.config.global_projections else 3], *module.parameters()]
-    pairs = [torch.autograd.grad((x * weight).sum(), sources, materialize_grads=True) for x in (got, expected)]
-    torch.testing.assert_close(*pairs, rtol=0, atol=1e-10)
+    assert_same(
+        got, expected, [*tensors[: 4 if module.config.global_projections else 3], *module.parameters()], gradients=1e-10
+    )
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
@@ -122,9 +106,9 @@ def test_it_is_a_masked_softmax(options, length, pattern, padding):
 def test_pattern_is_exact(name, pattern, padding):
     """Values are the identity, so that output > 0 is the pattern; the statistics count it."""
     size, options = 61, OPTIONS[name]
-    module = build(options, dim=size)
+    module = longformer(options, dim=size)
     skip_without(module, pattern)
-    (q, k, _, _), valid, named = draw(size, dim=size, padding=padding, kv_heads=module.shape.num_kv_heads)
+    (q, k, _, _), valid, named = draw_named(size, dim=size, padding=padding, kv_heads=module.shape.num_kv_heads)
     eye = torch.eye(size, dtype=torch.float64).expand_as(k)
     context = AttentionContext(collect_stats=True, global_tokens=named)
     out = module(q, k, eye, AttentionMask(pattern, key_valid=valid), context=context)
@@ -137,15 +121,13 @@ def test_pattern_is_exact(name, pattern, padding):
 @pytest.mark.parametrize("property", PROPERTIES)
 @pytest.mark.parametrize("options", list(OPTIONS.values())[1:], ids=list(OPTIONS)[1:])
 def test_options_conform(options, property):
-    results = check("longformer", options, properties=[property])
-    failures = [f"{r.pattern}: {r.detail}" for r in results if r.status == "fail"]
-    assert not failures, "\n".join(failures)
+    assert_conforms("longformer", options, property)
 
 
 def test_named_tokens_move_only_their_own_sequence():
     """The gathered lists are as long as the batch's longest; a sequence alone gives the same."""
-    module = build({"window": 4})
-    (q, k, v, _), _, named = draw(77)
+    module = longformer({"window": 4})
+    (q, k, v, _), _, named = draw_named(77)
     named[0, 5:25] = True
     mask = AttentionMask("bidirectional_self")
     together = module(q, k, v, mask, context=AttentionContext(global_tokens=named)).out
@@ -156,8 +138,8 @@ def test_named_tokens_move_only_their_own_sequence():
 
 
 def test_tokens_named_in_the_prompt_stay_global_while_decoding():
-    module, length = build({"window": 4}), 41
-    (q, k, v, _), _, named = draw(length)
+    module, length = longformer({"window": 4}), 41
+    (q, k, v, _), _, named = draw_named(length)
     named[:, 20:] = False
     context = AttentionContext(global_tokens=named[:, :20])
     whole = module(q, k, v, AttentionMask("causal_self"), context=context).out
@@ -172,9 +154,9 @@ def test_tokens_named_in_the_prompt_stay_global_while_decoding():
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_flops_are_what_the_counter_sees(options, pattern):
-    module, length = build(options), 101
+    module, length = longformer(options), 101
     skip_without(module, pattern)
-    tensors, _, _ = draw(length, kv_heads=module.shape.num_kv_heads)
+    tensors, _, _ = draw_named(length, kv_heads=module.shape.num_kv_heads)
     mask, context = AttentionMask(pattern), AttentionContext(hidden_states=tensors[3])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*tensors[:3], mask, context=context)

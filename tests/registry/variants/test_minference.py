@@ -4,27 +4,20 @@ import pytest
 import torch
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from tests.oracles import BATCH, HEADS, assert_same, attention_weights, draw, real_keys, softmax_attention, visible
+from tests.registry.building import build
 
-BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
 OPTIONS = {"block_size": 3, "query_group": 4, "vertical": 3, "slash": 4, "last_queries": 7, "first": 1, "recent": 2}
 
 
-def build(**options):
-    return build_attention("minference", {**OPTIONS, **options}, AttentionShape(HEADS, KV_HEADS, DIM)).double()
+def minference(**options):
+    return build("minference", {**OPTIONS, **options})
 
 
-def draw(length, *, padding=0.0):
-    g = torch.Generator().manual_seed(length)
-    sizes = (HEADS, length), (KV_HEADS, length), (KV_HEADS, length)
-    tensors = [2 * torch.randn(BATCH, h, n, DIM, generator=g, dtype=torch.float64) for h, n in sizes]
-    return [x.requires_grad_() for x in tensors], torch.rand(BATCH, length, generator=g) >= padding
-
-
-def softmax_over(q, k, v, allowed, scale):
-    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
-    weights = torch.where(allowed, (q @ k.transpose(-1, -2) * scale).exp(), 0.0)
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
-    return weights @ v, weights
+def draw_large(length, *, padding=0.0):
+    """Twice as large, so that columns and diagonals differ."""
+    tensors, valid = draw(length, padding=padding, seed=None)
+    return [(2 * x).requires_grad_() for x in tensors], valid
 
 
 def kept_pairs(weights, valid, config):
@@ -65,19 +58,16 @@ def kept_pairs(weights, valid, config):
     ids=["one-token", "shorter-than-the-estimate", "plain", "row-by-row", "blocks-longer-than-groups"],
 )
 def test_it_is_the_definition_written_out(length, options, padding):
-    tensors, valid = draw(length, padding=padding)
-    module = build(**options)
-    visible = torch.ones(length, length, dtype=torch.bool).tril() & valid[:, None, None, :]
+    tensors, valid = draw_large(length, padding=padding)
+    module = minference(**options)
+    seen = visible(length, length, "causal_self", valid)
     with torch.no_grad():
-        weights = softmax_over(*tensors, visible, 0.37)[1]
-        allowed = kept_pairs(weights, valid, module.config) & visible
-    mask = AttentionMask("causal_self", key_valid=valid if padding else None)
+        weights = attention_weights(*tensors[:2], seen, 0.37)
+        allowed = kept_pairs(weights, real_keys(valid, tensors[1]), module.config) & seen
+    mask = AttentionMask("causal_self", key_valid=valid)
     run = module(*tensors, mask, scale=0.37, context=AttentionContext(collect_stats=True))
-    got, expected = (mask.real_queries(x) for x in (run.out, softmax_over(*tensors, allowed, 0.37)[0]))
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    gradients = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-11)
+    got, expected = (mask.real_queries(x) for x in (run.out, softmax_attention(*tensors, allowed, 0.37)))
+    assert_same(got, expected, tensors)
     if length > 40:
         assert run.stats.density.max() < 0.9, "the case must leave something out"
 
@@ -97,8 +87,8 @@ def test_a_planted_column_and_a_planted_diagonal_are_found():
 
 
 def test_the_end_of_the_prompt_chooses_for_its_start():
-    (q, k, v), _ = draw(47)
-    mask, context, module = AttentionMask("causal_self"), AttentionContext(collect_stats=True), build()
+    (q, k, v), _ = draw_large(47)
+    mask, context, module = AttentionMask("causal_self"), AttentionContext(collect_stats=True), minference()
     later = torch.cat([q[:, :, :40], -q[:, :, 40:]], 2)
     before, after = (module(x, k, v, mask, context=context).stats.layout.to_mask() for x in (q, later))
     assert not torch.equal(before[:, :, :9], after[:, :, :9])
@@ -107,4 +97,4 @@ def test_the_end_of_the_prompt_chooses_for_its_start():
 
 def test_options_that_name_nothing_are_refused():
     with pytest.raises(ValueError, match="recent must be at least 1 distance: a token sees itself, got 0"):
-        build(recent=0)
+        minference(recent=0)

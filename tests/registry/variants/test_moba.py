@@ -1,5 +1,7 @@
 """MoBA against its equations, query by query."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,27 +9,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from astbench_registry.block_selection import Call
 from astbench_registry.variants.pooled_topk import PooledTopKAttention
+from tests import oracles
+from tests.oracles import BATCH, HEADS, KV_HEADS, PATTERNS, assert_same, real_keys, softmax_attention
+from tests.registry.building import build
 
-BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 7
-PATTERNS = ["causal_self", "bidirectional_self", "bidirectional_cross", "causal_cross"]
+DIM = 7
+draw = partial(oracles.draw, dim=DIM, seed=None, grad=True)
 
 
-def build(**options):
-    return build_attention("moba", options, AttentionShape(HEADS, KV_HEADS, DIM)).double()
-
-
-def draw(length, keys, *, padding=0.0):
-    g = torch.Generator().manual_seed(length)
-    sizes = (HEADS, length), (KV_HEADS, keys), (KV_HEADS, keys)
-    tensors = [torch.randn(BATCH, h, n, DIM, generator=g, dtype=torch.float64) for h, n in sizes]
-    valid = torch.rand(BATCH, keys, generator=g) >= padding if padding else None
-    return [x.requires_grad_() for x in tensors], valid
+def moba(**options):
+    return build("moba", options, dim=DIM)
 
 
 def pairs(q, k, pattern, valid, size, top_k):
     """Who sees whom by equations 5 and 6: the own block has the score infinity, a future one is not there."""
     length, total = q.shape[2], k.shape[2]
-    valid = torch.ones(BATCH, total, dtype=torch.bool) if valid is None else valid
+    valid = real_keys(valid, k)
     allowed = torch.zeros(BATCH, HEADS, length, total, dtype=torch.bool)
     for b in range(BATCH):
         real = [[j for j in range(start, min(total, start + size)) if valid[b, j]] for start in range(0, total, size)]
@@ -44,12 +41,6 @@ def pairs(q, k, pattern, valid, size, top_k):
     return allowed
 
 
-def softmax_over(q, k, v, allowed, scale):
-    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
-    weights = torch.where(allowed, (q @ k.transpose(-1, -2) * scale).exp(), 0.0)
-    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-300) @ v
-
-
 @pytest.mark.parametrize("padding", [0.0, 0.3])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(("length", "size", "top_k"), [(1, 4, 2), (43, 5, 3), (37, 8, 1)])
@@ -59,18 +50,15 @@ def test_it_is_the_equations_written_out(length, size, top_k, pattern, padding):
     mask = AttentionMask(pattern, key_valid=valid)
     with torch.no_grad():
         allowed = pairs(*tensors[:2], pattern, valid, size, top_k)
-    expected = softmax_over(*tensors, allowed, 0.37)
-    got = build(block_size=size, top_k=top_k)(*tensors, mask, scale=0.37).out
+    expected = softmax_attention(*tensors, allowed, 0.37)
+    got = moba(block_size=size, top_k=top_k)(*tensors, mask, scale=0.37).out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    gradients = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    assert_same(got, expected, tensors, gradients=1e-12)
 
 
 def test_one_block_is_the_own_one():
     (q, k, v), _ = draw(43, 43)
-    out = build(block_size=5, top_k=1)(
+    out = moba(block_size=5, top_k=1)(
         q, k, v, AttentionMask("causal_self"), context=AttentionContext(collect_stats=True)
     )
     own = torch.eye(9, dtype=torch.bool)[torch.arange(43) // 5]
@@ -82,7 +70,7 @@ def test_the_first_block_has_to_earn_its_place():
     (q, k, v), _ = draw(43, 43)
     with torch.no_grad():
         k[:, :, :5] = -q[:, ::2, 42:] * 10
-    run = build(block_size=5, top_k=3)(
+    run = moba(block_size=5, top_k=3)(
         q, k, v, AttentionMask("causal_self"), context=AttentionContext(collect_stats=True)
     )
     assert not run.stats.layout.to_mask()[:, ::2, 42, 0].any()
@@ -95,13 +83,13 @@ def test_every_token_chooses_under_all_patterns():
     assert isinstance(control, PooledTopKAttention)
     for pattern in ("bidirectional_self", "causal_self"):
         mask = AttentionMask(pattern)
-        ours = build(block_size=5, top_k=4)(q, k, v, mask).out
+        ours = moba(block_size=5, top_k=4)(q, k, v, mask).out
         torch.testing.assert_close(ours, control(q, k, v, mask).out, rtol=0, atol=1e-12)
 
 
 def test_scores_cost_what_the_counter_sees():
     (q, k, v), _ = draw(43, 43)
-    mask, module = AttentionMask("causal_self"), build(block_size=5, top_k=3)
+    mask, module = AttentionMask("causal_self"), moba(block_size=5, top_k=3)
     call = Call.of(module.shape, q, k, v, mask)
     selection = module.selection(call)
     with FlopCounterMode(display=False) as counter:
@@ -112,6 +100,6 @@ def test_scores_cost_what_the_counter_sees():
 
 def test_options_are_the_papers():
     with pytest.raises(ValueError, match="top_k must be at least 1 block, got 0"):
-        build(top_k=0)
+        moba(top_k=0)
     with pytest.raises(ValueError, match="first_block"):
-        build(first_block=True)
+        moba(first_block=True)

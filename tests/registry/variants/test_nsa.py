@@ -1,41 +1,35 @@
 """Native sparse attention against its equations: pairs, windows and gates one after the other."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from astbench_registry.block_selection import Call
+from tests import oracles
+from tests.oracles import (
+    BATCH,
+    DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    SELF,
+    assert_same,
+    attention_weights,
+    real_keys,
+    softmax_attention,
+    visible,
+)
+from tests.registry.building import build
 
-BATCH, HEADS, KV_HEADS, DIM, HIDDEN = 2, 6, 3, 5, 7
 OPTIONS = {"block_size": 6, "top_k": 5, "compress_size": 6, "compress_stride": 2, "window": 4}
-PATTERNS = ["causal_self", "bidirectional_self"]
+draw = partial(oracles.draw, hidden=HIDDEN, seed=None, grad=True)
 
 
-def build(**options):
-    shape = AttentionShape(HEADS, KV_HEADS, DIM, hidden_size=HIDDEN)
-    module = build_attention("nsa", {**OPTIONS, **options}, shape).double()
-    g = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=g, dtype=torch.float64) * 0.4)
-    return module
-
-
-def draw(length, *, padding=0.0):
-    g = torch.Generator().manual_seed(length)
-    sizes = (HEADS, length), (KV_HEADS, length), (KV_HEADS, length)
-    tensors = [torch.randn(BATCH, h, n, DIM, generator=g, dtype=torch.float64) for h, n in sizes]
-    hidden = torch.randn(BATCH, length, HIDDEN, generator=g, dtype=torch.float64)
-    valid = torch.rand(BATCH, length, generator=g) >= padding
-    return [x.requires_grad_() for x in tensors], hidden, valid
-
-
-def softmax_over(q, k, v, allowed, scale):
-    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
-    weights = torch.where(allowed, (q @ k.transpose(-1, -2) * scale).exp(), 0.0)
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
-    return weights @ v, weights
+def nsa(**options):
+    return build("nsa", {**OPTIONS, **options}, hidden=HIDDEN, weights=0.4, seed=5)
 
 
 def compress(phi, x, starts):
@@ -77,9 +71,8 @@ def selected_pairs(weights, starts, pattern, valid, config):
 
 def written_out(module, q, k, v, hidden, pattern, valid, scale):
     config, length = module.config, q.shape[2]
-    position = torch.arange(length)
-    visible = (position <= position[:, None]) | torch.tensor(pattern != "causal_self")
-    visible = visible & valid[:, None, None, :]
+    position, valid = torch.arange(length), real_keys(valid, k)
+    allowed = visible(length, length, pattern, valid)
     starts = list(range(0, length - config.compress_size + 1, config.compress_stride))
     seen = torch.zeros(BATCH, 1, length, len(starts), dtype=torch.bool)
     for n, start in enumerate(starts):
@@ -88,48 +81,41 @@ def written_out(module, q, k, v, hidden, pattern, valid, scale):
         if pattern == "causal_self":
             seen[:, :, :last, n] = False
     key, value = compress(module.compress_key, k, starts), compress(module.compress_value, v, starts)
-    summed, weights = softmax_over(q, key, value, seen, scale)
-    pairs = selected_pairs(weights.detach(), starts, pattern, valid, config) & visible
-    near = ((position - position[:, None]).abs() < config.window) & visible
+    weights = attention_weights(q, key, seen, scale).detach()
+    pairs = selected_pairs(weights, starts, pattern, valid, config) & allowed
+    near = ((position - position[:, None]).abs() < config.window) & allowed
     gates = torch.sigmoid(hidden @ module.gate.weight.T + module.gate.bias).unflatten(-1, (HEADS, 3))
-    branches = [summed, softmax_over(q, k, v, pairs, scale)[0], softmax_over(q, k, v, near, scale)[0]]
+    calls = (key, value, seen), (k, v, pairs), (k, v, near)
+    branches = [softmax_attention(q, *call, scale) for call in calls]
     out = sum(gates[..., n].transpose(1, 2).unsqueeze(-1) * x for n, x in enumerate(branches))
     return out, pairs, seen, near
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.2])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 @pytest.mark.parametrize(
     ("length", "options"),
     [(1, {}), (5, {}), (53, {}), (47, {"block_size": 4, "compress_size": 8, "compress_stride": 4, "window": 9})],
     ids=["one-token", "shorter-than-a-window", "overlapping", "windows-longer-than-blocks"],
 )
 def test_it_is_the_equations_written_out(length, options, pattern, padding):
-    tensors, hidden, valid = draw(length, padding=padding)
-    module = build(**options)
-    mask = AttentionMask(pattern, key_valid=valid if padding else None)
+    (*tensors, hidden), valid = draw(length, padding=padding)
+    module = nsa(**options)
+    mask = AttentionMask(pattern, key_valid=valid)
     expected, pairs, seen, near = written_out(module, *tensors, hidden, pattern, valid, 0.37)
     run = module(*tensors, mask, scale=0.37, context=AttentionContext(collect_stats=True, hidden_states=hidden))
     got, expected = mask.real_queries(run.out), mask.real_queries(expected)  # a padded query's row is nobody's
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    assert_same(got, expected, [*tensors, *module.parameters()])
     rows = mask.real_queries(pairs.double()) if padding else pairs.double()
     layout = run.stats.layout.token_mask(causal=mask.causal, key_valid=mask.key_valid).double()
     assert torch.equal(mask.real_queries(layout), rows)
     beside = (seen.sum((2, 3)) + near.sum((2, 3))).double().expand(-1, HEADS)
     assert torch.equal(run.stats.coarse, beside)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    sources = [*tensors, *module.parameters()]
-    gradients = [torch.autograd.grad((x * weight).sum(), sources, allow_unused=True) for x in (got, expected)]
-    for ours, theirs in zip(*gradients, strict=True):
-        zero = torch.zeros(())
-        torch.testing.assert_close(
-            zero if ours is None else ours, zero if theirs is None else theirs, atol=1e-11, rtol=0
-        )
 
 
 def test_something_is_left_out_and_the_group_chooses_together():
-    (q, k, v), hidden, _ = draw(53)
-    run = build()(
+    (q, k, v, hidden), _ = draw(53)
+    run = nsa()(
         q, k, v, AttentionMask("causal_self"), context=AttentionContext(collect_stats=True, hidden_states=hidden)
     )
     kept = run.stats.layout.to_mask()
@@ -139,7 +125,7 @@ def test_something_is_left_out_and_the_group_chooses_together():
 
 def test_untrained_compression_is_the_mean():
     fresh = build_attention("nsa", OPTIONS, AttentionShape(HEADS, KV_HEADS, DIM, hidden_size=HIDDEN)).double()
-    (_, k, _), _, _ = draw(53)
+    (_, k, *_), _ = draw(53)
     pooled = (
         torch.nn.functional.avg_pool1d(k.flatten(0, 1).transpose(1, 2), 6, 2).transpose(1, 2).unflatten(0, (BATCH, -1))
     )
@@ -149,8 +135,8 @@ def test_untrained_compression_is_the_mean():
 
 
 def test_flops_are_what_the_counter_sees_beside_the_kernel_calls():
-    (q, k, v), hidden, _ = draw(130)
-    module, mask = build(), AttentionMask("bidirectional_self")
+    (q, k, v, hidden), _ = draw(130)
+    module, mask = nsa(), AttentionMask("bidirectional_self")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call = Call.of(module.shape, q, k, v, mask)
         module.block_mass(module._compressed(call), module.selector.selection(call))
@@ -166,4 +152,4 @@ def test_flops_are_what_the_counter_sees_beside_the_kernel_calls():
 )
 def test_sizes_that_do_not_fit_are_refused(option, value):
     with pytest.raises(ValueError, match=f"--attention.{option} must be"):
-        build(**{option: value})
+        nsa(**{option: value})

@@ -8,26 +8,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
-from astbench_registry.conformance import check
+from astbench_registry import AttentionContext, AttentionMask
 from astbench_registry.registry import make_config
 from astbench_registry.variants.nystrom import pseudo_inverse
-
-BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
-
-
-def build(options=None, *, heads=HEADS, kv_heads=KV_HEADS, dim=DIM, dtype=torch.float64):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build_attention("nystrom", options or {}, AttentionShape(heads, kv_heads, dim)).to(dtype)
-
-
-def draw(length, *, padding=0.0, grad=False):
-    g = torch.Generator().manual_seed(0)
-    shapes = [(HEADS, length), (KV_HEADS, length), (KV_HEADS, length)]
-    tensors = [torch.randn(BATCH, h, n, DIM, generator=g, dtype=torch.float64) for h, n in shapes]
-    valid = torch.rand(BATCH, length, generator=g) >= padding if padding else None
-    return [x.requires_grad_(grad) for x in tensors], valid
+from tests.oracles import BATCH, DIM, HEADS, assert_same, draw
+from tests.registry.building import assert_conforms, build
 
 
 def softmax(logits):
@@ -81,32 +66,28 @@ def assert_parity(module, tensors, valid, **options):
     real = 1.0 if valid is None else valid[:, None, :, None]
     got = module(*tensors, AttentionMask(key_valid=valid)).out * real
     expected = written_out(*tensors, valid, module.config.num_landmarks, **options)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    sources = [*tensors, *module.parameters()]
-    pairs = [torch.autograd.grad((x * weight).sum(), sources) for x in (got, expected)]
-    torch.testing.assert_close(*pairs, rtol=1e-11, atol=1e-11)
+    assert_same(got, expected, [*tensors, *module.parameters()], rtol=1e-11)
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
 @pytest.mark.parametrize(("length", "landmarks"), [(1, 7), (6, 7), (7, 7), (9, 8), (63, 1), (127, 16), (1000, 13)])
 def test_nystrom_is_its_equations_written_out(length, landmarks, padding):
     tensors, valid = draw(length, padding=padding, grad=True)
-    assert_parity(build({"num_landmarks": landmarks}), tensors, valid)
+    assert_parity(build("nystrom", {"num_landmarks": landmarks}), tensors, valid)
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
 @pytest.mark.parametrize("length", [1, 5, 63])
 def test_the_convolution_runs_over_real_tokens(length, padding):
     tensors, valid = draw(length, padding=padding, grad=True)
-    module = build({"num_landmarks": 7, "conv_kernel_size": 5})
+    module = build("nystrom", {"num_landmarks": 7, "conv_kernel_size": 5})
     assert_parity(module, tensors, valid, conv=module.conv.weight)
 
 
 @pytest.mark.parametrize("conv", [0, 5])
 def test_a_sequence_is_its_real_tokens_wherever_the_padding_is(conv):
     tensors, _ = draw(40)
-    module = build({"num_landmarks": 7, "conv_kernel_size": conv})
+    module = build("nystrom", {"num_landmarks": 7, "conv_kernel_size": conv})
     expected = module(*tensors, AttentionMask()).out
     places = torch.randperm(97, generator=torch.Generator().manual_seed(1))[:40].sort().values
     spread = [torch.full((*x.shape[:2], 97, DIM), torch.nan, dtype=x.dtype).index_copy(2, places, x) for x in tensors]
@@ -118,7 +99,7 @@ def test_a_sequence_is_its_real_tokens_wherever_the_padding_is(conv):
 def test_short_and_long_sequences_in_one_batch():
     tensors, _ = draw(63)
     valid = torch.arange(63) < torch.tensor([[63], [5]])
-    assert_parity(build({"num_landmarks": 8}), [x.requires_grad_() for x in tensors], valid)
+    assert_parity(build("nystrom", {"num_landmarks": 8}), [x.requires_grad_() for x in tensors], valid)
 
 
 def test_the_pseudo_inverse_converges():
@@ -140,7 +121,7 @@ def package_and_ours(landmarks, *, batch=1, heads=1, length=64, iterations=6, co
     package = pytest.importorskip("nystrom_attention", reason="nystrom-attention is not installed")
     width = heads * DIM
     options = {"num_landmarks": landmarks, "pinv_iterations": iterations, "conv_kernel_size": conv}
-    ours = build(options, heads=heads, kv_heads=heads)
+    ours = build("nystrom", options, heads=heads, kv_heads=heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         theirs = package.NystromAttention(
@@ -208,7 +189,7 @@ def test_nystrom_against_hugging_face():
         hidden_size=DIM, num_attention_heads=1, num_landmarks=8, segment_means_seq_len=64, conv_kernel_size=5
     )
     theirs = model.NystromformerSelfAttention(config).double().eval()
-    ours = build({"num_landmarks": 8, "conv_kernel_size": 5}, heads=1, kv_heads=1)
+    ours = build("nystrom", {"num_landmarks": 8, "conv_kernel_size": 5}, heads=1, kv_heads=1)
     ours.load_state_dict({"conv.weight": theirs.conv.weight})
     x = torch.randn(1, 64, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q, k, v = (linear(x)[:, None] for linear in (theirs.query, theirs.key, theirs.value))
@@ -219,8 +200,7 @@ def test_nystrom_against_hugging_face():
 
 
 def test_it_conforms_with_the_convolution():
-    failures = [f"{r.property}: {r.detail}" for r in check("nystrom", {"conv_kernel_size": 5}) if r.status == "fail"]
-    assert not failures, "\n".join(failures)
+    assert_conforms("nystrom", {"conv_kernel_size": 5})
 
 
 @pytest.mark.parametrize(
@@ -240,7 +220,7 @@ def test_bad_values_name_the_flag(options, expected):
 @pytest.mark.parametrize("options", [{"num_landmarks": 7}, {"num_landmarks": 64, "conv_kernel_size": 3}])
 def test_flops_are_what_the_counter_sees(options):
     tensors, _ = draw(37)
-    mask, module = AttentionMask(), build(options)
+    mask, module = AttentionMask(), build("nystrom", options)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module(*tensors, mask)
     assert module.flops(BATCH, 37, 37, mask) == counter.get_total_flops()
@@ -248,13 +228,17 @@ def test_flops_are_what_the_counter_sees(options):
 
 def test_statistics_count_every_pair():
     tensors, valid = draw(37, padding=0.3)
-    stats = build()(*tensors, AttentionMask(key_valid=valid), context=AttentionContext(collect_stats=True)).stats
+    stats = build("nystrom")(
+        *tensors, AttentionMask(key_valid=valid), context=AttentionContext(collect_stats=True)
+    ).stats
     assert torch.equal(stats.attended, (37 * valid.sum(-1, keepdim=True)).expand(-1, HEADS).double())
 
 
 def test_memory_is_linear(largest_tensor):
     length, landmarks = 8192, 16
-    module = build({"num_landmarks": landmarks, "conv_kernel_size": 3}, heads=2, kv_heads=1, dtype=torch.float32)
+    module = build(
+        "nystrom", {"num_landmarks": landmarks, "conv_kernel_size": 3}, heads=2, kv_heads=1, dtype=torch.float32
+    )
     q, key = torch.randn(1, 2, length, DIM), torch.randn(1, 1, length, DIM)
     valid = (torch.arange(length) % 3 > 0)[None]
     with sdpa_kernel(SDPBackend.MATH), largest_tensor() as largest:

@@ -1,6 +1,7 @@
 """Every variant against a witness that shares no code with it."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,41 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from astbench_kernels import BlockLayout, block_sparse_attention, soft_top_k
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from astbench_registry.block_selection import Call
+from tests.oracles import BATCH, DIM, HEADS, KV_HEADS, PATTERNS, assert_same, draw, softmax_attention, visible
+from tests.registry import building
 
-BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
 SELECTORS = ["random_topk", "pooled_topk", "oracle_topk", "ast"]
-PATTERNS = ["bidirectional_self", "causal_self", "bidirectional_cross", "causal_cross"]
+build = partial(building.build, train=False)
 SMALL = {"block_size": 4, "min_blocks": 2, "density": 0.3}
-
-
-def build(name, options=None, *, dim=DIM, kv_heads=KV_HEADS, layer=0, train=False):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        shape = AttentionShape(HEADS, kv_heads, dim, layer_index=layer, num_layers=4)
-        return build_attention(name, options or {}, shape).double().train(train)
-
-
-def draw(length, keys=None, *, dim=DIM, batch=BATCH, padding=0.0, seed=0, grad=False):
-    keys = keys or length
-    g = torch.Generator().manual_seed(seed)
-    shapes = [(HEADS, length), (KV_HEADS, keys), (KV_HEADS, keys)]
-    tensors = [torch.randn(batch, h, n, dim, generator=g, dtype=torch.float64) for h, n in shapes]
-    valid = torch.rand(batch, keys, generator=g) >= padding if padding else None
-    return [x.requires_grad_(grad) for x in tensors], valid
-
-
-def softmax_by_rows(q, k, v, allowed, scale=None):
-    """The definition, in float64; rows that see nothing are zero."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    logits = torch.einsum("bhid,bhjd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    weights = torch.where(allowed, logits.exp(), 0.0)
-    return torch.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdim=True).clamp(min=1e-300), v)
-
-
-def visible(length, keys, pattern, valid):
-    allowed = torch.ones(length, keys, dtype=torch.bool)
-    allowed = (allowed.tril() if pattern == "causal_self" else allowed)[None, None]
-    return allowed if valid is None else allowed & valid[:, None, None, :]
 
 
 def identity_run(name, options, pattern, *, padding=0.0, size=61, layer=0):
@@ -64,14 +36,11 @@ def identity_run(name, options, pattern, *, padding=0.0, size=61, layer=0):
 def test_dense_is_softmax_written_out(pattern, padding):
     keys = 101 if pattern.endswith("self") else 73
     tensors, valid = draw(101, keys, padding=padding, grad=True)
-    expected = softmax_by_rows(*tensors, visible(101, keys, pattern, valid))
+    expected = softmax_attention(*tensors, visible(101, keys, pattern, valid))
     mask = AttentionMask(pattern, key_valid=valid)
     got = build("dense")(*tensors, mask).out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    pairs = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
-    torch.testing.assert_close(*pairs, rtol=0, atol=1e-12)
+    assert_same(got, expected, tensors, gradients=1e-12)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -98,14 +67,11 @@ def band(length, window, pattern, valid):
 @pytest.mark.parametrize(("length", "window"), [(1, 5), (63, 5), (127, 40), (127, 1), (1000, 33)])
 def test_local_is_a_band(length, window, pattern, padding):
     tensors, valid = draw(length, padding=padding, grad=True)
-    expected = softmax_by_rows(*tensors, band(length, window, pattern, valid))
+    expected = softmax_attention(*tensors, band(length, window, pattern, valid))
     mask = AttentionMask(pattern, key_valid=valid)
     got = build("local", {"window": window})(*tensors, mask).out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    pairs = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
-    torch.testing.assert_close(*pairs, rtol=0, atol=1e-11)
+    assert_same(got, expected, tensors)
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
@@ -150,7 +116,7 @@ def test_selector_is_masked_softmax_over_its_own_layout(name, pattern, padding):
     out = build(name, SMALL)(*tensors, mask, context=AttentionContext(collect_stats=True))
     assert float(out.stats.density.max()) < 0.75, "the case must leave something out"
     allowed = out.stats.layout.token_mask(causal=mask.causal, key_valid=valid)
-    got, expected = (mask.real_queries(x) for x in (out.out, softmax_by_rows(*tensors, allowed)))
+    got, expected = (mask.real_queries(x) for x in (out.out, softmax_attention(*tensors, allowed)))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert torch.equal(out.stats.attended, allowed.sum((-1, -2)).double())
 
@@ -213,7 +179,7 @@ def test_oracle_picks_the_blocks_of_most_dense_mass(pattern, group):
     kept = out.stats.layout.to_mask()
 
     eye = torch.eye(keys, dtype=torch.float64).expand(BATCH, KV_HEADS, keys, keys)
-    mass = softmax_by_rows(q, k, eye, visible(96, keys, pattern, None)).unflatten(-1, (-1, 8)).sum(-1)
+    mass = softmax_attention(q, k, eye, visible(96, keys, pattern, None)).unflatten(-1, (-1, 8)).sum(-1)
     mass = mass.unflatten(2, (-1, group)).sum(3)
     rows = torch.arange(0, 96, group)
     forced = torch.zeros(len(rows), keys // 8, dtype=torch.bool)
@@ -459,4 +425,4 @@ def test_given_layout_is_masked_softmax():
     allowed = keep.repeat_interleave(2, 1).repeat_interleave(5, 2)[:, :, :37]
     allowed = allowed.repeat_interleave(4, 3)[..., :53] & valid[:, None, None, :]
     got, _ = block_sparse_attention(q, k, v, layout, key_valid=valid)
-    torch.testing.assert_close(got, softmax_by_rows(q, k, v, allowed), rtol=0, atol=1e-12)
+    torch.testing.assert_close(got, softmax_attention(q, k, v, allowed), rtol=0, atol=1e-12)

@@ -6,16 +6,17 @@ from functools import partial
 import pytest
 import torch
 
-from astbench_registry import AttentionMask, AttentionShape, CapabilityError, build_attention
+from astbench_registry import AttentionMask, CapabilityError
 from astbench_registry.conformance import PROPERTIES, check
 from astbench_registry.variants import performer
+from tests.oracles import BATCH, DIM, PATTERNS, draw
+from tests.registry.building import assert_conforms, build
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*distutils.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*distutils.*:UserWarning"),
 ]
-BATCH, HEADS, DIM, FEATURES = 2, 3, 5, 13
-PATTERNS = ["bidirectional_self", "causal_self", "bidirectional_cross", "causal_cross"]
+HEADS, FEATURES = 3, 13
 
 
 @pytest.fixture
@@ -24,8 +25,9 @@ def package():
     return pytest.importorskip("performer_pytorch", reason="performer-pytorch is not installed").performer_pytorch
 
 
-def build(**options):
-    return build_attention("performer", {"num_features": FEATURES, **options}, AttentionShape(HEADS, HEADS, DIM)).eval()
+def layer(**options):
+    options = {"num_features": FEATURES, **options}
+    return build("performer", options, heads=HEADS, kv_heads=HEADS, train=False, dtype=torch.float32)
 
 
 def theirs(package, ours, *, causal=False, dtype=torch.float64, **options):
@@ -35,10 +37,9 @@ def theirs(package, ours, *, causal=False, dtype=torch.float64, **options):
     return module
 
 
-def draw(length=200, keys=None, size=1.0):
-    g = torch.Generator().manual_seed(0)
-    shape = lambda n: torch.randn(BATCH, HEADS, n, DIM, generator=g, dtype=torch.float64)  # noqa: E731
-    return shape(length) * size, shape(keys or length) * size, shape(keys or length)
+def inputs(length=200, keys=None, size=1.0):
+    (q, k, v), _ = draw(length, keys, heads=HEADS, kv_heads=HEADS)
+    return q * size, k * size, v
 
 
 def pattern_of(causal):
@@ -48,7 +49,7 @@ def pattern_of(causal):
 @pytest.mark.parametrize("causal", [True, False])
 def test_softmax_kernel_without_the_packages_epsilons(package, monkeypatch, causal):
     monkeypatch.setattr(package, "softmax_kernel", partial(package.softmax_kernel, eps=0.0))
-    ours, (q, k, v) = build(), draw()
+    ours, (q, k, v) = layer(), inputs()
     module = theirs(package, ours, causal=causal)
     if causal:
         module.causal_linear_fn = partial(package.causal_linear_attention_noncuda, eps=0.0)
@@ -56,7 +57,7 @@ def test_softmax_kernel_without_the_packages_epsilons(package, monkeypatch, caus
 
 
 def test_relu_kernel_as_published(package):
-    ours, (q, k, v) = build(kernel="relu"), draw()
+    ours, (q, k, v) = layer(kernel="relu"), inputs()
     module = theirs(package, ours, generalized_attention=True)
     torch.testing.assert_close(ours(q, k, v, pattern_of(False)).out, module(q, k, v), rtol=0, atol=1e-12)
 
@@ -76,7 +77,7 @@ def with_epsilons(q, k, v, w, causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_epsilons_account_for_what_the_package_does_otherwise(package, causal):
-    ours, (q, k, v) = build(), draw()
+    ours, (q, k, v) = layer(), inputs()
     got = theirs(package, ours, causal=causal)(q, k, v)
     expected = with_epsilons(q, k, v, ours.projection(q.device, q.dtype), causal)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -88,7 +89,7 @@ def test_epsilons_account_for_what_the_package_does_otherwise(package, causal):
 
 
 def test_its_causal_mode_sees_the_future_through_the_largest_key(package):
-    ours, (q, k, v) = build(), draw(100)
+    ours, (q, k, v) = layer(), inputs(100)
     later = k.clone()
     later[:, :, 90:] *= 8
     moved = []
@@ -99,7 +100,7 @@ def test_its_causal_mode_sees_the_future_through_the_largest_key(package):
 
 
 def test_it_overflows_in_float16(package):
-    ours, (q, k, v) = build(), (x.half() for x in draw(1024, size=2.0))
+    ours, (q, k, v) = layer(), (x.half() for x in inputs(1024, size=2.0))
     out = theirs(package, ours, dtype=torch.float16)(q, k, v)
     assert not out.isfinite().all()
     assert ours(q, k, v, pattern_of(False)).out.isfinite().all()
@@ -144,14 +145,13 @@ def test_its_features_are_biased(package):
 def test_backend_conforms_to_what_it_declares(package, kernel, property):
     if (kernel, property) == ("softmax", "gradients"):
         pytest.skip("the package's gradients are wrong: see test_its_gradients_leave_out_the_maxima")
-    results = check("performer", {"backend": "performer_pytorch", "kernel": kernel}, properties=[property])
-    assert [r for r in results if r.status == "fail"] == []
+    assert_conforms("performer", {"backend": "performer_pytorch", "kernel": kernel}, property)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_backend_runs_the_package_on_our_features(package, pattern):
-    q, k, v = draw(61, 61 if pattern.endswith("self") else 37)
-    ours, backend = (build(backend=name, kernel="relu") for name in ("auto", "performer_pytorch"))
+    q, k, v = inputs(61, 61 if pattern.endswith("self") else 37)
+    ours, backend = (layer(backend=name, kernel="relu") for name in ("auto", "performer_pytorch"))
     outputs = [module(q, k, v, AttentionMask(pattern), scale=0.3).out for module in (ours, backend)]
     # The package adds 1e-6 to causal sums of features that are 1e-3 at least.
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-2 if pattern == "causal_self" else 1e-12)
@@ -159,21 +159,21 @@ def test_backend_runs_the_package_on_our_features(package, pattern):
 
 
 def test_backend_refuses_padding_and_decoding(package):
-    q, k, v = draw(9)
+    q, k, v = inputs(9)
     valid = torch.arange(9).expand(BATCH, 9) < 5
     masks = (AttentionMask(key_valid=valid), AttentionMask("causal_self", query_offset=3))
     for mask in masks:
         with pytest.raises(CapabilityError, match="takes neither padding nor decoding"):
-            build(backend="performer_pytorch")(q, k, v, mask)
-    build(backend="performer_pytorch")(q, k, v, AttentionMask(key_valid=torch.ones_like(valid)))
+            layer(backend="performer_pytorch")(q, k, v, mask)
+    layer(backend="performer_pytorch")(q, k, v, AttentionMask(key_valid=torch.ones_like(valid)))
 
 
 def test_backend_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr(performer, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="package performer-pytorch is not installed; pip install 'astbench"):
-        build(backend="performer_pytorch")
+        layer(backend="performer_pytorch")
 
 
 def test_backend_with_another_epsilon_is_refused():
     with pytest.raises(ValueError, match=r"--attention.kernel_epsilon must be 0.001 with backend performer_pytorch"):
-        build(backend="performer_pytorch", kernel_epsilon=0.1)
+        layer(backend="performer_pytorch", kernel_epsilon=0.1)

@@ -1,26 +1,23 @@
 """Quest against its equations, channel by channel."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from astbench_registry.block_selection import Call
+from tests import oracles
+from tests.oracles import BATCH, HEADS, KV_HEADS, PATTERNS, assert_same, real_keys, softmax_attention
+from tests.registry.building import build
 
-BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 7
-PATTERNS = ["causal_self", "bidirectional_self", "bidirectional_cross", "causal_cross"]
+DIM = 7
+draw = partial(oracles.draw, dim=DIM, seed=None, grad=True)
 
 
-def build(*, layer=2, **options):
-    return build_attention("quest", options, AttentionShape(HEADS, KV_HEADS, DIM, layer_index=layer)).double()
-
-
-def draw(length, keys, *, padding=0.0):
-    g = torch.Generator().manual_seed(length)
-    sizes = (HEADS, length), (KV_HEADS, keys), (KV_HEADS, keys)
-    tensors = [torch.randn(BATCH, h, n, DIM, generator=g, dtype=torch.float64) for h, n in sizes]
-    valid = torch.rand(BATCH, keys, generator=g) >= padding if padding else None
-    return [x.requires_grad_() for x in tensors], valid
+def quest(*, layer=2, **options):
+    return build("quest", options, dim=DIM, layer=layer)
 
 
 def upper_bound(query, keys):
@@ -32,7 +29,7 @@ def upper_bound(query, keys):
 def pairs(q, k, pattern, valid, size, top_k):
     """Who sees whom by algorithm 1: the own page has the score infinity, a future one is not there."""
     length, total = q.shape[2], k.shape[2]
-    valid = torch.ones(BATCH, total, dtype=torch.bool) if valid is None else valid
+    valid = real_keys(valid, k)
     allowed = torch.zeros(BATCH, HEADS, length, total, dtype=torch.bool)
     for b in range(BATCH):
         real = [[j for j in range(start, min(total, start + size)) if valid[b, j]] for start in range(0, total, size)]
@@ -49,12 +46,6 @@ def pairs(q, k, pattern, valid, size, top_k):
     return allowed
 
 
-def softmax_over(q, k, v, allowed, scale):
-    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
-    weights = torch.where(allowed, (q @ k.transpose(-1, -2) * scale).exp(), 0.0)
-    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-300) @ v
-
-
 @pytest.mark.parametrize("padding", [0.0, 0.3])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(("length", "size", "top_k"), [(1, 4, 2), (43, 5, 3), (37, 8, 1)])
@@ -64,18 +55,15 @@ def test_it_is_the_equations_written_out(length, size, top_k, pattern, padding):
     mask = AttentionMask(pattern, key_valid=valid)
     with torch.no_grad():
         allowed = pairs(*tensors[:2], pattern, valid, size, top_k)
-    expected = softmax_over(*tensors, allowed, 0.37)
-    got = build(block_size=size, top_k=top_k)(*tensors, mask, scale=0.37).out
+    expected = softmax_attention(*tensors, allowed, 0.37)
+    got = quest(block_size=size, top_k=top_k)(*tensors, mask, scale=0.37).out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    gradients = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    assert_same(got, expected, tensors, gradients=1e-12)
 
 
 def test_no_key_of_a_page_exceeds_its_bound():
     (q, k, v), _ = draw(43, 43)
-    module, mask = build(block_size=5), AttentionMask("bidirectional_self")
+    module, mask = quest(block_size=5), AttentionMask("bidirectional_self")
     call = Call.of(module.shape, q, k, v, mask, 1.0)
     bound = module.scores(call, module.selection(call)).detach()
     logits = (q @ k.repeat_interleave(2, 1).transpose(-1, -2)).detach()
@@ -88,19 +76,19 @@ def test_the_first_two_layers_are_dense_attention():
     mask = AttentionMask("causal_self", key_valid=valid)
     dense = build_attention("dense", {}, AttentionShape(HEADS, KV_HEADS, DIM))(q, k, v, mask).out
     for layer in (0, 1, 2):
-        run = build(layer=layer, block_size=5, top_k=3)(q, k, v, mask, context=AttentionContext(collect_stats=True))
+        run = quest(layer=layer, block_size=5, top_k=3)(q, k, v, mask, context=AttentionContext(collect_stats=True))
         assert torch.equal(run.out, dense) == (layer < 2)
         assert bool((run.stats.density == 1).all()) == (layer < 2)
         assert torch.equal(
             run.stats.layout.attended_pairs(causal=True, key_valid=valid).expand(-1, HEADS), run.stats.attended
         )
-        flops = build(layer=layer, block_size=5, top_k=3).flops(BATCH, 43, 43, mask)
+        flops = quest(layer=layer, block_size=5, top_k=3).flops(BATCH, 43, 43, mask)
         assert (flops == 4 * BATCH * HEADS * 43 * 43 * DIM) == (layer < 2)
 
 
 def test_scores_cost_what_the_counter_sees():
     (q, k, v), _ = draw(43, 43)
-    mask, module = AttentionMask("causal_self"), build(block_size=5, top_k=3)
+    mask, module = AttentionMask("causal_self"), quest(block_size=5, top_k=3)
     call = Call.of(module.shape, q, k, v, mask)
     selection = module.selection(call)
     with FlopCounterMode(display=False) as counter:
@@ -111,6 +99,6 @@ def test_scores_cost_what_the_counter_sees():
 
 def test_options_are_the_papers():
     with pytest.raises(ValueError, match="top_k must be at least 1 block, got 0"):
-        build(top_k=0)
+        quest(top_k=0)
     with pytest.raises(ValueError, match="first_block"):
-        build(first_block=True)
+        quest(first_block=True)

@@ -1,39 +1,23 @@
 """SeerAttention against its equations, gate by gate, and what its gates learn."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from astbench_registry.registry import make_config
+from tests import oracles
+from tests.oracles import BATCH, PATTERNS, attention_weights, real_keys, softmax_attention, visible
+from tests.registry.building import build
 
-BATCH, HEADS, KV_HEADS, DIM, WIDTH, SIZE = 2, 4, 2, 7, 6, 5
-PATTERNS = ["causal_self", "bidirectional_self", "bidirectional_cross", "causal_cross"]
-
-
-def build(train=False, **options):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        options = {"block_size": SIZE, "gate_dim": WIDTH, **options}
-        return build_attention("seer", options, AttentionShape(HEADS, KV_HEADS, DIM)).double().train(train)
+HEADS, KV_HEADS, DIM, WIDTH, SIZE = 4, 2, 7, 6, 5
+SIZES = {"heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM}
+draw = partial(oracles.draw, **SIZES, seed=None)
 
 
-def draw(length, keys, *, padding=0.0):
-    g = torch.Generator().manual_seed(length)
-    sizes = (HEADS, length), (KV_HEADS, keys), (KV_HEADS, keys)
-    tensors = [torch.randn(BATCH, h, n, DIM, generator=g, dtype=torch.float64) for h, n in sizes]
-    valid = torch.rand(BATCH, keys, generator=g) >= padding if padding else torch.ones(BATCH, keys, dtype=torch.bool)
-    return tensors, valid
-
-
-def softmax_over(q, k, v, allowed):
-    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
-    weights = torch.where(allowed, (q @ k.transpose(-1, -2) * DIM**-0.5).exp(), 0.0)
-    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-300) @ v
-
-
-def visible_pairs(length, keys, pattern, valid):
-    allowed = torch.ones(length, keys, dtype=torch.bool)
-    return (allowed.tril() if pattern == "causal_self" else allowed) & valid[:, None, None, :]
+def seer(train=False, **options):
+    return build("seer", {"block_size": SIZE, "gate_dim": WIDTH, **options}, **SIZES, train=train)
 
 
 def gates(module, q, k, pattern, valid, group):
@@ -71,10 +55,11 @@ def gates(module, q, k, pattern, valid, group):
 def test_it_is_the_equations_written_out(budget, pattern, group, padding):
     length, keys = (28, 28) if pattern.endswith("self") else (19, 29)
     (q, k, v), valid = draw(length, keys, padding=padding)
-    module = build(query_group=group, **budget)
+    real = real_keys(valid, k)
+    module = seer(query_group=group, **budget)
     allowed = torch.zeros(BATCH, HEADS, length, keys, dtype=torch.bool)
     left_out = 0
-    for b, head, rows, own, gate in gates(module, q, k, pattern, valid, group):
+    for b, head, rows, own, gate in gates(module, q, k, pattern, real, group):
         best = sorted(gate, key=lambda block: -gate[block].item())
         if "top_k" in budget:
             kept = own + best[: max(0, 4 - len(own))]
@@ -86,9 +71,9 @@ def test_it_is_the_equations_written_out(budget, pattern, group, padding):
             for block in kept:
                 allowed[b, head, i, block * SIZE : (block + 1) * SIZE] = True
     assert left_out
-    allowed &= visible_pairs(length, keys, pattern, valid)
-    mask = AttentionMask(pattern, key_valid=valid if padding else None)
-    got, expected = module(q, k, v, mask).out, softmax_over(q, k, v, allowed)
+    allowed &= visible(length, keys, pattern, valid)
+    mask = AttentionMask(pattern, key_valid=valid)
+    got, expected = module(q, k, v, mask).out, softmax_attention(q, k, v, allowed)
     torch.testing.assert_close(mask.real_queries(got), mask.real_queries(expected), rtol=0, atol=1e-12)
 
 
@@ -98,12 +83,12 @@ def test_it_is_the_equations_written_out(budget, pattern, group, padding):
 def test_the_loss_is_the_divergence_from_pooled_attention(pattern, group, padding):
     length, keys = (28, 28) if pattern.endswith("self") else (19, 29)
     (q, k, v), valid = draw(length, keys, padding=padding)
-    module = build(train=True, query_group=group, distill_weight=0.7)
-    eye = torch.eye(keys, dtype=torch.float64).expand(BATCH, KV_HEADS, keys, keys)
-    attention = softmax_over(q, k, eye, visible_pairs(length, keys, pattern, valid))
+    real = real_keys(valid, k)
+    module = seer(train=True, query_group=group, distill_weight=0.7)
+    attention = attention_weights(q, k, visible(length, keys, pattern, valid))
     divergences = []
-    for b, head, rows, _, gate in gates(module, q, k, pattern, valid, group):
-        rows = [i for i in rows if pattern.endswith("cross") or valid[b, i]]
+    for b, head, rows, _, gate in gates(module, q, k, pattern, real, group):
+        rows = [i for i in rows if pattern.endswith("cross") or real[b, i]]
         if len(gate) < 2 or not rows:
             continue
         mass = torch.stack([attention[b, head, rows, n * SIZE : (n + 1) * SIZE].amax() for n in gate])
@@ -111,7 +96,7 @@ def test_the_loss_is_the_divergence_from_pooled_attention(pattern, group, paddin
             target = mass / mass.sum()
             divergences.append((target * (target / torch.stack(list(gate.values()))).log()).sum())
     expected = 0.7 * torch.stack(divergences).mean()
-    mask = AttentionMask(pattern, key_valid=valid if padding else None)
+    mask = AttentionMask(pattern, key_valid=valid)
     got = module(q, k, v, mask).losses["distill"]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     pairs = [torch.autograd.grad(x, list(module.parameters())) for x in (got, expected)]
@@ -124,7 +109,7 @@ def test_training_is_dense_and_the_loss_leaves_the_backbone_alone(pattern):
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     mask = AttentionMask(pattern, key_valid=valid)
     dense = build_attention("dense", {}, AttentionShape(HEADS, KV_HEADS, DIM))(q, k, v, mask).out
-    module = build(train=True, top_k=2)
+    module = seer(train=True, top_k=2)
     out = module(q, k, v, mask, context=AttentionContext(collect_stats=True))
     assert torch.equal(out.out, dense) and (out.stats.density == 1).all()
     assert torch.autograd.grad(out.losses["distill"], [q, k, v], allow_unused=True) == (None,) * 3
@@ -138,7 +123,7 @@ def test_a_pooled_group_looks_ahead_and_says_so():
     later = q.clone()
     later[:, :, 39] *= -50  # the last query of the last group of eight
     for group in (1, 8):
-        module = build(query_group=group, top_k=4)
+        module = seer(query_group=group, top_k=4)
         before, after = (
             module(x, k, v, mask, context=context).stats.layout.token_mask(causal=True) for x in (q, later)
         )
@@ -181,4 +166,4 @@ def test_distillation_teaches_the_blocks_of_most_mass():
 
 def test_gates_that_nothing_teaches_are_refused():
     with pytest.raises(ValueError, match="distill_weight must be above 0: nothing else teaches the gate, got 0"):
-        build(distill_weight=0)
+        seer(distill_weight=0)

@@ -1,34 +1,23 @@
 """Sparse Sinkhorn attention against loops over blocks, and against the sinkhorn_transformer package."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry import AttentionContext, AttentionMask
 from astbench_registry.registry import make_config
 from astbench_registry.variants.sinkhorn import sinkhorn, sorted_attention
+from tests import oracles
+from tests.oracles import BATCH, DIM, SELF, assert_same
+from tests.registry import building
 
-BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 5
-PATTERNS = ["bidirectional_self", "causal_self"]
-
-
-def build(options=None, *, dim=DIM, heads=HEADS, kv_heads=KV_HEADS, layer=0, train=False):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        shape = AttentionShape(heads, kv_heads, dim, layer_index=layer, num_layers=4)
-        return build_attention("sinkhorn", options or {}, shape).double().train(train)
-
-
-def draw(length, *, dim=DIM, padding=0.0, seed=0, grad=False, batch=BATCH, heads=HEADS, kv_heads=KV_HEADS):
-    g = torch.Generator().manual_seed(seed)
-    shapes = [(heads, length), (kv_heads, length), (kv_heads, length)]
-    tensors = [torch.randn(batch, h, n, dim, generator=g, dtype=torch.float64) for h, n in shapes]
-    valid = torch.ones(batch, length, dtype=torch.bool)
-    if padding:
-        valid = torch.rand(batch, length, generator=g) >= padding
-        valid[0, -length // 4 :] = False
-    return [x.requires_grad_(grad) for x in tensors], valid
+HEADS, KV_HEADS = 4, 2
+build = partial(building.build, "sinkhorn", heads=HEADS, kv_heads=KV_HEADS, train=False)
+draw = partial(oracles.draw, heads=HEADS, kv_heads=KV_HEADS)
+draw_padded = partial(oracles.draw_padded, heads=HEADS, kv_heads=KV_HEADS)
 
 
 def norm(x):
@@ -81,24 +70,17 @@ def oracle(q, k, v, valid, weight, config, causal):
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 @pytest.mark.parametrize(
     ("length", "size"),
     [(1, 4), (63, 8), (63, 16), (127, 32), (127, 500), pytest.param(1000, 64, marks=pytest.mark.slow)],
 )
 def test_it_is_the_equations_written_out(length, size, pattern, padding):
-    tensors, valid = draw(length, padding=padding, grad=True)
+    tensors, valid = draw_padded(length, padding=padding, grad=True)
     module = build({"block_size": size, "num_iterations": 3})
     expected = oracle(*tensors, valid, module.sort_weight, module.config, pattern == "causal_self")
     got = module(*tensors, AttentionMask(pattern, key_valid=valid)).out
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    sources = [*tensors, module.sort_weight]
-    pairs = [
-        torch.autograd.grad((x * weight).sum(), sources, materialize_grads=True, allow_unused=True)
-        for x in (got, expected)
-    ]
-    torch.testing.assert_close(*pairs, rtol=0, atol=1e-11)
+    assert_same(got, expected, [*tensors, module.sort_weight])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -138,9 +120,9 @@ def test_full_blocks_are_balanced_both_ways():
     torch.testing.assert_close(past.sum(-1)[..., 1:], torch.ones_like(past[..., 1:, 0]), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 def test_removing_the_padding_changes_nothing(pattern):
-    tensors, valid = draw(127, padding=0.3)
+    tensors, valid = draw_padded(127, padding=0.3)
     module = build({"block_size": 8})
     got = module(*tensors, AttentionMask(pattern, key_valid=valid)).out
     for b in range(BATCH):
@@ -175,7 +157,7 @@ def test_noise_is_gumbel():
 
 
 @pytest.mark.parametrize(("length", "size"), [(1, 64), (50, 64), (127, 8)])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 def test_flops_are_what_the_counter_sees(pattern, length, size):
     tensors, _ = draw(length)
     mask, module = AttentionMask(pattern), build({"block_size": size})
@@ -184,7 +166,7 @@ def test_flops_are_what_the_counter_sees(pattern, length, size):
     assert module.flops(BATCH, length, length, mask) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 def test_memory_is_linear(pattern, largest_tensor):
     length = 8192
     tensors, _ = draw(length, batch=1, heads=1, kv_heads=1)

@@ -1,6 +1,7 @@
 """Sparse Transformer attention against the published masks, written out from their definition."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_kernels.dispatch import rules
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from tests import oracles
+from tests.oracles import BATCH, DIM, HEADS, SELF, assert_same, softmax_attention
+from tests.registry import building
 
-BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
-PATTERNS = ["bidirectional_self", "causal_self"]
+build = partial(building.build, "sparse")
+draw = partial(oracles.draw, seed=None)
 STRIDED = [{"pattern": "strided", "stride": s, "heads": h} for s in (1, 7, 16) for h in ("merged", "split")]
 FIXED = [
     {"stride": 12, "block_size": 3, "num_verts": 1},
@@ -18,17 +22,6 @@ FIXED = [
     {"stride": 12, "block_size": 4, "num_verts": 3},
     {"stride": 5, "block_size": 1, "num_verts": 1, "vertsize": 2},
 ]
-
-
-def build(options, *, dim=DIM, kv_heads=KV_HEADS, layer=0):
-    return build_attention("sparse", options, AttentionShape(HEADS, kv_heads, dim, layer_index=layer, num_layers=4))
-
-
-def draw(length, *, dim=DIM, padding=0.0, grad=False):
-    g = torch.Generator().manual_seed(length)
-    tensors = [torch.randn(BATCH, h, length, dim, generator=g, dtype=torch.float64) for h in (HEADS, 3, 3)]
-    valid = torch.rand(BATCH, length, generator=g) >= padding if padding else None
-    return [x.requires_grad_(grad) for x in tensors], valid
 
 
 def attn_mask(n, mode, ctx):
@@ -68,40 +61,33 @@ def expected_mask(n, options, pattern, layer=0):
     return torch.stack([(local, strided)[i % 2] for i in which])
 
 
-def softmax_by_rows(q, k, v, allowed, scale):
-    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-    weights = torch.where(allowed, (torch.einsum("bhid,bhjd->bhij", q, k) * scale).exp(), 0.0)
-    return torch.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdim=True).clamp(min=1e-300), v)
-
-
 def named(options):
     return "-".join(str(x) for x in options.values())
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 @pytest.mark.parametrize("options", STRIDED + FIXED, ids=named)
 @pytest.mark.parametrize("length", [1, 63, 127])
 def test_it_is_softmax_under_the_published_mask(length, options, pattern, padding):
     tensors, valid = draw(length, padding=padding, grad=True)
     allowed = expected_mask(length, options, pattern)[None]
     allowed = allowed if valid is None else allowed & valid[:, None, None]
-    expected = softmax_by_rows(*tensors, allowed, 0.37)
+    expected = softmax_attention(*tensors, allowed, 0.37)
     mask = AttentionMask(pattern, key_valid=valid)
     got = build(options)(*tensors, mask, scale=0.37).out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    pairs = [torch.autograd.grad((x * weight).sum(), tensors) for x in (got, expected)]
-    torch.testing.assert_close(*pairs, rtol=0, atol=1e-11)
+    assert_same(got, expected, tensors)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 @pytest.mark.parametrize("options", [STRIDED[2], FIXED[0]], ids=named)
 def test_a_thousand_tokens(options, pattern):
     tensors, valid = draw(1000, padding=0.2)
     options = {**options, "stride": 30}
-    expected = softmax_by_rows(*tensors, expected_mask(1000, options, pattern)[None] & valid[:, None, None], DIM**-0.5)
+    expected = softmax_attention(
+        *tensors, expected_mask(1000, options, pattern)[None] & valid[:, None, None], DIM**-0.5
+    )
     mask = AttentionMask(pattern, key_valid=valid)
     got = build(options)(*tensors, mask).out
     got, expected = mask.real_queries(got), mask.real_queries(expected)  # a padded query's row is nobody's
@@ -110,7 +96,7 @@ def test_a_thousand_tokens(options, pattern):
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 @pytest.mark.parametrize("options", [*STRIDED, {**STRIDED[2], "heads": "interleaved"}, *FIXED], ids=named)
 def test_the_pattern_is_exact(options, pattern, layer, padding):
     """With value = identity, output > 0 is the pattern; so are the reported lists and counts."""
@@ -160,7 +146,7 @@ def test_the_layout_is_built_once_for_each_size():
 
 @pytest.mark.parametrize("chunk", [0, 5000, rules.CHUNK_BYTES])
 @pytest.mark.parametrize("options", STRIDED + FIXED, ids=named)
-@pytest.mark.parametrize(("pattern", "offset"), [*((pattern, 0) for pattern in PATTERNS), ("causal_self", 95)])
+@pytest.mark.parametrize(("pattern", "offset"), [*((pattern, 0) for pattern in SELF), ("causal_self", 95)])
 def test_flops_are_what_the_counter_sees(monkeypatch, pattern, offset, options, chunk):
     """The kernel fills lists up to the longest one of a chunk: one list, some, or all."""
     monkeypatch.setattr(rules, "CHUNK_BYTES", chunk)

@@ -1,6 +1,7 @@
 """Selective Self-Attention against its equations, token by token."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from tests import oracles
+from tests.oracles import BATCH, DIM, HEADS, KV_HEADS, SELF, assert_same, real_keys, visible
+from tests.registry import building
 
-BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 5
-PATTERNS = ["bidirectional_self", "causal_self"]
+build = partial(building.build, "ssa", weights=1.0, seed=3)
+draw = partial(oracles.draw, seed=None)
 OPTIONS = [
     {},
     {"token": False, "value": False},
@@ -19,26 +23,10 @@ OPTIONS = [
 ]
 
 
-def build(options=None, *, trained=True, dim=DIM, kv_heads=KV_HEADS):
-    module = build_attention("ssa", options or {}, AttentionShape(HEADS, kv_heads, dim)).double()
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in module.parameters() if trained else ():
-            parameter.copy_(torch.randn(parameter.shape, generator=g, dtype=torch.float64))
-    return module
-
-
-def draw(length, *, dim=DIM, padding=0.0, grad=False):
-    g = torch.Generator().manual_seed(length)
-    tensors = [torch.randn(BATCH, h, length, dim, generator=g, dtype=torch.float64) for h in (HEADS, 3, 3)]
-    valid = torch.rand(BATCH, length, generator=g) >= padding if padding else None
-    return [x.requires_grad_(grad) for x in tensors], valid
-
-
 def written_out(module, q, k, v, pattern, valid, scale):
     """One query of one head after the other."""
     length = q.shape[2]
-    valid = torch.ones(BATCH, length, dtype=torch.bool) if valid is None else valid
+    valid = real_keys(valid, k)
     rows = []
     for b in range(BATCH):
         for head in range(HEADS):
@@ -47,7 +35,7 @@ def written_out(module, q, k, v, pattern, valid, scale):
                 f_v = torch.nn.functional.gelu(values) @ module.w_v[head // 2]
                 values = values * (1 + torch.tanh(f_v))[:, None]
             for i in range(length):
-                seen = [j for j in range(length) if valid[b, j] and (j <= i or pattern == PATTERNS[0])]
+                seen = [j for j in range(length) if valid[b, j] and (j <= i or pattern == SELF[0])]
                 if not seen:
                     rows.append(q[b, head, i] * 0)
                     continue
@@ -67,7 +55,7 @@ def real_rows(out, valid):
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda x: "-".join(x) or "all")
 @pytest.mark.parametrize("length", [1, 31])
 def test_it_is_the_equations_written_out(length, options, pattern, padding):
@@ -75,25 +63,18 @@ def test_it_is_the_equations_written_out(length, options, pattern, padding):
     module = build(options)
     expected = real_rows(written_out(module, *tensors, pattern, valid, 0.37), valid)
     got = real_rows(module(*tensors, AttentionMask(pattern, key_valid=valid), scale=0.37).out, valid)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    sources = [*tensors, *module.parameters()]
-    pairs = [
-        torch.autograd.grad((x * weight).sum(), sources, allow_unused=True, materialize_grads=True)
-        for x in (got, expected)
-    ]
-    torch.testing.assert_close(*pairs, rtol=1e-11, atol=1e-11)
+    assert_same(got, expected, [*tensors, *module.parameters()], rtol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padding", [0.0, 0.3])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 def test_untrained_it_is_dense_bit_for_bit(pattern, padding, dtype):
     tensors, valid = draw(127, padding=padding)
     tensors = [x.to(dtype) for x in tensors]
     mask = AttentionMask(pattern, key_valid=valid)
     dense = build_attention("dense", {}, AttentionShape(HEADS, KV_HEADS, DIM))
-    got = real_rows(build(trained=False).to(dtype)(*tensors, mask).out, valid)
+    got = real_rows(build(weights=None).to(dtype)(*tensors, mask).out, valid)
     assert torch.equal(got, real_rows(dense(*tensors, mask).out, valid))
 
 
@@ -112,31 +93,19 @@ def test_a_larger_alpha_sharpens_long_contexts_only():
 
 
 @pytest.mark.parametrize("padding", [0.0, 0.3])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 def test_every_visible_key_is_attended_to(pattern, padding):
     (q, k, _), valid = draw(41, dim=41, padding=padding)
     mask = AttentionMask(pattern, key_valid=valid)
     eye = torch.eye(41, dtype=torch.float64).expand_as(k)
     out = build(dim=41)(q, k, eye, mask, context=AttentionContext(collect_stats=True))
-    allowed = torch.ones(41, 41, dtype=torch.bool)
-    allowed = allowed.tril() if pattern == "causal_self" else allowed
-    allowed = (allowed[None, None] if valid is None else allowed & valid[:, None, None]).expand_as(out.out)
+    allowed = visible(41, 41, pattern, valid).expand_as(out.out)
     rows = real_rows(torch.ones_like(allowed), valid)
     assert torch.equal((out.out > 0) & rows, allowed & rows)
     assert torch.equal(out.stats.attended, allowed.sum((-1, -2)).double())
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_nan_in_padded_queries_does_not_reach_the_parameters(pattern):
-    tensors, valid = draw(20, padding=0.3)
-    tensors = [torch.where(valid[:, None, :, None], x, torch.nan) for x in tensors]
-    module = build()
-    out = real_rows(module(*tensors, AttentionMask(pattern, key_valid=valid)).out, valid)
-    grads = torch.autograd.grad(out.square().sum(), list(module.parameters()))
-    assert all(x.isfinite().all() for x in grads)
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SELF)
 def test_flops_are_what_the_counter_sees(pattern):
     tensors, _ = draw(37)
     mask, module = AttentionMask(pattern), build()

@@ -1,39 +1,23 @@
 """Synthesizer against its logits written out token by token; no published package holds all its kinds."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry import AttentionContext, AttentionMask
 from astbench_registry.capabilities import SELF
-from astbench_registry.conformance import check
 from astbench_registry.registry import make_config
+from tests import oracles
+from tests.oracles import BATCH, DIM, HEADS, HIDDEN, KV_HEADS, assert_same
+from tests.registry import building
+from tests.registry.building import assert_conforms
 
-BATCH, HEADS, KV_HEADS, DIM, WIDTH = 2, 6, 3, 5, 7
+build = partial(building.build, "synthesizer", longest=130, hidden=HIDDEN, weights=0.5)
+draw = partial(oracles.draw, hidden=HIDDEN)
 KINDS = ["dense", "random", "factorized_dense", "factorized_random"]
-
-
-def build(options=None, *, longest=130, hidden=WIDTH, layer=0, trained=True):
-    """In float64, with random parameters, biases and alpha too."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        shape = AttentionShape(
-            HEADS, KV_HEADS, DIM, layer_index=layer, num_layers=4, hidden_size=hidden, max_positions=longest
-        )
-        module = build_attention("synthesizer", options or {}, shape).double()
-        for parameter in module.parameters() if trained else ():
-            parameter.copy_(torch.randn_like(parameter) * 0.5)
-    return module
-
-
-def draw(length, *, padding=0.0, grad=False):
-    g = torch.Generator().manual_seed(0)
-    shapes = [(HEADS, length, DIM), (KV_HEADS, length, DIM), (KV_HEADS, length, DIM), (length, WIDTH)]
-    tensors = [torch.randn(BATCH, *shape, generator=g, dtype=torch.float64) for shape in shapes]
-    valid = torch.rand(BATCH, length, generator=g) >= padding if padding else None
-    return [x.requires_grad_(grad) for x in tensors], valid
 
 
 def network_written_out(network, head, x):
@@ -83,14 +67,7 @@ def test_synthesizer_is_its_logits_written_out(length, pattern, kind, mix, paddi
     expected = written_out(module, *tensors, mask)
     if valid is not None:  # in padded rows the network reads zeros, not what lies there
         got, expected = (x * valid[:, None, :, None] for x in (got, expected))
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    sources = [*tensors, *module.parameters()]
-    pairs = [
-        torch.autograd.grad((x * weight).sum(), sources, allow_unused=True, materialize_grads=True)
-        for x in (got, expected)
-    ]
-    torch.testing.assert_close(*pairs, rtol=1e-11, atol=1e-11)
+    assert_same(got, expected, [*tensors, *module.parameters()], rtol=1e-11)
 
 
 @pytest.mark.parametrize("mix", [False, True])
@@ -105,10 +82,9 @@ def test_another_scale_multiplies_all_logits(kind, mix):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_conforms(kind):
-    for options in ({"mix_dense": True}, {"trainable": not kind.endswith("random")}):
-        results = check("synthesizer", {"kind": kind, "k": 3, **options})
-        failures = [f"{r.property}: {r.detail}" for r in results if r.status == "fail"]
-        assert not failures, "\n".join(failures)
+    plain = [] if kind == "dense" else [{"trainable": not kind.endswith("random")}]  # the default has its own test
+    for options in ({"mix_dense": True}, *plain):
+        assert_conforms("synthesizer", {"kind": kind, "k": 3, **options})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,12 +126,12 @@ def test_fixed_logits_depend_on_seed_and_layer_alone(kind):
 
 def test_the_starts():
     """Glorot bounds, zero biases, unit normals, and an even mixture."""
-    assert float(build({"kind": "random"}, trained=False).R.detach().abs().max()) <= (3 / 130) ** 0.5
-    assert abs(float(build({"kind": "factorized_random"}, trained=False).R_1.detach().std()) - 1) < 0.05
-    module = build({"mix_dense": True}, trained=False)
+    assert float(build({"kind": "random"}, weights=None).R.detach().abs().max()) <= (3 / 130) ** 0.5
+    assert abs(float(build({"kind": "factorized_random"}, weights=None).R_1.detach().std()) - 1) < 0.05
+    module = build({"mix_dense": True}, weights=None)
     assert not module.network.b_1.any() and not module.network.b_2.any()
     assert float(module.alpha.detach().sigmoid()) == 0.5
-    assert 0.95 < float(module.network.W_1.detach().abs().max()) / (6 / (WIDTH + DIM)) ** 0.5 <= 1
+    assert 0.95 < float(module.network.W_1.detach().abs().max()) / (6 / (HIDDEN + DIM)) ** 0.5 <= 1
 
 
 # ----- options and cost

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from astbench.runs.folder import RECORD
-from tests.astbench.training.test_resume import EVERY, STEPS, assert_same_end, run  # noqa: F401 (a fixture)
+from tests.astbench.training.test_resume import EVERY, STEPS, assert_same_end
 
 # Seven articles, three a step: an epoch of two steps, and padding in most batches.
 FIT = [
@@ -25,7 +25,7 @@ FIT = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("documents", ["packed", "separate"])
-def test_sigkill_then_resume_ends_bitwise_the_same(run, tmp_path, documents):  # noqa: F811
+def test_sigkill_then_resume_ends_bitwise_the_same(run, tmp_path, documents):
     words = [*FIT, f"--data.documents={documents}", "--data.context=200"]
     code, out = run([*words, f"--run_dir={tmp_path / 'whole'}"])
     assert code == 0, out

@@ -2,10 +2,7 @@
 
 import gzip
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from astbench.runs.folder import CONFIG, LAST, METRICS, RECORD
 from astbench.training.averaging import KEY
 from tests.astbench.cli.test_cli import assert_refused, record_of
 from tests.astbench.conftest import SETTINGS, tiny_model
-from tests.astbench.training.test_resume import assert_same_part, run  # noqa: F401 (run is a fixture)
+from tests.astbench.training.test_resume import assert_same_part
 
 TINY = [
     "--task=wmt14",
@@ -44,15 +41,13 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(run, tmp_path_factory):
     """A finished run that evaluates the mean of its last three steps, and what it printed."""
     folder = tmp_path_factory.mktemp("mt") / "run"
     words = [*FIT, "--task.average=3", "--task.average_every=1", f"--run_dir={folder}"]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the runs that are compared with it bit for bit
-    done = subprocess.run([sys.executable, "-m", "astbench", *words], capture_output=True, text=True, env=one_thread)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return folder, done.stdout
+    code, out = run(words)
+    assert (code, run.errors) == (0, "")
+    return folder, out
 
 
 def test_a_run_says_what_it_scored_and_how(trained):
@@ -247,7 +242,7 @@ def test_an_encoder_alone_is_refused(astbench, here):
 @pytest.mark.parametrize(
     "what", [("on_train_batch_start", 3), ("evaluate", 0)], ids=["while-averaging", "before-evaluation"]
 )
-def test_a_killed_run_ends_bitwise_where_the_whole_one_does(run, trained, tmp_path, what):  # noqa: F811
+def test_a_killed_run_ends_bitwise_where_the_whole_one_does(run, trained, tmp_path, what):
     folder = tmp_path / "run"
     words = [*FIT, "--task.average=3", "--task.average_every=1", "--checkpoint_every=3", f"--run_dir={folder}"]
     code, out = run(words, (*what, signal.SIGKILL))
