@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from astbench.cli import main
+from astbench.tasks import registry as tasks
 from astbench_registry import registry
 
 VOCABULARY = 61
@@ -94,6 +95,7 @@ class Outcome:
 def fresh_registry(monkeypatch):
     """Plugins of one test are unknown to the next."""
     monkeypatch.setattr(registry, "_decorated", {})
+    monkeypatch.setattr(tasks, "_decorated", {})
 
 
 @pytest.fixture
