@@ -210,18 +210,23 @@ def make_config(name: str, options: Mapping[str, Any]) -> AttentionConfig:
     """Plain options to the variant's frozen dataclass. Raises as :func:`build_attention`."""
     cls = config_class(name)
     known = [f.name for f in fields(cls)]
-    try:
-        types = get_type_hints(cls)
-    except NameError:
-        types = {}  # a plugin's annotation of something imported for type checkers only
+    types = option_types(cls)
     for option, value in options.items():
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ValueError(f"attention '{name}' has no option '{option}'{hint} options: {', '.join(known) or 'none'}")
         if not _of_type(value, types.get(option, Any)):
-            raise ValueError(f"--attention.{option} must be {_type_name(types[option])}, got {value!r}")
+            raise ValueError(f"--attention.{option} must be {type_name(types[option])}, got {value!r}")
     return cls(**options)
+
+
+def option_types(cls: type[AttentionConfig]) -> dict[str, Any]:
+    """Types of the options by name; empty where a plugin's annotation is imported for type checkers only."""
+    try:
+        return get_type_hints(cls)
+    except NameError:
+        return {}
 
 
 def _of_type(value: Any, hint: Any) -> bool:
@@ -242,7 +247,8 @@ def _of_type(value: Any, hint: Any) -> bool:
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """A type in words."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     return getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
