@@ -129,10 +129,11 @@ class Tree:
 
     def lint(self) -> None:
         """Style of what was touched."""
-        files = [self.root / path for path in sorted(self.touched) if path.endswith(".py")]
+        files = [path for path in sorted(self.touched) if path.endswith(".py")]
+        ruff = str(Path(sys.executable).parent / "ruff")
         for check in (["check"], ["format", "--check"]):
-            command = [str(Path(sys.executable).parent / "ruff"), *check, "--config", str(ROOT / "pyproject.toml")]
-            done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True)
+            command = [ruff, *check, "--no-cache", *files]
+            done = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
 
     def run(self, *commands: list[str], before: str = "") -> list[Outcome]:
@@ -152,14 +153,9 @@ class Tree:
     def _words(self, command: list[str]) -> list[str]:
         """Paths of the tree's own files, from where the commands run."""
         if command[0] == "pytest":
-            options = [
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-o",
-                "addopts=--import-mode=importlib",
-                f"--rootdir={self.root}",
-            ]
+            options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+            # What the commands before imported keeps its plain assertions.
+            options += ["-W", "ignore::pytest.PytestAssertRewriteWarning", f"--rootdir={self.root}"]
             return ["pytest", *options, *(str(self.root / path) for path in command[1:])]
         return [word.replace("--config=recipes/", f"--config={self.root}/recipes/") for word in command]
 

@@ -7,7 +7,10 @@ def test_in_this_repository(tree, guide):
     tree.lint()
     commands, usage, printed, _ = guide.succeed(
         tree.run(
-            ["--help"], ["preset", "--help"], ["preset", "llama-tiny"], ["pytest", "tests/astbench/cli/test_preset.py"]
+            ["--help"],
+            ["preset", "--help"],
+            ["preset", "llama-tiny"],
+            ["pytest", "tests/astbench/cli/test_preset.py"],
         )
     )
     assert "preset     the Hugging Face configuration of a backbone preset" in commands
