@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from astbench.backbones.load import load_backbone
     from astbench.backbones.swap import SwapHandle, swap_attention
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "SwapHandle": "astbench.backbones.swap",

@@ -15,8 +15,10 @@ import yaml
 
 from astbench.errors import CheckpointError, ConfigError, NameOrPluginError
 from astbench.runs.folder import CONFIG
-from astbench.tasks import TASKS, find_task
-from astbench_registry import PluginError, RegistryError, load_plugin
+from astbench.tasks import find_task, load_plugin, registered_tasks
+from astbench.tasks.registry import task_of_class
+from astbench_registry import PluginError, RegistryError
+from astbench_registry import load_plugin as load_attentions
 from astbench_registry.registry import config_class
 
 KINDS = ("attention", "task")
@@ -171,16 +173,23 @@ def _names_from(path: str, found: Selection, said: list[str]) -> None:
         name = config.get(kind)
         name = name.get("name") if isinstance(name, dict) else name
         if name and getattr(found, kind) is None:
+            if ":" in str(name):  # ./mine.py:Mine names a plugin, too
+                _trust(str(name).rpartition(":")[0], path, found)
             setattr(found, kind, str(name))
     for plugin in config.get("plugins") or []:
-        if plugin in found.plugins:
-            continue
-        if not found.trust_config:
-            raise ConfigError(
-                f"{path} names the plugin {plugin}, and plugins are code: add --plugins={plugin} to run it, or "
-                "--trust_config to run whatever the config names"
-            )
-        found.plugins.append(plugin)
+        _trust(plugin, path, found)
+
+
+def _trust(plugin: str, path: str, found: Selection) -> None:
+    """Take a plugin that a config names, if the command line says so."""
+    if plugin in found.plugins:
+        return
+    if not found.trust_config:
+        raise ConfigError(
+            f"{path} names the plugin {plugin}, and plugins are code: add --plugins={plugin} to run it, or "
+            "--trust_config to run whatever the config names"
+        )
+    found.plugins.append(plugin)
 
 
 def _load_plugins(found: Selection) -> None:
@@ -192,6 +201,11 @@ def _load_plugins(found: Selection) -> None:
             # ./mine.py:Mine is a plugin and the name that its class registered.
             plugin = name.rpartition(":")[0]
             found.attention = name_of_class(name)
+            if plugin not in found.plugins:
+                found.plugins.append(plugin)
+        if found.task and ":" in found.task:
+            plugin = found.task.rpartition(":")[0]
+            found.task = task_of_class(found.task)
             if plugin not in found.plugins:
                 found.plugins.append(plugin)
     except RegistryError as error:
@@ -207,7 +221,7 @@ def name_of_class(target: str) -> str:
     from astbench_registry.registry import attention_class
 
     plugin, _, cls = target.rpartition(":")
-    names = load_plugin(plugin)
+    names = load_attentions(plugin)
     for name in names:
         if attention_class(name).__name__ == cls:
             return name
@@ -224,12 +238,12 @@ def check_names(found: Selection) -> None:
     if found.attention is None:
         raise ConfigError("--attention=NAME is required; `astbench list` shows the names")
     if found.task is None:
-        raise ConfigError(f"--task=NAME is required: {', '.join(TASKS)}")
+        raise ConfigError(f"--task=NAME is required: {', '.join(registered_tasks())}")
     try:
         config_class(found.attention)
+        find_task(found.task)
     except RegistryError as error:
         raise NameOrPluginError(str(error)) from error
-    find_task(found.task)
 
 
 def attention_options(found: Selection, command: str) -> dict[str, Any]:

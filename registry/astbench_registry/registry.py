@@ -9,26 +9,33 @@ Three sources, in this order:
 3. plugins named on the command line (`--plugins=./mine.py`, `--plugins=my_package.attention`,
    `--attention=./mine.py:MyAttention`), whose classes carry `@register_attention`.
 
-Plugins are code: loading one runs it.
+Plugins are code: loading one runs it (:mod:`astbench_registry.plugins`).
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from importlib import metadata
-from pathlib import Path
-from types import UnionType
+from types import ModuleType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from astbench_registry.capabilities import AttentionConfig, Capabilities
 from astbench_registry.errors import PluginError, UnknownAttentionError
+from astbench_registry.plugins import (
+    check_name,
+    claimed_by,
+    clashes_in,
+    entry_points,
+    entry_source,
+    import_plugin,
+    load_entry_point,
+    one_line,
+    roll_back,
+    running_plugin,
+    sole_entry_point,
+)
 from astbench_registry.table import BUILTIN
 
 if TYPE_CHECKING:
@@ -64,7 +71,7 @@ class Registered:
 
 
 _decorated: dict[str, Registered] = {}
-_loading: list[str] = []  # the plugin whose code is running, innermost last
+roll_back(lambda: _decorated)
 
 
 def register_attention(name: str, config: type[AttentionConfig]) -> Callable[[T], T]:
@@ -81,9 +88,8 @@ def register_attention(name: str, config: type[AttentionConfig]) -> Callable[[T]
     def register(cls: T) -> T:
         from astbench_registry.interface import Attention
 
-        source = _loading[-1] if _loading else cls.__module__
-        if not name or not name.replace("_", "").replace("-", "").isalnum() or name != name.lower():
-            raise PluginError(f"attention name {name!r} from {source}: use lower-case letters, digits, _ and -")
+        source = running_plugin() or cls.__module__
+        check_name("attention", name, source)
         if not (isinstance(cls, type) and issubclass(cls, Attention)):
             raise PluginError(f"attention '{name}' from {source} must be a subclass of astbench_registry.Attention")
         if "forward" not in vars(cls) and cls.forward is Attention.forward:
@@ -105,9 +111,7 @@ def _taken_by(name: str) -> str | None:
         return "astbench"
     if name in _decorated:
         return _decorated[name].source
-    # While an installed plugin loads, its own entry point is not a clash.
-    others = [ep for ep in _entry_points() if ep.name == name and _entry_source(ep) not in _loading]
-    return _entry_source(others[0]) if others else None
+    return claimed_by(ENTRY_POINT_GROUP, name)
 
 
 def _check_config(name: str, source: str, config: Any) -> None:
@@ -120,41 +124,22 @@ def _check_config(name: str, source: str, config: Any) -> None:
         raise PluginError(f"attention '{name}' from {source}: its config must set `capabilities = Capabilities(...)`")
 
 
-def _entry_points() -> list[metadata.EntryPoint]:
-    return list(metadata.entry_points(group=ENTRY_POINT_GROUP))
-
-
-def _entry_source(ep: metadata.EntryPoint) -> str:
-    return ep.dist.name if ep.dist else "an installed package"
-
-
 def registered() -> dict[str, Registered]:
     """Every name that can be asked for, sorted, without importing anybody's code.
 
     Two installed packages that claim one name are both left out here (:func:`clashes` names them).
     """
     found = {name: Registered(name, "astbench", row.target, row.config) for name, row in BUILTIN.items()}
-    for name, eps in _claims().items():
+    for name, eps in entry_points(ENTRY_POINT_GROUP).items():
         if name not in found and len(eps) == 1:
-            found[name] = Registered(name, _entry_source(eps[0]), eps[0].value)
+            found[name] = Registered(name, entry_source(eps[0]), eps[0].value)
     found.update(_decorated)
     return dict(sorted(found.items()))
 
 
 def clashes() -> dict[str, list[str]]:
     """Names that several claim, with all of them: installed packages, or one and a built-in, which wins."""
-    claimed = {name: [_entry_source(ep) for ep in eps] for name, eps in _claims().items()}
-    for name in BUILTIN.keys() & claimed.keys():
-        claimed[name].insert(0, "astbench")
-    return {name: sorted(sources) for name, sources in sorted(claimed.items()) if len(sources) > 1}
-
-
-def _claims() -> dict[str, list[metadata.EntryPoint]]:
-    """Installed packages' entry points by name."""
-    claims: dict[str, list[metadata.EntryPoint]] = {}
-    for ep in _entry_points():
-        claims.setdefault(ep.name, []).append(ep)
-    return claims
+    return clashes_in(ENTRY_POINT_GROUP, BUILTIN)
 
 
 def load_plugin(target: str) -> list[str]:
@@ -163,65 +148,16 @@ def load_plugin(target: str) -> list[str]:
     Raises:
         PluginError: the file is missing, raises at import, or registers nothing.
     """
-    before = set(_decorated)
-    module = _import_plugin(target)
-    new = sorted(set(_decorated) - before)
-    known = [n for n, r in _decorated.items() if r.target.startswith(module.__name__ + ":")]
-    if not (new or known):
+    names = attentions_of(target, import_plugin(target))
+    if not names:
         raise PluginError(f"plugin {target} registers no attention; decorate a class with @register_attention")
-    return new or known
+    return names
 
 
-@contextmanager
-def _running(source: str) -> Iterator[None]:
-    """Whatever registers meanwhile comes from `source`; when it raises, nothing of it stays."""
-    before = dict(_decorated)
-    _loading.append(source)
-    try:
-        yield
-    except BaseException:
-        _decorated.clear()
-        _decorated.update(before)
-        raise
-    finally:
-        _loading.pop()
-
-
-def _import_plugin(target: str) -> Any:
-    try:
-        with _running(target):
-            return _import(target)
-    except PluginError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever a plugin raises is reported under its name
-        raise PluginError(f"plugin {target} does not load: {type(error).__name__}: {_one_line(error)}") from error
-
-
-def _import(target: str) -> Any:
-    if not target.endswith(".py"):
-        return importlib.import_module(target)
-    path = Path(target).expanduser().resolve()
-    if not path.is_file():
-        raise PluginError(f"plugin file {target} does not exist")
-    name = f"astbench_plugin_{path.stem}_{zlib.crc32(str(path).encode()):x}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise PluginError(f"plugin file {target} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickling look their module up by name.
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def attentions_of(target: str, module: ModuleType) -> list[str]:
+    """Names that a plugin registered, itself or through what it imported."""
+    own = f"{module.__name__}:"
+    return sorted(name for name, row in _decorated.items() if row.source == target or row.target.startswith(own))
 
 
 def config_class(name: str) -> type[AttentionConfig]:
@@ -266,7 +202,7 @@ def build_attention(name: str, options: Mapping[str, Any] | AttentionConfig, sha
     except Exception as error:  # whatever a plugin raises is reported under its name
         source = _load(name).source
         raise PluginError(
-            f"attention '{name}' from {source} cannot be built: {type(error).__name__}: {_one_line(error)}"
+            f"attention '{name}' from {source} cannot be built: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -274,18 +210,23 @@ def make_config(name: str, options: Mapping[str, Any]) -> AttentionConfig:
     """Plain options to the variant's frozen dataclass. Raises as :func:`build_attention`."""
     cls = config_class(name)
     known = [f.name for f in fields(cls)]
-    try:
-        types = get_type_hints(cls)
-    except NameError:
-        types = {}  # a plugin's annotation of something imported for type checkers only
+    types = option_types(cls)
     for option, value in options.items():
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ValueError(f"attention '{name}' has no option '{option}'{hint} options: {', '.join(known) or 'none'}")
         if not _of_type(value, types.get(option, Any)):
-            raise ValueError(f"--attention.{option} must be {_type_name(types[option])}, got {value!r}")
+            raise ValueError(f"--attention.{option} must be {type_name(types[option])}, got {value!r}")
     return cls(**options)
+
+
+def option_types(cls: type[AttentionConfig]) -> dict[str, Any]:
+    """Types of the options by name; empty where a plugin's annotation is imported for type checkers only."""
+    try:
+        return get_type_hints(cls)
+    except NameError:
+        return {}
 
 
 def _of_type(value: Any, hint: Any) -> bool:
@@ -306,7 +247,8 @@ def _of_type(value: Any, hint: Any) -> bool:
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """A type in words."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     return getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
@@ -317,29 +259,16 @@ def _load(name: str) -> Registered:
         return _decorated[name]
     if ".py:" in name or (":" in name and "." in name):
         return _load_reference(name)
-    eps = [ep for ep in _entry_points() if ep.name == name]
-    if len(eps) > 1:
-        sources = " and by ".join(sorted(_entry_source(ep) for ep in eps))
-        raise PluginError(f"attention '{name}' is registered twice: by {sources}; uninstall one")
-    if not eps:
+    ep = sole_entry_point("attention", ENTRY_POINT_GROUP, name)
+    if ep is None:
         names = list(registered())
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ";"
         raise UnknownAttentionError(f"unknown attention '{name}'{hint} registered: {', '.join(names)}")
-    source = _entry_source(eps[0])
-    try:
-        with _running(source):
-            cls = eps[0].load()
-    except PluginError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever a plugin raises is reported under its name
-        raise PluginError(
-            f"attention '{name}' from {source} ({eps[0].value}) does not load: "
-            f"{type(error).__name__}: {_one_line(error)}"
-        ) from error
+    cls = load_entry_point("attention", ep)
     if getattr(cls, "name", None) != name or name not in _decorated:
         raise PluginError(
-            f"attention '{name}' from {source}: {eps[0].value} must carry @register_attention('{name}', ...)"
+            f"attention '{name}' from {entry_source(ep)}: {ep.value} must carry @register_attention('{name}', ...)"
         )
     return _decorated[name]
 
@@ -347,7 +276,7 @@ def _load(name: str) -> Registered:
 def _load_reference(reference: str) -> Registered:
     """`./mine.py:Mine` or `package.module:Mine`: a class by its address."""
     target, _, attribute = reference.rpartition(":")
-    module = _import_plugin(target)
+    module = import_plugin(target)
     cls = getattr(module, attribute, None)
     name = getattr(cls, "name", None)
     if name not in _decorated or _decorated[name].cls is not cls:

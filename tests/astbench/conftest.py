@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from astbench.cli import main
+from astbench.tasks import registry as tasks
 from astbench_registry import registry
 from tests.astbench.processes import Runner
 
@@ -101,6 +102,7 @@ def run(tmp_path_factory):
 def fresh_registry(monkeypatch):
     """Plugins of one test are unknown to the next."""
     monkeypatch.setattr(registry, "_decorated", {})
+    monkeypatch.setattr(tasks, "_decorated", {})
 
 
 @pytest.fixture

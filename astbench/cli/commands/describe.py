@@ -10,7 +10,7 @@ from astbench.cli.explain_call import KEYS, explain_call
 from astbench.cli.names import attention_options, select
 from astbench.errors import ConfigError
 from astbench_registry import AttentionConfig
-from astbench_registry.registry import config_class, make_config, registered
+from astbench_registry.registry import config_class, make_config, option_types, registered, type_name
 
 
 def run(words: list[str]) -> int:
@@ -37,10 +37,10 @@ def run(words: list[str]) -> int:
     rows = registered()
     source = rows[names[0]].source if names[0] in rows else names[0]
     print(_head(names[0], source, chosen))
-    help_of = option_help(config)
+    help_of, types = option_help(config), option_types(config)
     print("\noptions (--attention.OPTION=VALUE)")
     for field in fields(config):
-        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+        kind = type_name(types[field.name]) if field.name in types else str(field.type)
         given = f", here {getattr(chosen, field.name)!r}" if field.name in options else ""
         print(f"  {field.name:<20} {kind:<44} default {getattr(config(), field.name)!r}{given}")
         print(f"  {'':<20} {help_of.get(field.name, '')}")

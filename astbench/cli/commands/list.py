@@ -7,7 +7,8 @@ import sys
 from astbench.backbones.presets import PRESETS
 from astbench.cli.names import attention_options, select
 from astbench.errors import ConfigError
-from astbench.tasks import TASKS
+from astbench.tasks import registered_tasks
+from astbench.tasks.registry import RegisteredTask, task_clashes
 from astbench_registry import registered
 from astbench_registry.registry import Registered, clashes
 
@@ -31,15 +32,13 @@ def run(words: list[str]) -> int:
     print("attention       patterns     decode gqa  params layout  paper, or where it comes from")
     for row in registered().values():
         print(_attention(row))
-    for name, sources in clashes().items():
-        first, *others = sources
-        what = f"{first}'s own, not {' and '.join(others)}'s" if first == "astbench" else "neither: uninstall one"
-        print(f"  {name:<13} claimed by {' and by '.join(sources)}; --attention={name} is {what}")
+    _print_clashes("attention", clashes())
     print("\n  patterns: bi bidirectional self, ca causal self (ca*: not strictly causal), xb/xc cross-attention of")
     print("  a bidirectional/causal model; params: has parameters of its own; layout: reports its key blocks")
     print("\ntask")
-    for task in TASKS.values():
-        print(f"  {task.name:<13} {task.summary} [sources: {', '.join(task.sources)}]")
+    for task in registered_tasks().values():
+        print(_task(task))
+    _print_clashes("task", task_clashes())
     print("\nbackbone presets")
     print(f"  {', '.join(PRESETS)}; tiny and small pick the task's own; else a folder or a Hugging Face name")
     sys.stdout.flush()
@@ -58,3 +57,17 @@ def _attention(row: Registered) -> str:
     decode, gqa, params, layout = ("yes" if flag else " - " for flag in flags)
     where = row.config.paper if row.source == "astbench" else f"{row.config.paper or row.summary} [{row.source}]"
     return f"  {row.name:<13} {patterns:<12} {decode:^6} {gqa:^4} {params:^6} {layout:^6}  {where}"
+
+
+def _task(task: RegisteredTask) -> str:
+    if task.row is None:
+        return f"  {task.name:<13} (from {task.source}; not loaded until --task={task.name})"
+    source = "" if task.source == "astbench" else f" [{task.source}]"
+    return f"  {task.name:<13} {task.summary} [sources: {', '.join(task.row.sources)}]{source}"
+
+
+def _print_clashes(kind: str, claimed: dict[str, list[str]]) -> None:
+    for name, sources in claimed.items():
+        first, *others = sources
+        what = f"{first}'s own, not {' and '.join(others)}'s" if first == "astbench" else "neither: uninstall one"
+        print(f"  {name:<13} claimed by {' and by '.join(sources)}; --{kind}={name} is {what}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from astbench.cli.commands.names import LIGHTNING
 from astbench.cli.names import check_names, select
-from astbench.tasks import TASKS
+from astbench.tasks import registered_tasks
 from astbench_registry import registered
 
 
@@ -23,7 +23,7 @@ def run(command: str, words: list[str]) -> int:
 
 def _overview(command: str) -> str:
     attentions = "\n".join(f"  {row.name:<13} {row.summary}" for row in registered().values())
-    tasks = "\n".join(f"  {task.name:<13} {task.summary}" for task in TASKS.values())
+    tasks = "\n".join(f"  {task.name:<13} {task.summary}" for task in registered_tasks().values())
     return f"""usage: astbench {command} --attention=NAME --task=NAME [options]
 
 {LIGHTNING[command]}
@@ -45,5 +45,5 @@ options, all of them with their help: astbench {command} --attention=NAME --task
   --resume=FOLDER         go on with a run that was stopped (fit)
   --ckpt_path=FOLDER      a run, or its checkpoint, to evaluate (validate, test, predict)
   --init_from=FOLDER      start from the trained weights of another run
-  --plugins=FILE|MODULE   attentions of your own; also --attention=./mine.py:Mine
+  --plugins=FILE|MODULE   attentions and tasks of your own; also --attention=./mine.py:Mine
   --debug                 show tracebacks"""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from astbench_registry.capabilities import AttentionConfig, Capabilities
+from astbench_registry.capabilities import AttentionConfig, Capabilities, SparseBackend
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class BigBirdConfig(AttentionConfig):
         last_blocks: The last so many blocks that hold a real token are global.
         num_random_blocks: Random blocks r that each query block sees beside all these.
         seed: Another seed, other random blocks.
-        backend: Kernel: auto, reference, gather, triton or flex (`astbench doctor` says which can run here).
+        backend: Kernel (`astbench doctor` says which can run here).
     """
 
     block_size: int = 32
@@ -28,7 +28,7 @@ class BigBirdConfig(AttentionConfig):
     last_blocks: int = 1
     num_random_blocks: int = 3
     seed: int = 0
-    backend: Literal["auto", "reference", "gather", "triton", "flex"] = "auto"
+    backend: SparseBackend = "auto"
 
     capabilities: ClassVar = Capabilities(
         patterns=("bidirectional_self",), exact_at_full_density=True, yields_layout=True

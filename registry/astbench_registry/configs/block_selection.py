@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from astbench_registry.capabilities import PATTERNS, AttentionConfig, Capabilities
+from astbench_registry.capabilities import PATTERNS, AttentionConfig, Capabilities, SparseBackend
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class BlockSelectionConfig(AttentionConfig):
         min_blocks: Never fewer blocks than this (or than are visible).
         local_blocks: Blocks kept on each side of the query's own (causal: before it).
         first_block: Always keep the first block of the keys.
-        backend: Kernel: auto, reference, gather, triton or flex (`astbench doctor` says which can run here).
+        backend: Kernel (`astbench doctor` says which can run here).
     """
 
     block_size: int = 16
@@ -31,7 +31,7 @@ class BlockSelectionConfig(AttentionConfig):
     min_blocks: int = 8
     local_blocks: int = 0
     first_block: bool = True
-    backend: Literal["auto", "reference", "gather", "triton", "flex"] = "auto"
+    backend: SparseBackend = "auto"
 
     capabilities: ClassVar = Capabilities(
         patterns=PATTERNS, decode=True, exact_at_full_density=True, yields_layout=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from astbench_registry.capabilities import SELF, AttentionConfig, Capabilities
+from astbench_registry.capabilities import SELF, AttentionConfig, Capabilities, SparseBackend
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SparseConfig(AttentionConfig):
         num_verts: For "fixed", how many sets of summary blocks there are; head h reads set h modulo `num_verts`,
             the first being the end of each window, the next the blocks before it.
         vertsize: For "fixed", blocks per set; the paper's c is `vertsize` times `block_size`.
-        backend: Kernel of "fixed" and of decoding: auto, reference, gather, triton or flex.
+        backend: Kernel of "fixed" and of decoding (`astbench doctor` says which can run here).
     """
 
     pattern: Literal["strided", "fixed"] = "fixed"
@@ -32,7 +32,7 @@ class SparseConfig(AttentionConfig):
     block_size: int = 16
     num_verts: int = 4
     vertsize: int = 1
-    backend: Literal["auto", "reference", "gather", "triton", "flex"] = "auto"
+    backend: SparseBackend = "auto"
 
     capabilities: ClassVar = Capabilities(patterns=SELF, decode=True, exact_at_full_density=True, yields_layout=True)
     paper: ClassVar = "Child et al. 2019, arXiv 1904.10509, section 4"
