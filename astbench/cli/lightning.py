@@ -172,7 +172,7 @@ class CLI(LightningCLI):
                         self.run_callback.evaluate(self.trainer, self.model, self.datamodule)
                 except SystemExit as error:
                     raise Interrupted("interrupted") from error  # what Lightning makes of Ctrl-C
-            self.run_callback.finish(self.model, self.datamodule)
+            self.run_callback.finish(self.model)
 
     def _checkpoint(self) -> str | None:
         """The checkpoint to load, verified; refuse one of another attention."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from astbench_kernels import BlockLayout
@@ -152,6 +153,17 @@ class Attention(nn.Module):
         Raises:
             CapabilityError: the variant needs projections that this layer does not have.
         """
+
+    def planned_backend(self, device: torch.device) -> str:
+        """The kernel that calls on `device` run by these options, in words for the reader of a run's first lines.
+
+        A variant of this package without an option for it computes with torch; what a plugin does, only it knows.
+        """
+        chosen = getattr(self.config, "backend", "auto")
+        if chosen != "auto":
+            return f"{chosen} on {device.type} (asked for)"
+        ours = type(self).__module__.partition(".")[0] == __name__.partition(".")[0]
+        return f"{'torch' if ours else 'its own'} on {device.type}"
 
     def all_pairs(
         self, q: Tensor, k: Tensor, mask: AttentionMask, context: AttentionContext | None, backend: str = "torch"

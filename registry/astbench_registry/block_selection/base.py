@@ -401,6 +401,11 @@ class BlockSelectingAttention(Attention):
             blocks = -(-last // self.config.block_size)
         return int(self.budget(blocks, AttentionContext()).sum()) * group * self.config.block_size
 
+    def planned_backend(self, device: torch.device) -> str:
+        """The block-sparse kernel for this device."""
+        chosen = self.config.backend
+        return f"{choose_backend(chosen, device)} ({'auto' if chosen == 'auto' else 'asked for'})"
+
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """The kept blocks' two matmuls (fixed budget), without the scores; variants add theirs."""
         kept = self.kept_keys(query_length, key_length, mask)
