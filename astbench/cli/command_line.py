@@ -36,7 +36,7 @@ class Option:
     """One option as it was typed.
 
     Attributes:
-        name: With its dashes.
+        name: With its dashes, `-h` and `-c` as the words they stand for.
         value: None where none was given.
     """
 
@@ -103,7 +103,7 @@ class CommandLine:
         return self.typed_value("--resume")
 
     def arguments(self, *without: str) -> list[str]:
-        """What was typed for a parser to read, save files, plugins and the options in `without`; one argument each."""
+        """What was typed, for a parser: without files, plugins and the options in `without`; one argument each."""
         return [*(str(o) for o in self.options if o.name not in (*_ANSWERED, *without)), *self.words]
 
     def others(self, *taken: str) -> list[Option]:

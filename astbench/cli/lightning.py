@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -25,6 +26,7 @@ from astbench.cli.parser import ALLOWED, Parser
 from astbench.cli.run_callback import RunCallback
 from astbench.cli.second_phase import parser_arguments
 from astbench.errors import CheckpointError, ConfigError, Interrupted
+from astbench.files.writing import write_text
 from astbench.runs.checkpoints import SafeCheckpointIO, read_checkpoint
 from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, default_run_dir
 from astbench.runs.progress import build_loggers, progress_bar
@@ -48,6 +50,10 @@ _TRAINER = {
     # The sampler deals the batches out to the processes itself.
     "use_distributed_sampler": False,
 }
+
+
+_FREE = ("backend",)
+"""Options that may differ between training and evaluation: they change the kernel, not the function."""
 
 
 class CLI(LightningCLI):
@@ -209,8 +215,6 @@ class CLI(LightningCLI):
         self.datamodule.prepare(BackboneConfig(**vars(options.backbone)), options.seed_everything, folder)
 
     def _save_config(self) -> None:
-        from astbench.files.writing import write_text
-
         assert self.folder is not None
         config = self.options.clone()
         for key in ("config", "run_dir", "weights_only", "verbose"):
@@ -218,10 +222,6 @@ class CLI(LightningCLI):
         text = self._parser(self.command).dump(config, skip_unset=False, skip_validation=True)
         head = f"# astbench {self.command} --config={CONFIG} runs this again.\n"
         write_text(self.folder / CONFIG, head + text)
-
-
-_FREE = ("backend",)
-"""Options that may differ between training and evaluation: they change the kernel, not the function."""
 
 
 def run(command: str, line: CommandLine) -> int:
@@ -248,8 +248,6 @@ def run(command: str, line: CommandLine) -> int:
 
 def _plain(options: Namespace) -> dict[str, Any]:
     """The options as JSON-able data."""
-    import json
-
     plain = dict(json.loads(json.dumps(options.as_dict(), default=str)))
     plain.pop("config", None)  # where the options were read from; they are all here
     return plain
