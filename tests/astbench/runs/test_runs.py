@@ -356,7 +356,7 @@ def test_no_picture_without_blocks(tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def open_folder(tmp_path):
     """A run folder that is closed in the end."""
     with closing(RunFolder(tmp_path / "run")) as folder:
         yield folder
@@ -386,24 +386,25 @@ def stored(folder):
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_a_record_says_how_the_run_ended(folder, error, state):
-    record = begun(folder)
-    assert stored(folder)["state"] == "running"
+def test_a_record_says_how_the_run_ended(open_folder, error, state):
+    record = begun(open_folder)
+    assert stored(open_folder)["state"] == "running"
     record.data["parameters"] = {}
     with pytest.raises(type(error)), record.recording():
         raise error
-    assert stored(folder)["state"] == state
-    assert stored(folder)["error"].startswith(type(error).__name__)
+    assert stored(open_folder)["state"] == state
+    assert stored(open_folder)["error"].startswith(type(error).__name__)
 
 
-def test_what_is_refused_before_it_runs_leaves_nothing(folder):
-    record = begun(folder)
+def test_what_is_refused_before_it_runs_leaves_nothing(open_folder):
+    record = begun(open_folder)
     with pytest.raises(ValueError), record.recording():
         raise ValueError("no")
-    assert not folder.path.exists()
+    assert not open_folder.path.exists()
 
 
-def test_a_resumed_record_counts_the_time_before(folder):
+def test_a_resumed_record_counts_the_time_before(open_folder):
+    folder = open_folder
     begun(folder).trained(4)
     first = stored(folder)
     first["train"]["wall_seconds"] = 100.0
