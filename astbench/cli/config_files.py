@@ -1,72 +1,96 @@
-"""Configuration files as the chosen attention and task can read them, and what a command line says of an option."""
+"""YAML files of options: read in one place, each once, and written anew for jsonargparse, which reads files only."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yaml import safe_dump, safe_load
+import yaml
 
-from astbench import console
-from astbench.cli.names import Selection
-from astbench.tasks import Task
+from astbench.errors import ConfigError
 
-
-def fit_configs(found: Selection, task: Task, folder: Path) -> list[str]:
-    """Replace configs by ones, in `folder`, of what the chosen attention and task know, with a note on the rest."""
-    argv = []
-    for word in found.argv:
-        path = word.removeprefix("--config=")
-        if word == path:
-            argv.append(word)
-            continue
-        config = safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        for kind, name in (("attention", found.attention), ("task", task.name)):
-            group = config.get(kind)
-            if isinstance(group, str):
-                config[kind] = group = {"name": group}
-            if isinstance(group, dict) and group.get("name") not in (None, name):
-                console.say(
-                    f"{kind} {name} replaces {group['name']} of {path}: the options of {group['name']} are dropped"
-                )
-                config.pop(kind)
-                if kind == "task":
-                    config.pop("data", None)
-        if isinstance(config.get("backbone"), str):
-            config["backbone"] = {"name": config["backbone"]}
-        if "seed" in config:
-            config["seed_everything"] = config.pop("seed")
-        for key in ("plugins", "run_dir"):
-            config.pop(key, None)
-        fitted = folder / f"{len(argv)}.yaml"
-        fitted.write_text(safe_dump(config), encoding="utf-8")
-        argv.append(f"--config={fitted}")
-    return argv
+NAMED = ("attention", "task", "backbone")
+"""Groups whose name alone may stand for them: `attention: ast` is `attention: {name: ast}`."""
 
 
-def said(found: Selection, key: str) -> str | None:
-    """The value of an option GROUP.OPTION in argv or the configs, the last one."""
-    value = None
-    group, _, option = key.partition(".")
-    for word in found.argv:
-        if word.startswith("--config="):
-            config: Any = safe_load(Path(word.removeprefix("--config=")).read_text(encoding="utf-8"))
-            for part in key.split("."):
-                config = config.get(part) if isinstance(config, dict) else None
-            value = str(config) if config else value
-        elif word.startswith(f"--{key}="):
-            value = word.partition("=")[2]
-        elif word.startswith(f"--{group}="):
-            value = _in_group(word.partition("=")[2], option) or value
-    for flag, following in zip(found.argv, found.argv[1:], strict=False):
-        if flag == f"--{key}":
-            value = following
-        elif flag == f"--{group}":
-            value = _in_group(following, option) or value
-    return value
+@dataclass(frozen=True)
+class ConfigFile:
+    """A config and what it holds.
+
+    Attributes:
+        path: As it was given.
+        data: The options, as YAML says them.
+    """
+
+    path: str
+    data: Mapping[str, Any]
+
+    def value(self, group: str, option: str) -> Any:
+        """An option of a group; None where the file does not say."""
+        held = self.data.get(group)
+        if isinstance(held, str):
+            return held if group in NAMED and option == "name" else None
+        for part in option.split("."):
+            held = held.get(part) if isinstance(held, dict) else None
+        return held
 
 
-def _in_group(text: str, option: str) -> str | None:
-    """The value of an option in `{option: value, ...}`."""
-    given = safe_load(text)
-    return str(given[option]) if isinstance(given, dict) and given.get(option) else None
+def parse_yaml(text: str, source: str) -> Any:
+    """What YAML says; `source` is the option that a mistake is told under.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def read_options(path: str, option: str = "--config") -> dict[str, Any]:
+    """The options in a YAML file that `option` names.
+
+    Raises:
+        ConfigError: missing, not YAML, or not a mapping.
+    """
+    source = f"{option}={path}"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{source} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    data = parse_yaml(text, source)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} holds no options")
+    return data
+
+
+def read_config(path: str) -> ConfigFile:
+    """A `--config` file.
+
+    Raises:
+        ConfigError: as :func:`read_options`, or a group that is none.
+    """
+    data = read_options(path)
+    for group in NAMED:
+        if not isinstance(data.get(group), (dict, str, type(None))):
+            raise ConfigError(f"--config={path}: {group} must be a name or a group of options")
+    for group in ("data", "optim", "trainer"):
+        if not isinstance(data.get(group), (dict, type(None))):
+            raise ConfigError(f"--config={path}: {group} must be a group of options")
+    if not isinstance(data.get("plugins"), (list, type(None))):
+        raise ConfigError(f"--config={path}: plugins must be a list")
+    return ConfigFile(path, data)
+
+
+def config_arguments(configs: Iterable[Mapping[str, Any]], folder: Path) -> list[str]:
+    """Write options to files in `folder`, one each, and return the `--config` arguments that name them in order."""
+    arguments = []
+    for number, options in enumerate(configs):
+        file = folder / f"{number}.yaml"
+        file.write_text(yaml.safe_dump(dict(options)), encoding="utf-8")
+        arguments.append(f"--config={file}")
+    return arguments

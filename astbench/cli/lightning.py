@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -9,30 +10,29 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from astbench import console
-from astbench.backbones.presets import BackboneConfig, resolve_preset
-from astbench.cli.config_files import fit_configs, said
-from astbench.cli.names import Selection
+from astbench.backbones.presets import BackboneConfig
+from astbench.cli.command_line import CommandLine
+from astbench.cli.option_checks import check_options, group_options, without_name
 from astbench.cli.parser import ALLOWED, Parser
 from astbench.cli.run_callback import RunCallback
-from astbench.errors import CheckpointError, ConfigError, Interrupted, MissingPackageError
+from astbench.cli.second_phase import parser_arguments
+from astbench.errors import CheckpointError, ConfigError, Interrupted
+from astbench.files.writing import write_text
 from astbench.runs.checkpoints import SafeCheckpointIO, read_checkpoint
 from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, default_run_dir
 from astbench.runs.progress import build_loggers, progress_bar
 from astbench.tasks import Task, find_task
 from astbench.training.optim import OptimConfig
-from astbench_registry import AttentionConfig
-from astbench_registry.registry import config_class, make_config
+from astbench_registry.registry import config_class
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
@@ -52,27 +52,20 @@ _TRAINER = {
 }
 
 
-_CUT_SHORT = {
-    "limit_train_batches": "--data.max_train=N",
-    "limit_val_batches": "--data.max_eval=N",
-    "limit_test_batches": "--data.max_eval=N",
-    "limit_predict_batches": "a shorter input",
-    "overfit_batches": "--data.max_train=N",
-    "fast_dev_run": "--trainer.max_steps=3 --data.max_eval=8",
-}
-"""Trainer options that skip samples behind the data module's back, and what says the same openly."""
+_FREE = ("backend",)
+"""Options that may differ between training and evaluation: they change the kernel, not the function."""
 
 
 class CLI(LightningCLI):
     """Builds data, model and trainer from the options, and wraps the run in its folder and record."""
 
-    def __init__(self, command: str, found: Selection, task: Task) -> None:
-        self.command, self.found, self.task = command, found, task
-        assert found.attention is not None
-        self.attention = found.attention
+    def __init__(self, command: str, line: CommandLine, task: Task, arguments: list[str]) -> None:
+        self.command, self.line, self.task = command, line, task
+        assert line.attention is not None
+        self.attention = line.attention
         self.module_class, self.data_class, self.task_config = task.load()
         self.folder: RunFolder | None = None
-        sys.argv[1:] = [command, *found.argv]
+        sys.argv[1:] = [command, *arguments]
         super().__init__(
             self.module_class,
             self.data_class,
@@ -98,7 +91,7 @@ class CLI(LightningCLI):
         parser.add_class_arguments(OptimConfig, "optim", instantiate=False)
         parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run")
         parser.add_argument("--init_from", type=str | None, default=None, help="run folder to take weights from")
-        parser.add_argument("--plugins", type=list[str], default=self.found.plugins, help="plugins to load")
+        parser.add_argument("--plugins", type=list[str], default=list(self.line.plugins), help="plugins to load")
         parser.add_argument("--checkpoint_every", type=int, default=100, help="optimizer steps between checkpoints")
         parser.add_argument(
             "--loggers",
@@ -107,14 +100,16 @@ class CLI(LightningCLI):
             help="where metrics go; --loggers+=wandb adds one",
         )
         for group in ("attention", "task", "backbone", "optim"):
-            parser.link_arguments(group, f"model.{group}", compute_fn=_without_name if group == "task" else _as_dict)
+            parser.link_arguments(
+                group, f"model.{group}", compute_fn=without_name if group == "task" else group_options
+            )
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("init_from", "model.init_from")
         parser.set_defaults(self._demo_defaults(parser))
 
     def _demo_defaults(self, parser: LightningArgumentParser) -> dict[str, Any]:
         """Settings measured for the first source, where it is used and for options that exist here."""
-        if not self.task.demo or said(self.found, "data.source") not in (None, self.task.sources[0]):
+        if not self.task.demo or self.line.value("data.source") not in (None, self.task.sources[0]):
             return {}
         known = {a.dest for a in parser._actions}
         return {key: value for key, value in self.task.demo.items() if key in known}
@@ -128,67 +123,8 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what can be checked before anything is built or read."""
-        sys.argv[1:] = [self.command, *self.found.said]  # Lightning starts a run's other processes with these
-        options = self.options
-        attention = {k: v for k, v in vars(options.attention).items() if k != "name"}
-        config = make_config(self.attention, attention)
-        task = self.task_config(**_without_name(options.task))
-        self._check_attention(config, task)
-        BackboneConfig(**vars(options.backbone))
-        OptimConfig(**vars(options.optim))
-        if options.checkpoint_every < 1:
-            raise ConfigError(f"--checkpoint_every must be at least 1 step, got {options.checkpoint_every}")
-        if self.command == "fit" and options.trainer.max_steps < 1:
-            raise ConfigError("--trainer.max_steps must be at least 1: schedules and resuming count in steps")
-        if options.init_from:
-            checkpoint_file(options.init_from)
-        if self.command == "fit" and options.get("ckpt_path"):
-            raise ConfigError("fit goes on with --resume=RUN, or starts from trained weights with --init_from=RUN")
-        for option, instead in _CUT_SHORT.items():
-            value = options.trainer.get(option)
-            # A fraction of 1.0 is everything; the whole number 1 is one batch.
-            everything = value == 0 if option == "overfit_batches" else isinstance(value, float) and value == 1
-            if not (value is None or value is False or everything):
-                instead = instead.replace("max_eval", self.task.eval_limit)
-                raise ConfigError(f"--trainer.{option} would count what it leaves out as done; use {instead}")
-        if options.trainer.get("accumulate_grad_batches", 1) < 1:
-            raise ConfigError("--trainer.accumulate_grad_batches must be at least 1")
-        untrained = not (options.get("ckpt_path") or options.init_from)
-        head = self.module_class.head
-        if self.command == "predict" and head == "question_answering" and not options.get("ckpt_path"):
-            raise ConfigError("predict needs a trained run: --ckpt_path=runs/NAME")
-        if self.command != "fit" and untrained:
-            if resolve_preset(options.backbone.name, head):
-                raise ConfigError(
-                    f"{self.command} needs trained weights: --ckpt_path=runs/NAME, --init_from=runs/NAME, or a "
-                    "pretrained --backbone"
-                )
-            if head == "question_answering":
-                console.say("note: no --ckpt_path and no --init_from: the backbone's answer layer may be untrained")
-        if options.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
-            raise MissingPackageError(
-                f"--trainer.accelerator={options.trainer.accelerator}: torch sees no GPU here (astbench doctor says "
-                "what it sees); leave the option out to run on the CPU"
-            )
-
-    def _check_attention(self, config: AttentionConfig, task: Any) -> None:
-        """Refuse an attention that cannot do what the task asks of it, and say where it could be used."""
-        option = self.data_class.length_option
-        layer = {
-            "length": self.options.data[option],
-            "length_flag": f"--data.{option}",
-            **{"padded": self.data_class.pads, **self.module_class.needs(self.command, self.options.data)},
-        }
-        wanted = self.module_class.patterns(task)
-        able = [place for place, pattern in wanted.items() if pattern in config.can.patterns]
-        if 0 < len(able) < len(wanted):
-            lacking = ", ".join(place for place in wanted if place not in able)
-            raise ConfigError(
-                f"attention '{self.attention}' cannot serve {lacking} (it has: {', '.join(config.can.patterns)}); "
-                f"--task.where={','.join(able)} leaves the rest dense"
-            )
-        for pattern in wanted.values():
-            config.can.check(self.attention, pattern, **layer)
+        sys.argv[1:] = [self.command, *self.line.typed]  # Lightning starts a run's other processes with these
+        check_options(self.command, self.options, self.task)
 
     @property
     def options(self) -> Namespace:
@@ -208,7 +144,7 @@ class CLI(LightningCLI):
         plugins = [*(trainer.pop("plugins", None) or []), SafeCheckpointIO()]
         if trainer.get("logger") in (None, True) and self.command == "fit":
             names = [options.loggers] if isinstance(options.loggers, str) else options.loggers
-            trainer["logger"] = build_loggers(names, self.folder, resume=self.found.resume is not None)
+            trainer["logger"] = build_loggers(names, self.folder, resume=self.line.resume is not None)
         elif trainer.get("logger") in (None, True):
             trainer["logger"] = False
         trainer["default_root_dir"] = str(self.folder.path)
@@ -228,11 +164,11 @@ class CLI(LightningCLI):
         self._prepare_data(checkpoint)
         writer = self.trainer.is_global_zero
         if writer:
-            self.folder.open_for_writing(resume=self.found.resume is not None)
+            self.folder.open_for_writing(resume=self.line.resume is not None)
         with closing(self.folder):
-            if writer and self.found.resume is None:
+            if writer and self.line.resume is None:
                 self._save_config()
-            self.run_callback.begin(_plain(self.options), self.found.said, checkpoint, writer=writer)
+            self.run_callback.begin(_plain(self.options), self.line.typed, checkpoint, writer=writer)
             run: Callable[..., Any] = getattr(self.trainer, subcommand)
             with self.run_callback.recording():
                 quiet = {"verbose": False} if subcommand in ("validate", "test") else {}
@@ -242,15 +178,15 @@ class CLI(LightningCLI):
                         self.run_callback.evaluate(self.trainer, self.model, self.datamodule)
                 except SystemExit as error:
                     raise Interrupted("interrupted") from error  # what Lightning makes of Ctrl-C
-            self.run_callback.finish(self.model, self.datamodule)
+            self.run_callback.finish(self.model)
 
     def _checkpoint(self) -> str | None:
         """The checkpoint to load, verified; refuse one of another attention."""
         options = self.options
-        if self.found.resume:
-            newest = RunFolder(self.found.resume).newest_checkpoint()
+        if self.line.resume:
+            newest = RunFolder(self.line.resume).newest_checkpoint()
             if newest is None:
-                console.say(f"{self.found.resume} was stopped before its first checkpoint: starting again")
+                console.say(f"{self.line.resume} was stopped before its first checkpoint: starting again")
                 return None
             return str(newest[0])
         if not options.get("ckpt_path"):
@@ -259,7 +195,7 @@ class CLI(LightningCLI):
         trained = read_checkpoint(file)["hyper_parameters"]
         fixed = {k: (trained["task"] or {}).get(k) for k in self.module_class.fixed_task_options}
         for group in ("attention", "backbone", "task"):
-            now = _as_dict(options[group])
+            now = group_options(options[group])
             before = fixed if group == "task" else {k: v for k, v in trained[group].items() if k not in _FREE}
             differs = {k: (v, now.get(k)) for k, v in before.items() if now.get(k) != v}
             if differs:
@@ -279,8 +215,6 @@ class CLI(LightningCLI):
         self.datamodule.prepare(BackboneConfig(**vars(options.backbone)), options.seed_everything, folder)
 
     def _save_config(self) -> None:
-        from astbench.files.writing import write_text
-
         assert self.folder is not None
         config = self.options.clone()
         for key in ("config", "run_dir", "weights_only", "verbose"):
@@ -290,45 +224,30 @@ class CLI(LightningCLI):
         write_text(self.folder / CONFIG, head + text)
 
 
-_FREE = ("backend",)
-"""Options that may differ between training and evaluation: they change the kernel, not the function."""
-
-
-def run(command: str, found: Selection) -> int:
+def run(command: str, line: CommandLine) -> int:
     """Parse, build and run; returns the exit code."""
     _quiet()
-    if not found.trust_config:
+    if not line.trust_config:
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
-    assert found.task is not None
-    task = find_task(found.task)
+    assert line.task is not None
+    task = find_task(line.task)
     if command not in task.commands:
         raise ConfigError(f"task {task.name} has only `astbench {'|'.join(task.commands)}` so far, not {command}")
-    if found.resume and command != "fit":
-        raise ConfigError(f"--resume goes with fit; {command} takes --ckpt_path={found.resume}")
-    if found.resume and RunFolder(found.resume).done:
-        console.say(f"{found.resume} is done already; nothing to resume")
+    if line.resume and command != "fit":
+        raise ConfigError(f"--resume goes with fit; {command} takes --ckpt_path={line.resume}")
+    if line.resume and RunFolder(line.resume).done:
+        console.say(f"{line.resume} is done already; nothing to resume")
         return 0
     with tempfile.TemporaryDirectory(prefix="astbench-") as folder:
-        found.argv = fit_configs(found, task, Path(folder))
         try:
-            CLI(command, found, task)
+            CLI(command, line, task, parser_arguments(line, Path(folder)))
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
     return 0
 
 
-def _as_dict(group: Any) -> dict[str, Any]:
-    return dict(vars(group)) if isinstance(group, Namespace) else dict(asdict(group))
-
-
-def _without_name(group: Any) -> dict[str, Any]:
-    return {k: v for k, v in _as_dict(group).items() if k != "name"}
-
-
 def _plain(options: Namespace) -> dict[str, Any]:
     """The options as JSON-able data."""
-    import json
-
     plain = dict(json.loads(json.dumps(options.as_dict(), default=str)))
     plain.pop("config", None)  # where the options were read from; they are all here
     return plain

@@ -132,6 +132,7 @@ class AttentionConfig:
             what the variant does: with a window or a budget wider than they are, it would be dense there.
         full_density_options: Options at which it equals dense attention, whatever the others are; read when
             `capabilities.exact_at_full_density`.
+        always_shown: Options that :meth:`headline` shows even at their defaults.
     """
 
     capabilities: ClassVar[Capabilities]
@@ -139,6 +140,12 @@ class AttentionConfig:
     complexity: ClassVar[str] = ""
     conformance_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     full_density_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    always_shown: ClassVar[tuple[str, ...]] = ("block_size", "query_group", "density", "window")
+
+    def headline(self) -> dict[str, Any]:
+        """The options that a run's first lines show: what decides where is attended, and all that is not default."""
+        plain = {f.name: f.default for f in fields(self)}
+        return {k: v for k, v in self.as_dict().items() if k in self.always_shown or v != plain[k]}
 
     @property
     def can(self) -> Capabilities:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from astbench_kernels import BlockLayout
+from astbench_kernels import BlockLayout, choose_backend
 from astbench_registry.capabilities import AttentionConfig
 from astbench_registry.mask import AttentionMask
 
@@ -115,6 +116,7 @@ class Attention(nn.Module):
 
     name: ClassVar[str]
     config_class: ClassVar[type[AttentionConfig]]
+    block_sparse: ClassVar[bool] = False  # whether its calls run :func:`astbench_kernels.block_sparse_attention`
 
     def __init__(self, config: AttentionConfig, shape: AttentionShape) -> None:
         super().__init__()
@@ -156,6 +158,19 @@ class Attention(nn.Module):
     def new_cache_state(self) -> CacheState | None:
         """What this variant keeps of one KV cache from call to call, still empty; None for nothing."""
         return None
+
+    def planned_backend(self, device: torch.device) -> str:
+        """The kernel that calls on `device` run by these options, in words for the reader of a run's first lines.
+
+        A variant of this package without an option for it computes with torch; what a plugin does, only it knows.
+        """
+        chosen = getattr(self.config, "backend", "auto")
+        if self.block_sparse:
+            return f"{choose_backend(chosen, device)} ({'auto' if chosen == 'auto' else 'asked for'})"
+        if chosen != "auto":
+            return f"{chosen} on {device.type} (asked for)"
+        ours = type(self).__module__.partition(".")[0] == __name__.partition(".")[0]
+        return f"{'torch' if ours else 'its own'} on {device.type}"
 
     def all_pairs(
         self, q: Tensor, k: Tensor, mask: AttentionMask, context: AttentionContext | None, backend: str = "torch"

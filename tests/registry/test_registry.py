@@ -237,6 +237,34 @@ def test_grouped_selection_cannot_decode():
         module(q, k, k, AttentionMask("causal_self", query_offset=5))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "shown"),
+    [
+        ("dense", {}, {}),
+        ("dense", {"backend": "sdpa_math"}, {"backend": "sdpa_math"}),
+        ("local", {}, {"window": 64}),
+        ("ast", {"rank": 7}, {"block_size": 16, "query_group": None, "density": 0.25, "rank": 7}),
+        ("ast", {"top_k": 3, "density": 0.5}, {"block_size": 16, "query_group": None, "top_k": 3}),
+        (
+            "ast",
+            {"budget": "adaptive"},
+            {"block_size": 16, "query_group": None, "min_blocks": 8, "budget": "adaptive", "share": 0.01},
+        ),
+        (
+            "ast",
+            {"budget": "adaptive", "lambda_density": 0.1},
+            {"block_size": 16, "query_group": None, "density": 0.25, "min_blocks": 8, "budget": "adaptive",
+             "share": 0.01, "lambda_density": 0.1},
+        ),
+        ("moba", {}, {"block_size": 512}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)  # fmt: skip
+def test_the_head_of_a_run_shows_what_decides_where_is_attended(name, options, shown):
+    headline = make_config(name, options).headline()
+    assert headline == shown and list(headline) == list(shown)
+
+
 # ----- loose files
 
 
@@ -246,7 +274,8 @@ def test_plugin_from_a_file(plugin):
     assert load_plugin(path) == ["mine"], "naming a plugin twice is no clash"
     assert registered()["mine"].source == path
     assert registered()["mine"].summary == "Attention of mine."
-    assert build_attention("mine", {"power": 3.0}, SHAPE).config.power == 3.0
+    module = build_attention("mine", {"power": 3.0}, SHAPE)
+    assert module.config.power == 3.0 and module.planned_backend(torch.device("cpu")) == "its own on cpu"
     with pytest.raises(ValueError, match="attention 'mine' has no option 'pover'; did you mean 'power'"):
         build_attention("mine", {"pover": 3.0}, SHAPE)
     with pytest.raises(UnknownAttentionError, match="did you mean 'mine'"):

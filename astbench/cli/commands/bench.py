@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from argparse import ArgumentError
+from pathlib import Path
+
 from astbench.bench.config import BenchConfig
+from astbench.cli.command_line import read_command_line
+from astbench.cli.config_files import config_arguments
 from astbench.cli.messages import explain
 from astbench.errors import ConfigError
 
@@ -21,13 +28,15 @@ def run(words: list[str]) -> int:
 def _parse(words: list[str]) -> BenchConfig:
     from jsonargparse import ArgumentParser
 
+    line = read_command_line(words)
     parser = ArgumentParser(prog="astbench bench", description=__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with these options")
     parser.add_class_arguments(BenchConfig)
-    try:
-        given = parser.parse_args(words).as_dict()
-        return BenchConfig(**{k: v for k, v in given.items() if k != "config"})
-    except Exception as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"astbench bench: {explain(str(error))}") from error
+    plugins = [f"--plugins={json.dumps(line.plugins)}"] if line.plugins else []
+    with tempfile.TemporaryDirectory(prefix="astbench-") as folder:
+        configs = config_arguments((config.data for config in line.configs), Path(folder))
+        try:
+            given = parser.parse_args([*configs, *line.arguments(), *plugins]).as_dict()
+        except ArgumentError as error:
+            raise ConfigError(f"astbench bench: {explain(str(error))}") from error
+    return BenchConfig(**{k: v for k, v in given.items() if k != "config"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from astbench.cli.names import attention_options, name_of_class, select
+from astbench.cli.names import name_of_class, read_names
 from astbench.console import say
 from astbench.errors import ConfigError
 
@@ -14,24 +14,19 @@ if TYPE_CHECKING:
 
 def run(words: list[str]) -> int:
     """Print a table of passes, failures and skips, of several attentions a matrix; 0 when nothing fails."""
-    everything = "--all" in words
-    words = [w for w in words if w != "--all"]
-    found = select(words)
-    names = [w for w in found.argv if not w.startswith("-")]
-    if found.help:
+    line = read_names(words)
+    if line.help:
         print(
             "usage: astbench check NAME... [--attention.OPTION=VALUE...] [--all] [--plugins=FILE.py|MODULE]\n\n"
             "Causality, padding and batch invariance, gradients, decoding, grouped heads, full density, empty rows,\n"
             "poisoned padding, low precision, determinism: pass, fail, or skip with the reason."
         )
         return 0
-    options = attention_options(found, "check")
+    options = line.attention_options("check", "--all")
     from astbench_registry.registry import config_class, make_config, registered
 
-    for position, name in enumerate(names):
-        if ":" in name:
-            names[position] = name_of_class(name)
-    names = names or (list(registered()) if everything else [])
+    names = [name_of_class(name) if ":" in name else name for name in line.words]
+    names = names or (list(registered()) if line.has("--all") else [])
     if not names:
         raise ConfigError("astbench check needs a name, or --all; `astbench list` shows the names")
     if options and len(names) > 1:

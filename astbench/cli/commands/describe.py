@@ -7,7 +7,7 @@ import re
 from dataclasses import fields
 
 from astbench.cli.explain_call import KEYS, explain_call
-from astbench.cli.names import attention_options, select
+from astbench.cli.names import read_names
 from astbench.errors import ConfigError
 from astbench_registry import AttentionConfig
 from astbench_registry.registry import config_class, make_config, option_types, registered, type_name
@@ -15,24 +15,24 @@ from astbench_registry.registry import config_class, make_config, option_types, 
 
 def run(words: list[str]) -> int:
     """Print one attention, or with `--explain` which kernel a call of it would run."""
-    explain = "--explain" in words
-    found = select([w for w in words if w != "--explain"])
-    names = [w for w in found.argv if not w.startswith("-")]
-    if found.help or not names:
+    line = read_names(words)
+    explain = line.has("--explain")
+    names = line.words
+    if line.help or not names:
         print("usage: astbench describe NAME [--attention.OPTION=VALUE...] [--plugins=FILE.py|MODULE]")
         print(f"       astbench describe NAME --explain N=32768 [KEY=VALUE...]   keys: {', '.join(KEYS)}")
-        if not found.help:
+        if not line.help:
             raise ConfigError("astbench describe needs a name; `astbench list` shows them")
         return 0
     if len(names) > 1 and not explain:
         if "=" in names[1]:
             raise ConfigError(f"astbench describe takes {names[1]} only with --explain")
         raise ConfigError(f"astbench describe takes one name, got {' '.join(names)}")
-    options = attention_options(found, "describe")
+    options = line.attention_options("describe", "--explain")
     config = config_class(names[0])
     chosen = make_config(names[0], options)
     if explain:
-        print(explain_call(names[0], chosen, names[1:]))
+        print(explain_call(names[0], chosen, list(names[1:])))
         return 0
     rows = registered()
     source = rows[names[0]].source if names[0] in rows else names[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from astbench.backbones.presets import PRESETS
-from astbench.cli.names import attention_options, select
+from astbench.cli.names import read_names
 from astbench.errors import ConfigError
 from astbench.tasks import registered_tasks
 from astbench.tasks.registry import RegisteredTask, task_clashes
@@ -22,13 +22,12 @@ _MARKS = {
 
 def run(words: list[str]) -> int:
     """Print the tables; `--plugins=...` adds a plugin's."""
-    found = select(words)
-    if found.help:
+    line = read_names(words)
+    if line.help:
         print("usage: astbench list [--plugins=FILE.py|MODULE]\n\nEvery attention, task and backbone preset by name.")
         return 0
-    attention_options(found, "list")
-    if found.argv:
-        raise ConfigError(f"astbench list takes no {found.argv[0]}")
+    if unknown := [*line.others(), *line.words]:
+        raise ConfigError(f"astbench list takes no {unknown[0]}")
     print("attention       patterns     decode gqa  params layout  paper, or where it comes from")
     for row in registered().values():
         print(_attention(row))

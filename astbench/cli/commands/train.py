@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from astbench.cli.commands.names import LIGHTNING
-from astbench.cli.names import check_names, select
+from astbench.cli.names import check_names, read_names
 from astbench.tasks import registered_tasks
 from astbench_registry import registered
 
 
 def run(command: str, words: list[str]) -> int:
     """Run one Lightning subcommand. Without both names, `--help` needs no torch."""
-    found = select(words)
-    if found.help and (found.attention is None or found.task is None):
+    line = read_names(words)
+    if line.help and (line.attention is None or line.task is None):
         print(_overview(command))
         return 0
-    check_names(found)
+    check_names(line)
     # The heavy imports start here, when everything that needs no torch has been checked.
     from astbench.cli.lightning import run as run_lightning
 
-    return run_lightning(command, found)
+    return run_lightning(command, line)
 
 
 def _overview(command: str) -> str:

@@ -64,6 +64,7 @@ class BlockSelectingAttention(Attention):
     """
 
     config: BlockSelectionConfig
+    block_sparse = True
     selector_class: ClassVar[type[BlockSelector]] = BlockSelector
 
     def __init__(self, config: BlockSelectionConfig, shape: AttentionShape) -> None:

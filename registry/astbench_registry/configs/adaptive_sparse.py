@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from astbench_registry.capabilities import AttentionConfig
 from astbench_registry.configs.block_selection import BlockSelectionConfig
 
 
@@ -133,6 +134,15 @@ class ASTConfig(BlockSelectionConfig):
         self.require(self.coarse_every >= 0, "coarse_every", "0 or more layers")
         self.require(self.lambda_density >= 0, "lambda_density", "0 or more")
         self.require(self.lambda_entropy >= 0, "lambda_entropy", "0 or more")
+
+    def headline(self) -> dict[str, Any]:
+        """See the base class; of an adaptive budget what decides it."""
+        if self.budget == "fixed":
+            return super().headline()
+        shown = {*AttentionConfig.headline(self), "share", "min_blocks"}
+        if not self.lambda_density:
+            shown.discard("density")
+        return {name: value for name, value in self.as_dict().items() if name in shown}
 
     def coarse_stride_at(self, layer: int) -> int:
         """Tokens of a coarse token in a layer; 0 where it sees none."""

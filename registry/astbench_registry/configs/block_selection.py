@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from astbench_registry.capabilities import PATTERNS, AttentionConfig, Capabilities, SparseBackend
 
@@ -47,6 +47,13 @@ class BlockSelectionConfig(AttentionConfig):
         self.require(self.top_k is None or self.top_k >= 1, "top_k", "at least 1 block")
         self.require(self.min_blocks >= 1, "min_blocks", "at least 1 block")
         self.require(self.local_blocks >= 0, "local_blocks", "0 or more blocks")
+
+    def headline(self) -> dict[str, Any]:
+        """See the base class; not the density where `top_k` stands instead."""
+        shown = super().headline()
+        if self.top_k is not None:
+            shown.pop("density", None)
+        return shown
 
     @property
     def can(self) -> Capabilities:

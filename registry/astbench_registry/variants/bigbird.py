@@ -41,6 +41,7 @@ class BigBirdAttention(Attention):
     """
 
     config: BigBirdConfig
+    block_sparse = True
 
     def forward(
         self,

@@ -54,6 +54,7 @@ class DeepSeekSparseAttention(Attention):
     """
 
     config: DSAConfig
+    block_sparse = True
 
     def __init__(self, config: DSAConfig, shape: AttentionShape) -> None:
         super().__init__(config, shape)

@@ -87,6 +87,7 @@ class NativeSparseAttention(Attention):
     """
 
     config: NSAConfig
+    block_sparse = True
 
     def __init__(self, config: NSAConfig, shape: AttentionShape) -> None:
         super().__init__(config, shape)

@@ -35,6 +35,7 @@ class SparseAttention(Attention):
     """
 
     config: SparseConfig
+    block_sparse = True
 
     def __init__(self, config: SparseConfig, shape: AttentionShape) -> None:
         super().__init__(config, shape)

@@ -15,8 +15,7 @@ import torch
 import yaml
 
 from astbench.backbones.presets import PRESETS
-from astbench.cli.config_files import said
-from astbench.cli.names import select
+from astbench.cli.command_line import read_command_line
 from astbench.runs.checkpoints import read_checkpoint
 from astbench.runs.folder import CONFIG, DONE, LAST, MANIFEST, METRICS, PREVIOUS, RECORD
 from astbench.runs.record import SCHEMA
@@ -244,7 +243,7 @@ def test_sigterm_stops_all_processes_at_one_step(tmp_path):
 
 @pytest.mark.parametrize("words", [["--data.source=local"], ["--data", "{source: local}"], ["--data={source: local}"]])
 def test_the_demos_settings_stay_with_the_demo(words):
-    assert said(select([*NAMES, *words]), "data.source") == "local"
+    assert read_command_line([*NAMES, *words]).value("data.source") == "local"
 
 
 def test_processes_from_outside_need_a_folder(astbench, here, monkeypatch):

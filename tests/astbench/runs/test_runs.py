@@ -6,18 +6,21 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import torch
 
-from astbench.errors import CheckpointError, ConfigError
+from astbench.errors import CheckpointError, ConfigError, Interrupted, NumericError, Terminated
 from astbench.files.writing import sha256, write_atomic, write_json, write_text
 from astbench.runs import checkpoints
 from astbench.runs.checkpoints import SafeCheckpointIO, read_checkpoint
-from astbench.runs.folder import DONE, LAST, MANIFEST, PREVIOUS, RunFolder, checkpoint_file, default_run_dir
+from astbench.runs.folder import DONE, LAST, MANIFEST, PREVIOUS, RECORD, RunFolder, checkpoint_file, default_run_dir
 from astbench.runs.metrics_log import MetricsLogger
 from astbench.runs.picture import draw_pattern
 from astbench.runs.record import SCHEMA, config_hash, new_record
+from astbench.runs.run_record import RunRecord
+from astbench.runs.step_clock import StepClock
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 
 # -- files --------------------------------------------------------------------------------------------------
@@ -347,3 +350,80 @@ def test_picture_is_a_png(tmp_path, layers):
 def test_no_picture_without_blocks(tmp_path):
     assert draw_pattern(tmp_path / "pattern.png", [("a", stats_of("dense", {}))], "dense") is None
     assert list(tmp_path.iterdir()) == []
+
+
+# -- a record while its run goes on --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def open_folder(tmp_path):
+    """A run folder that is closed in the end."""
+    with closing(RunFolder(tmp_path / "run")) as folder:
+        yield folder
+
+
+def begun(folder, resume=False):
+    folder.close()
+    folder.open_for_writing(resume=resume)
+    record = RunRecord(folder)
+    record.begin("fit", {"seed_everything": 3}, ["--seed=3"], None, writer=True)
+    return record
+
+
+def stored(folder):
+    return json.loads((folder / RECORD).read_text())
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (NumericError("nan"), "diverged"),
+        (Terminated("now"), "terminated"),
+        (Interrupted("now"), "interrupted"),
+        (KeyboardInterrupt(), "interrupted"),
+        (torch.OutOfMemoryError("full"), "out_of_memory"),
+        (ValueError("else"), "failed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_record_says_how_the_run_ended(open_folder, error, state):
+    record = begun(open_folder)
+    assert stored(open_folder)["state"] == "running"
+    record.data["parameters"] = {}
+    with pytest.raises(type(error)), record.recording():
+        raise error
+    assert stored(open_folder)["state"] == state
+    assert stored(open_folder)["error"].startswith(type(error).__name__)
+
+
+def test_what_is_refused_before_it_runs_leaves_nothing(open_folder):
+    record = begun(open_folder)
+    with pytest.raises(ValueError), record.recording():
+        raise ValueError("no")
+    assert not open_folder.path.exists()
+
+
+def test_a_resumed_record_counts_the_time_before(open_folder):
+    folder = open_folder
+    begun(folder).trained(4)
+    first = stored(folder)
+    first["train"]["wall_seconds"] = 100.0
+    write_json(folder / RECORD, first)
+    again = begun(folder, resume=True)
+    assert again.data["train"] == {"steps": 4, "wall_seconds": 100.0}
+    again.trained(6)
+    assert stored(folder)["train"]["steps"] == 6 and 100 <= stored(folder)["train"]["wall_seconds"] < 160
+    assert [earlier["train"]["steps"] for earlier in stored(folder)["earlier"]] == [4]
+    again.training_done(8, {"steps_timed": 2})
+    assert again.data["train"].keys() == {"steps", "wall_seconds", "steps_timed"}
+
+
+def test_steps_of_several_batches_are_timed_whole(monkeypatch):
+    clock, now = StepClock(), iter([0.0, 0.003, 1.0, 1.001, 2.0, 2.002, 3.0, 3.004])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    assert clock.summary() == {"step_ms": None, "steps_timed": 0}
+    for step in range(4):
+        clock.start(step)
+        clock.stop(step)  # a batch of the same step: nothing is timed
+        clock.stop(step + 1)
+    assert clock.summary() == {"step_ms": [1.75, 2.5, 3.25], "steps_timed": 4}

@@ -144,11 +144,8 @@ def test_the_capability_record_shrinks_with_the_backend(monkeypatch):
     ],
 )
 def test_the_head_of_a_run_names_the_backend(name, options, line):
-    from astbench.cli.run_callback import _backend
-
     attention = build_attention(name, options, AttentionShape(2, 2, 8))
-    swapped = SimpleNamespace(name=name, options=options, slots=[SimpleNamespace(attention=attention)])
-    assert _backend(SimpleNamespace(swapped=swapped, parameters=torch.nn.Linear(1, 1).parameters)) == line
+    assert attention.planned_backend(torch.device("cpu")) == line
 
 
 # ----- packages that want a GPU, in their place functions of the same signature written from their documentation

@@ -1,0 +1,60 @@
+"""What a run says of itself before it begins, in its record and to the reader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from astbench import console
+from astbench.runs.folder import RunFolder
+from astbench.tasks import Task
+from astbench.training.module import TaskModule
+
+
+def run_facts(trainer: pl.Trainer, module: TaskModule) -> dict[str, Any]:
+    """What the record holds of the model, the data and where the attention stands."""
+    data, handle = trainer.datamodule.describe(), module.swapped  # type: ignore[attr-defined]
+    return {
+        "parameters": module.counts(),
+        "data": data,
+        "attached": {"layers": len(handle.slots), "patterns": sorted({s.pattern for s in handle.slots})},
+        "precision": str(trainer.precision),
+        "notes": [*handle.notes, *data["notes"]],
+    }
+
+
+def say_first_lines(
+    command: str, task: Task, trainer: pl.Trainer, module: TaskModule, facts: dict[str, Any], folder: RunFolder
+) -> None:
+    """Print what is about to run, from :func:`run_facts`."""
+    counts, handle = facts["parameters"], module.swapped
+    attention = handle.slots[0].attention
+    options = " ".join(f"{name}={value}" for name, value in attention.config.headline().items())
+    console.say(f"astbench {command}")
+    console.table(
+        {
+            "attention": f"{handle.name} in {len(handle.slots)} layers {options}",
+            "task": task.name,
+            "source": _source(facts["data"]),
+            "backbone": f"{module.backbone.name}, {counts['total']:,} parameters, {counts['attention']:,} of them "
+            f"the attention's own, {counts['trainable']:,} learn",
+            "device": f"{trainer.strategy.root_device} x {trainer.world_size}, precision {trainer.precision}, "
+            f"{torch.get_num_threads()} threads",
+            "backend": attention.planned_backend(next(module.parameters()).device),
+            "run folder": folder.path,
+        }
+    )
+    for note in facts["notes"]:
+        console.say(f"  note: {note}")
+
+
+def _source(data: dict[str, Any]) -> str:
+    pairs = data.get("questions") or data.get("pairs") or data.get("examples") or {}
+    counts = ", ".join(
+        [f"{n} {split}" for split, n in pairs.items()]
+        + [f"{n:,} {split} tokens" for split, n in data.get("split_tokens", {}).items()]
+    )
+    what = {"demo": "demo (generated, not the real data set)"}.get(data["source"], data["source"])
+    return f"{what}{' ' + data['path'] if data['path'] else ''}{': ' + counts if counts else ''}"

@@ -1,0 +1,38 @@
+"""What a run says of itself when it is done."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from astbench import console
+from astbench.runs.folder import LAST, RECORD, RunFolder
+from astbench.tasks import Task
+from astbench.training.module import TaskModule
+
+
+def say_last_lines(task: Task, module: TaskModule, record: Mapping[str, Any], folder: RunFolder) -> None:
+    """Print the answers and metrics, what was attended to, and where everything lies."""
+    rows: dict[str, object] = dict(module.answers)
+    for name, value in record.get("metrics", {}).items():
+        rows[name] = f"{value:.2f}" if isinstance(value, float) else value
+    if (density := record.get("density", {}).get("mean")) is not None:
+        rows["density"] = f"{density:.3f} of the visible (query, key) pairs, on {', '.join(record['backends'])}"
+    if "train" in record:
+        train = record["train"]
+        wanted = module.trainer.max_steps
+        short = f", of {wanted} asked for" if train["steps"] < wanted else ""
+        rows["training"] = f"{train['steps']} steps in {train['wall_seconds']:.0f} s{short}"
+    rows["record"] = folder / RECORD
+    for name, file in (("items", "items.json"), ("checkpoint", LAST)):
+        if (folder / file).exists():
+            rows[name] = folder / file
+    if record.get("picture"):
+        rows["picture"] = folder / str(record["picture"])
+    console.say(f"done: {record.get('signature', record['command'])}")
+    console.table(rows)
+    if record["command"] == "fit" and record["data"]["source"] == "demo":
+        plugins = [f"--plugins={plugin}" for plugin in record["config"].get("plugins") or []]
+        names = shlex.join([f"--attention={module.swapped.name}", f"--task={task.name}", *plugins])
+        console.say(f"  on the real data: astbench fit {names} {task.real}")

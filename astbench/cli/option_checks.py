@@ -1,0 +1,119 @@
+"""What can be refused of parsed options before anything is built or read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from astbench import console
+from astbench.backbones.presets import BackboneConfig, resolve_preset
+from astbench.errors import ConfigError, MissingPackageError
+from astbench.runs.folder import checkpoint_file
+from astbench.tasks import Task
+from astbench.training.optim import OptimConfig
+from astbench_registry import AttentionConfig
+from astbench_registry.registry import make_config
+
+_CUT_SHORT = {
+    "limit_train_batches": "--data.max_train=N",
+    "limit_val_batches": "--data.max_eval=N",
+    "limit_test_batches": "--data.max_eval=N",
+    "limit_predict_batches": "a shorter input",
+    "overfit_batches": "--data.max_train=N",
+    "fast_dev_run": "--trainer.max_steps=3 --data.max_eval=8",
+}
+"""Trainer options that skip samples behind the data module's back, and what says the same openly."""
+
+
+def group_options(group: Any) -> dict[str, Any]:
+    """A parsed group as a dictionary."""
+    return dict(vars(group)) if isinstance(group, Namespace) else dict(asdict(group))
+
+
+def without_name(group: Any) -> dict[str, Any]:
+    """A parsed group's options without the `name` that chose them."""
+    return {k: v for k, v in group_options(group).items() if k != "name"}
+
+
+def check_options(command: str, options: Namespace, task: Task) -> None:
+    """Refuse values and combinations that cannot work.
+
+    Raises:
+        ConfigError: an option, or a combination.
+        ValueError: an option of the attention.
+        CapabilityError: the attention cannot do what the task asks of it.
+        CheckpointError: weights to start from that are missing or damaged.
+        MissingPackageError: an accelerator that is not there.
+    """
+    _, _, task_config = task.load()
+    config = make_config(options.attention.name, without_name(options.attention))
+    _check_attention(command, options, task, config, task_config(**without_name(options.task)))
+    BackboneConfig(**vars(options.backbone))
+    OptimConfig(**vars(options.optim))
+    if options.checkpoint_every < 1:
+        raise ConfigError(f"--checkpoint_every must be at least 1 step, got {options.checkpoint_every}")
+    if command == "fit" and options.trainer.max_steps < 1:
+        raise ConfigError("--trainer.max_steps must be at least 1: schedules and resuming count in steps")
+    if options.init_from:
+        checkpoint_file(options.init_from)
+    if command == "fit" and options.get("ckpt_path"):
+        raise ConfigError("fit goes on with --resume=RUN, or starts from trained weights with --init_from=RUN")
+    _check_trainer(options.trainer, task)
+    _check_trained(command, options, task)
+    if options.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
+        raise MissingPackageError(
+            f"--trainer.accelerator={options.trainer.accelerator}: torch sees no GPU here (astbench doctor says "
+            "what it sees); leave the option out to run on the CPU"
+        )
+
+
+def _check_attention(command: str, options: Namespace, task: Task, config: AttentionConfig, chosen: Any) -> None:
+    """Refuse an attention that cannot do what the task asks of it, and say where it could be used."""
+    name = options.attention.name
+    module_class, data_class, _ = task.load()
+    length = data_class.length_option
+    layer = {
+        "length": options.data[length],
+        "length_flag": f"--data.{length}",
+        **{"padded": data_class.pads, **module_class.needs(command, options.data)},
+    }
+    wanted = module_class.patterns(chosen)
+    able = [place for place, pattern in wanted.items() if pattern in config.can.patterns]
+    if 0 < len(able) < len(wanted):
+        lacking = ", ".join(place for place in wanted if place not in able)
+        raise ConfigError(
+            f"attention '{name}' cannot serve {lacking} (it has: {', '.join(config.can.patterns)}); "
+            f"--task.where={','.join(able)} leaves the rest dense"
+        )
+    for pattern in wanted.values():
+        config.can.check(name, pattern, **layer)
+
+
+def _check_trainer(trainer: Namespace, task: Task) -> None:
+    for option, instead in _CUT_SHORT.items():
+        value = trainer.get(option)
+        # A fraction of 1.0 is everything; the whole number 1 is one batch.
+        everything = value == 0 if option == "overfit_batches" else isinstance(value, float) and value == 1
+        if not (value is None or value is False or everything):
+            instead = instead.replace("max_eval", task.eval_limit)
+            raise ConfigError(f"--trainer.{option} would count what it leaves out as done; use {instead}")
+    if trainer.get("accumulate_grad_batches", 1) < 1:
+        raise ConfigError("--trainer.accumulate_grad_batches must be at least 1")
+
+
+def _check_trained(command: str, options: Namespace, task: Task) -> None:
+    """Refuse to evaluate weights that nobody trained."""
+    head = task.load()[0].head
+    if command == "predict" and head == "question_answering" and not options.get("ckpt_path"):
+        raise ConfigError("predict needs a trained run: --ckpt_path=runs/NAME")
+    if command == "fit" or options.get("ckpt_path") or options.init_from:
+        return
+    if resolve_preset(options.backbone.name, head):
+        raise ConfigError(
+            f"{command} needs trained weights: --ckpt_path=runs/NAME, --init_from=runs/NAME, or a pretrained --backbone"
+        )
+    if head == "question_answering":
+        console.say("note: no --ckpt_path and no --init_from: the backbone's answer layer may be untrained")
