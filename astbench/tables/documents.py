@@ -141,18 +141,17 @@ def write(book: Book, names: Collection[str] = ()) -> list[Path]:
 
 
 def first_difference(book: Book, names: Collection[str] = ()) -> str | None:
-    """Where the documents first say something else than the records; None where they agree.
-
-    Raises:
-        DataError: records, a `table.yaml` or a marker that cannot be.
-    """
-    if not names and (gone := book.strangers()):
-        return f"{gone[0]} shows a table that no records make"
-    for file, text in book.documents(names):
-        if not file.is_file():
-            return f"{file} is missing"
-        if difference := _difference(read_text(file), text):
-            return f"{file}, {difference}"
+    """Where documents, records and each `table.yaml` first disagree; None where they agree."""
+    try:
+        if not names and (gone := book.strangers()):
+            return f"{gone[0]} shows a table that no records make"
+        for file, text in book.documents(names):
+            if not file.is_file():
+                return f"{file} is missing"
+            if difference := _difference(read_text(file), text):
+                return f"{file}, {difference}"
+    except DataError as error:
+        return str(error)
     return None
 
 

@@ -41,9 +41,8 @@ def run(words: list[str]) -> int:
     from astbench.tables.layout import text
 
     book = Book(given.results, given.docs, given.recipes)
-    known = book.names()
     for name in given.names:
-        if name not in known:
+        if name not in (known := book.names()):
             raise ConfigError(f"unknown table '{name}'{nearest(name, known)}; tables: {', '.join(known)}")
     if given.check:
         difference = first_difference(book, given.names)
