@@ -150,6 +150,8 @@ def _repeats(group: Group, groups: Mapping[str, Group], table: Table, recipes: S
         for line in commands(row, recipes):
             numbers.setdefault(line, []).append(number)
     lines = [f"# {_rows(rows)}\n{line}" for line, rows in numbers.items()]
+    if counted := [number for number, row in enumerate(table.rows, start=1) if not row.runs]:
+        lines.append(f"# {_rows(counted)}: by each of these commands; every record holds it")
     return ["```sh\n" + "\n".join(lines) + "\n```", *_folders(group, groups, recipes), *_fingerprints(group)]
 
 
