@@ -98,14 +98,6 @@ def test_readme_commands_exist():
         assert (ROOT / path).exists(), f"README links to {path}"
 
 
-def test_readme_tables_come_from_the_records():
-    done = run(sys.executable, ROOT / "results" / "tables.py")
-    assert done.returncode == 0, done.stderr
-    readme = (ROOT / "README.md").read_text()
-    for name, table in re.findall(r"<!-- ([\w-]+) -->\n(.*?)<!-- end -->", done.stdout, re.S):
-        assert f"<!-- {name} -->\n{table}<!-- end -->" in readme, f"run: python results/tables.py --write ({name})"
-
-
 BENCHES = sorted((ROOT / "recipes" / "bench").glob("*.yaml"))
 RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(BENCHES))
 

@@ -32,25 +32,10 @@ from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, default_run
 from astbench.runs.progress import build_loggers, progress_bar
 from astbench.tasks import Task, find_task
 from astbench.training.optim import OptimConfig
+from astbench.training.trainer import TRAINER_DEFAULTS
 from astbench_registry.registry import config_class
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
-
-_TRAINER = {
-    "max_steps": 1000,
-    "max_epochs": -1,
-    "log_every_n_steps": 10,
-    "num_sanity_val_steps": 0,
-    "gradient_clip_val": 1.0,
-    # Evaluation happens once, after training; ask for more with --trainer.val_check_interval.
-    "check_val_every_n_epoch": None,
-    "val_check_interval": 1_000_000_000,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-    # The sampler deals the batches out to the processes itself.
-    "use_distributed_sampler": False,
-}
-
 
 _FREE = ("backend",)
 """Options that may differ between training and evaluation: they change the kernel, not the function."""
@@ -70,7 +55,7 @@ class CLI(LightningCLI):
             self.module_class,
             self.data_class,
             save_config_callback=None,
-            trainer_defaults=_TRAINER,
+            trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=Parser,
             auto_configure_optimizers=False,

@@ -11,5 +11,6 @@ OWN = {
     "describe": "options, abilities and paper of an attention",
     "check": "run the conformance suite on an attention",
     "bench": "time and memory of attention layers over the length",
+    "table": "result tables from records: shown, written into documents, or compared with them",
     "doctor": "what this machine has, which backends work here and why the others do not",
 }

@@ -1,0 +1,69 @@
+"""`astbench table`: result tables from records, shown, written into documents, or compared with them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from astbench import console
+from astbench.cli.messages import nearest
+from astbench.errors import ConfigError
+
+_USAGE = """usage: astbench table [NAME ...] [--write | --check] [options]
+
+Result tables, computed from records (RESULTS/NAME/RUN/record.json) and nothing else.
+
+  NAME               tables to show, write or check; default: all. `attentions` is counted from the registry
+  --write            write the pages DOCS/results/NAME.md, and fill in what stands between <!-- NAME --> and
+                     <!-- end --> in DOCS/../README.md and in the other documents of DOCS
+  --check            compare instead; ends with 1 at the first line that the records do not say
+  --results FOLDER   records (default: results)
+  --docs FOLDER      documents (default: docs)
+  --recipes FOLDER   recipes, from which the commands that repeat a row are made (default: recipes)
+
+A table.yaml beside the runs of a NAME may say what was measured (title, scope, kind of table), which rows are stale,
+and which records are left out; then it names every record."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"astbench table: {message}")
+
+
+def run(words: list[str]) -> int:
+    """Show, write or compare; 1 when a document says something else than the records."""
+    if "-h" in words or "--help" in words:
+        print(_USAGE)
+        return 0
+    given = _parse(words)
+    from astbench.tables.documents import Book, first_difference, write
+    from astbench.tables.layout import text
+
+    book = Book(given.results, given.docs, given.recipes)
+    for name in given.names:
+        if name not in (known := book.names()):
+            raise ConfigError(f"unknown table '{name}'{nearest(name, known)}; tables: {', '.join(known)}")
+    if given.check:
+        difference = first_difference(book, given.names)
+        console.say(difference or f"{given.docs}: every table is what the records say")
+        return 1 if difference else 0
+    if given.write:
+        for file in write(book, given.names):
+            console.say(f"{file}")
+        return 0
+    for name in given.names or [*book.tables, "attentions"]:
+        for table in book.named(name):
+            console.say(text(table))
+    return 0
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="astbench table", add_help=False, allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--write", action="store_true")
+    what.add_argument("--check", action="store_true")
+    for option in ("results", "docs", "recipes"):
+        parser.add_argument(f"--{option}", type=Path, default=Path(option))
+    return parser.parse_args(words)

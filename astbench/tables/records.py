@@ -1,0 +1,262 @@
+"""Records as tables read them: groups of runs, and what a `table.yaml` beside them adds. Imports nothing heavy.
+
+A group is a folder `results/NAME` with a folder for every run. Its `table.yaml` says what the records cannot: what
+was measured, which rows are stale, what lies in the folders that runs name. It names every record by its folder and
+its configuration's hash, so that one that is missing, new or another is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from astbench.errors import DataError
+from astbench.files.reading import read_text
+from astbench.runs.record import SCHEMA
+
+Record = dict[str, Any]
+
+RECORD, SIDECAR, ITEMS = "record.json", "table.yaml", "items.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What `table.yaml` says of one record.
+
+    Attributes:
+        config_hash: The record's, so that an entry cannot come to mean another run.
+        said: What the row's label adds.
+        stale: Why the row is not what the code would measure now; it gets a dagger with the record's date.
+        stale_in: Tables of the page in which it is stale; all of them if empty.
+        stale_rows: Rows of a bench that are stale, by their attention; all of them if empty.
+        also: Options that came after the record and the values that say what it did, `{attention.detach: false}`.
+    """
+
+    config_hash: str
+    said: str = ""
+    stale: str = ""
+    stale_in: tuple[str, ...] = ()
+    stale_rows: tuple[str, ...] = ()
+    also: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One finished run: its record, and what is said of it beside it."""
+
+    group: str
+    name: str
+    folder: Path
+    record: Record
+    entry: Entry
+
+    @property
+    def date(self) -> str:
+        """Day on which it started, `2026-11-24`."""
+        return str(self.record["started"])[:10]
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """The attention's options as they ran, `name` among them."""
+        return dict(self.record["config"]["attention"])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the run was scored with."""
+        return dict(self.record["metrics"])
+
+    @property
+    def density(self) -> float:
+        """Share of the visible (query, key) pairs that was attended to."""
+        return float(self.record["density"]["mean"])
+
+    @property
+    def steps(self) -> int:
+        """Training steps; 0 for a run that only evaluates."""
+        return int(self.record.get("train", {}).get("steps", 0))
+
+    def items(self) -> dict[str, Any]:
+        """What was scored, one by one.
+
+        Raises:
+            DataError: the file is missing or no JSON.
+        """
+        return _json(self.folder / ITEMS)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one folder and what its `table.yaml` says of them all.
+
+    Attributes:
+        name: The folder's name: what `astbench table NAME` takes and the page's file is called.
+        kind: Which columns: a key of :data:`astbench.tables.page.KINDS`.
+        title: The page's heading.
+        scope: Sentences on what was measured, before the table.
+        short: Attentions of the table `NAME.short`, for a README; none if empty.
+        lengths: Tokens of the columns of benches; empty for the shortest, the middle and the longest.
+        places: Folder that runs name -> what lies in it.
+        runs: In the order of their names.
+        left_out: Run that is in no table -> why.
+    """
+
+    name: str
+    kind: str
+    title: str
+    scope: str
+    short: tuple[str, ...]
+    lengths: tuple[int, ...]
+    places: dict[str, str]
+    runs: tuple[Run, ...]
+    left_out: dict[str, str]
+
+
+_GROUP_KEYS = ("kind", "title", "scope", "short", "lengths", "places", "records", "left_out")
+
+
+def read_groups(results: Path) -> dict[str, Group]:
+    """Every group below a folder, by name.
+
+    Raises:
+        DataError: nothing there, an unreadable file, or a `table.yaml` that does not fit the records beside it.
+    """
+    if not results.is_dir():
+        raise DataError(f"--results={results} is not a folder")
+    found = {}
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        if (folder / SIDECAR).is_file() or any(folder.glob(f"*/{RECORD}")):
+            found[folder.name] = _group(folder)
+    if not found:
+        raise DataError(f"--results={results} holds no NAME/RUN/{RECORD}")
+    return found
+
+
+def _group(folder: Path) -> Group:
+    said = _sidecar(folder / SIDECAR)
+    records = {file.parent.name: _record(file) for file in sorted(folder.glob(f"*/{RECORD}"))}
+    entries = _entries(folder / SIDECAR, said, records)
+    left_out = {**_unfinished(records, entries), **_left_out(folder / SIDECAR, said, records)}
+    runs = [
+        Run(folder.name, name, folder / name, record, entries.get(name) or Entry(record["config_hash"]))
+        for name, record in records.items()
+        if name not in left_out
+    ]
+    first = next(iter(records.values()), None)
+    return Group(
+        name=folder.name,
+        kind=str(said.get("kind") or (kind_of(first) if first else "")),
+        title=str(said.get("title") or folder.name),
+        scope=str(said.get("scope") or "").strip(),
+        short=tuple(said.get("short") or ()),
+        lengths=tuple(said.get("lengths") or ()),
+        places=dict(said.get("places") or {}),
+        runs=tuple(runs),
+        left_out=left_out,
+    )
+
+
+def kind_of(record: Record) -> str:
+    """Which columns suit a record where no `table.yaml` says so: its task's, or `bench`.
+
+    Raises:
+        DataError: no table shows such records.
+    """
+    if record["command"] == "bench":
+        return "decode" if record["config"].get("modes") == "decode" else "cost"
+    kinds = {
+        "triviaqa": "questions",
+        "squad": "questions",
+        "wikitext103": "seeds" if record["command"] == "fit" else "perplexity",
+        "wmt14": "translation",
+        "mqar": "mqar",
+        "needle": "needle",
+    }
+    task = record["config"]["task"]["name"]
+    if task not in kinds:
+        raise DataError(f"no table shows records of task {task}; name a kind in {SIDECAR} beside them")
+    return kinds[task]
+
+
+def _record(file: Path) -> Record:
+    record = _json(file)
+    if record.get("schema") != SCHEMA:
+        raise DataError(f"{file} has schema {record.get('schema')}; this astbench reads {SCHEMA}")
+    return record
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_text(file))
+    except ValueError as error:
+        raise DataError(f"{file} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{file} holds no mapping")
+    return found
+
+
+def _sidecar(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        said = yaml.safe_load(read_text(file))
+    except yaml.YAMLError as error:
+        raise DataError(f"{file} is no YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(said, dict):
+        raise DataError(f"{file} holds no mapping")
+    for key in said:
+        if key not in _GROUP_KEYS:
+            raise DataError(f"{file} takes no {key}; it takes {', '.join(_GROUP_KEYS)}")
+    return said
+
+
+def _entries(file: Path, said: dict[str, Any], records: dict[str, Record]) -> dict[str, Entry]:
+    """The entries, checked against the records: each names one, and where there are any every record has one."""
+    if "records" not in said:
+        return {}
+    entries = {str(name): _entry(file, str(name), value) for name, value in (said["records"] or {}).items()}
+    for name, entry in entries.items():
+        if name not in records:
+            raise DataError(f"{file} names {name}, and {file.parent / name / RECORD} is not there")
+        if records[name]["config_hash"] != entry.config_hash:
+            raise DataError(
+                f"{file} gives {name} the config_hash {entry.config_hash}, its record {records[name]['config_hash']}"
+            )
+    for name, record in records.items():
+        if name not in entries and name not in (said.get("left_out") or {}):
+            raise DataError(
+                f"{file.parent / name / RECORD} stands in no table: add to {file}, under records, "
+                f"{name}: '{record['config_hash']}' (or under left_out with a reason)"
+            )
+    return entries
+
+
+def _entry(file: Path, name: str, value: Any) -> Entry:
+    if isinstance(value, str):
+        return Entry(value)
+    known = [f.name for f in fields(Entry)]
+    if not isinstance(value, dict) or "config_hash" not in value or not set(value) <= set(known):
+        raise DataError(f"{file}: {name} must be a config_hash in quotes, or a mapping with some of {', '.join(known)}")
+    lists = {key: tuple(value.get(key, ())) for key in ("stale_in", "stale_rows")}
+    return Entry(**{**value, **lists})
+
+
+def _left_out(file: Path, said: dict[str, Any], records: dict[str, Record]) -> dict[str, str]:
+    left_out = {str(name): str(why) for name, why in (said.get("left_out") or {}).items()}
+    for name in left_out:
+        if name not in records:
+            raise DataError(f"{file} leaves out {name}, and {file.parent / name / RECORD} is not there")
+        if name in (said.get("records") or {}):
+            raise DataError(f"{file} names {name} under records and under left_out")
+    return left_out
+
+
+def _unfinished(records: dict[str, Record], entries: dict[str, Entry]) -> dict[str, str]:
+    found = {name: f"it ended as {record['state']}" for name, record in records.items() if record["state"] != "done"}
+    for name in found:
+        if name in entries:
+            raise DataError(f"{name} cannot be a row, {found[name]}: list it under left_out")
+    return found

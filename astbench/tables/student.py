@@ -1,0 +1,50 @@
+"""Student's interval of a mean, for few values. Plain Python: no table needs a package for it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided interval of the mean of independent values.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"an interval needs two values or more, got {len(values)}")
+    middle = statistics.fmean(values)
+    half = quantile(0.5 + confidence / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return middle - half, middle + half
+
+
+def quantile(probability: float, freedom: int) -> float:
+    """The value below which Student's t of so many degrees of freedom lies with a probability of 0.5 or more."""
+    low, high = 0.0, 1.0
+    while _cumulative(high, freedom) < probability:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _cumulative(middle, freedom) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def _cumulative(t: float, freedom: int) -> float:
+    """Probability of at most t >= 0, in the closed form of whole degrees of freedom.
+
+    Source: Abramowitz and Stegun 1972, 26.7.3 and 26.7.4.
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine, sine = math.cos(angle), math.sin(angle)
+    odd = freedom % 2
+    term = total = cosine if odd else 1.0
+    for i in range(3 if odd else 2, freedom - 1, 2):
+        term *= cosine**2 * (i - 1) / i
+        total += term
+    if odd:
+        inside = 2 / math.pi * (angle + (sine * total if freedom > 1 else 0.0))
+    else:
+        inside = sine * total
+    return 0.5 + inside / 2
