@@ -159,7 +159,8 @@ def here(tmp_path_factory):
     """A folder with what the commands name: a document, a plugin, recipes, and after README's `fit` a run."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "article.txt").write_text(DOCUMENT)
-    (folder / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("recipes", "results", "docs"):
+        (folder / name).symlink_to(ROOT / name)
     example = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[1]
     (folder / "mine.py").write_text(example.replace('"relu"', '"mine"').replace("ReluAttention", "Mine"))
     return folder
