@@ -89,15 +89,6 @@ def test_constraints_pin_every_dependency_within_its_floor():
         assert requirement.specifier.contains(pin), f"{requirement} does not allow the pinned {pin}"
 
 
-def test_readme_commands_exist():
-    readme = (ROOT / "README.md").read_text()
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z-]+)", readme):
-        assert re.search(rf"^{target}:", makefile, re.M), f"README names make {target}"
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme):
-        assert (ROOT / path).exists(), f"README links to {path}"
-
-
 BENCHES = sorted((ROOT / "recipes" / "bench").glob("*.yaml"))
 RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(BENCHES))
 
