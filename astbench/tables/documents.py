@@ -16,8 +16,7 @@ from astbench.errors import DataError
 from astbench.files.reading import read_text
 from astbench.files.writing import write_text
 from astbench.tables.layout import Table
-from astbench.tables.page import block, index, page, tables_of
-from astbench.tables.pages import questions
+from astbench.tables.page import SHORT, block, index, page, tables_of
 from astbench.tables.records import Group, read_groups
 from astbench.tables.repeat import Recipe, read_recipes
 
@@ -56,7 +55,7 @@ class Book:
     @cached_property
     def shorts(self) -> dict[str, Table]:
         """Short tables for a README, by name; they are on no page."""
-        found = [questions.short(self.groups[name]) for name in self.tables if self.groups[name].short]
+        found = [SHORT[self.groups[name].kind](self.groups[name]) for name in self.tables if self.groups[name].short]
         return {table.name: table for table in found}
 
     @cached_property

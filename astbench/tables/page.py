@@ -29,6 +29,9 @@ KINDS: dict[str, Maker] = {
 }
 """`kind` of a table.yaml -> what makes the tables."""
 
+SHORT: dict[str, Callable[[Group], Table]] = {"questions": questions.short, "over_dense": perplexity.short}
+"""`kind` -> what makes the short table of a README."""
+
 
 DENSITY = "Density is the share of the visible (query, key) pairs that was attended to."
 """Said on every page that has such a column."""

@@ -12,6 +12,11 @@ from astbench.tables.layout import Row, Table
 from astbench.tables.pages import cells
 from astbench.tables.records import Group, Run
 from astbench.tables.student import interval
+from astbench_registry.registry import config_class
+
+
+TOLD = ("block_size", "budget", "rest", "sub_blocks", "patterns", "coarse_stride")
+"""Options that a short table tells settings apart by."""
 
 
 def untrained(group: Group, groups: Mapping[str, Group]) -> list[Table]:
@@ -57,6 +62,58 @@ def over_dense(group: Group, groups: Mapping[str, Group]) -> list[Table]:
         "over dense (95%, Student over the windows)",
     )
     return [Table(group.name, group.title, head, 2, tuple(rows))]
+
+
+def short(group: Group) -> Table:
+    """The attentions that the table.yaml names, trained in all weights; of several settings best, default and worst.
+
+    Raises:
+        DataError: no such run of one of them.
+    """
+    rows = []
+    for name in group.short:
+        runs = [r for r in group.runs if r.attention["name"] == name and labels.learned(r) == "all weights"]
+        if not runs:
+            raise DataError(f"the short table of {group.name} wants {name} tuned, and no run of it is there")
+        rows += _told_apart(sorted(runs, key=lambda r: float(r.metrics["perplexity"])))
+    dense = next(run for label, run in rows if run.attention["name"] == "dense")
+    rows.sort(key=lambda row: (row[1] is not dense, float(row[1].metrics["perplexity"])))
+    table = [
+        Row(
+            (
+                label,
+                f"{run.density:.3f}",
+                f"{run.metrics['perplexity']:.2f}",
+                "" if run is dense else over(run, dense),
+            ),
+            (run,),
+        )
+        for label, run in rows
+    ]
+    head = ("attention", "density", "perplexity", "over dense (95%)")
+    return Table(f"{group.name}.short", group.title, head, 1, tuple(table))
+
+
+def _told_apart(runs: list[Run]) -> list[tuple[str, Run]]:
+    """Labels of one attention's runs, the best first: the only one, or best, default options and worst."""
+    if len(runs) == 1:
+        return [(labels.name(runs[0]), runs[0])]
+    chosen = {"best": runs[0], "defaults": _default(runs), "worst": runs[-1]}
+    return [(f"`{run.attention['name']}`, {what}: `{_told(run)}`", run) for what, run in chosen.items()]
+
+
+def _told(run: Run) -> str:
+    """The options that tell settings apart: the block's size, and others that are not the default."""
+    options, default = run.attention, config_class(str(run.attention["name"]))().as_dict()
+    told = [name for name in TOLD if name in options and (name == "block_size" or options[name] != default[name])]
+    return " ".join(f"{name}={str(options[name]).lower()}" for name in told)
+
+
+def _default(runs: list[Run]) -> Run:
+    """The run whose density is the default one, and of which nothing is to be said beside its name."""
+    default = config_class(str(runs[0].attention["name"]))()
+    plain = [r for r in runs if labels.described(r) == f"`{r.attention['name']}`"]
+    return next(r for r in plain if r.attention["density"] == getattr(default, "density", None))
 
 
 def _stage(run: Run) -> tuple[int, float]:
