@@ -9,6 +9,7 @@ from textwrap import dedent
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -83,6 +84,15 @@ DEMO = [
 """A fit of a few seconds."""
 
 
+_savefig = Figure.savefig
+
+
+def sketched(figure, file, **options):
+    """`Figure.savefig` without the layout engine, at 20 dots per inch."""
+    figure.set_layout_engine("none")
+    _savefig(figure, file, dpi=20)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended."""
@@ -107,8 +117,13 @@ def fresh_registry(monkeypatch):
 
 @pytest.fixture
 def astbench(capsys, monkeypatch, fresh_registry):
-    """Run a command line in this process: `astbench("list")`."""
+    """Run a command line in this process: `astbench("list")`.
+
+    Its pictures are sketches: laid out once and small. Whole ones, of all kinds, are drawn in `test_runs.py` and by
+    the runs in processes of their own; here they would be a third of what a tiny fit takes.
+    """
     monkeypatch.setattr("sys.argv", ["astbench"])
+    monkeypatch.setattr(Figure, "savefig", sketched)
     before = signal.getsignal(signal.SIGTERM)
 
     def run(*words):

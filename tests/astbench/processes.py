@@ -35,7 +35,7 @@ class Runner:
             target=child, args=([str(w) for w in words], [str(file) for file in self.files], end)
         )
         process.start()
-        process.join(120)
+        process.join(300)
         assert process.exitcode is not None, "still running"
         out, self.errors = (file.read_text() for file in self.files)
         return process.exitcode, out + self.errors

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
+from astbench_registry.block_selection import Call
 from tests.oracles import BATCH, DIM, HEADS, KV_HEADS, draw
 from tests.registry.building import build
 
@@ -95,5 +96,5 @@ def test_flops_grow_by_what_the_counter_sees(pattern):
     module, mask = layer(), AttentionMask(pattern)
     declared = module.coarse_keys.flops(BATCH, HEADS, 130, 130, DIM, mask)
     with FlopCounterMode(display=False) as counter:
-        module.coarse_keys(q, k, v, mask, 1.0, "gather")
+        module.coarse_keys(Call.of(module.shape, q, k, v, mask, 1.0), "gather")
     assert declared == counter.get_total_flops()
