@@ -99,11 +99,15 @@ def _begin(budget: float) -> dict[str, Any]:
     }
 
 
+def kernel_tests() -> list[str]:
+    """The files that test the Triton kernels; without what compiles ahead of time, which needs no GPU."""
+    folder = ROOT / "tests" / "kernels" / "triton"
+    return [str(f) for f in sorted(folder.glob("test_*.py")) if f.stem != "test_compile"]
+
+
 def _tests(out: Path, seconds: float) -> dict[str, Any]:
     """The Triton kernels compiled instead of interpreted, and what is marked `gpu`."""
-    folder = ROOT / "tests" / "kernels"
-    # What compiles ahead of time needs no GPU, and has been run without one.
-    files = [str(f) for f in sorted(folder.glob("test_triton*.py")) if f.stem != "test_triton_compile"]
+    files = kernel_tests()
     if not files or find_spec("pytest") is None:
         return {"state": "not run", "why": "no tests here, or no pytest"}
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []

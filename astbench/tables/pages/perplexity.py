@@ -14,7 +14,6 @@ from astbench.tables.records import Group, Run
 from astbench.tables.student import interval
 from astbench_registry.registry import config_class
 
-
 TOLD = ("block_size", "budget", "rest", "sub_blocks", "patterns", "coarse_stride")
 """Options that a short table tells settings apart by."""
 

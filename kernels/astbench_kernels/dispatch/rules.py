@@ -16,12 +16,12 @@ from astbench_kernels.dispatch.measured import EFFICIENCIES, Efficiency
 GatherSchedule = Literal["query_major", "key_major", "masked"]
 
 CHUNK_BYTES = 2**20
-"""gather, query-major: gathered keys held at a time. Measured (docs/cpu-notes.md, the table of changes): 0.5-2 MB is
+"""gather, query-major: gathered keys held at a time. Measured (docs/cpu.md, the table of changes): 0.5-2 MB is
 the flat bottom of the curve on the CPUs measured."""
 
 KEY_MAJOR_BELOW = 0.5
 """gather: query rows a list, over the keys of a block, below which the work is done key block by key block. Measured
-(docs/cpu-notes.md, "Where the two meet"): with blocks of 16 both ways cost the same at 8 rows, with blocks of 64 at
+(docs/cpu.md, "Where the two meet"): with blocks of 16 both ways cost the same at 8 rows, with blocks of 64 at
 32; at one row the difference is tenfold."""
 
 SHORTEST_TILE = 16
@@ -30,7 +30,7 @@ computed; a decoding step's one or few rows gather their own keys. Not measured.
 
 QUERY_MAJOR_PAIR, QUERY_MAJOR_COPY = 0.7, 30
 """gather, query-major: what a pair costs, and copying its key for the list, over that, if one query row shared it. This
-and the next ones measured (docs/cpu-notes.md, "All pairs"), forward and backward, heads of 64; in pairs of the masked
+and the next ones measured (docs/cpu.md, "All pairs"), forward and backward, heads of 64; in pairs of the masked
 schedule that no list names, 15 ns."""
 
 KEY_MAJOR_PAIR, KEY_MAJOR_ROW, KEY_MAJOR_BLOCK = 0.5, 55, 1500
@@ -40,7 +40,7 @@ MASKED_PICK = 0.7
 """gather, masked: what a listed pair costs more than others."""
 
 CHUNK_PAIRS = 2**18
-"""gather, masked: pairs of queries with all keys that are computed at a time. Measured (docs/cpu-notes.md, "All
+"""gather, masked: pairs of queries with all keys that are computed at a time. Measured (docs/cpu.md, "All
 pairs"): half of it and twice as many are slower by up to a fifth."""
 
 MIN_ROWS_PER_LIST = 16
@@ -288,7 +288,7 @@ TABLE = (
         lambda shapes: _gather(shapes) == "masked",
         "where sequences are short, blocks small, or most is listed, computing all pairs and picking the listed ones "
         "is faster than leaving any out",
-        'docs/cpu-notes.md, "All pairs"',
+        'docs/cpu.md, "All pairs"',
     ),
     Row(
         "gather",
@@ -297,7 +297,7 @@ TABLE = (
         f"{SHORTEST_TILE} on average",
         lambda shapes: _gather(shapes) == "key_major",
         "copying each list's own keys would cost more than the work on them",
-        'docs/cpu-notes.md, "Where the two meet"',
+        'docs/cpu.md, "Where the two meet"',
     ),
     Row(
         "gather",
@@ -314,7 +314,7 @@ TABLE = (
         f"elsewhere; at least {KEY_MAJOR_BELOW} x block_size query rows share a list",
         lambda shapes: True,
         "enough rows share the keys that are copied for them",
-        'docs/cpu-notes.md, "Where the two meet"',
+        'docs/cpu.md, "Where the two meet"',
     ),
 )
 """The first row whose condition holds decides."""
