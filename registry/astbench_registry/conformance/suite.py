@@ -1,6 +1,6 @@
 """The conformance suite: what every attention must do, whoever wrote it.
 
-One implementation for pytest (`tests/registry/conformance/test_conformance.py`) and for `astbench check NAME`. It builds
+One implementation for pytest (`tests/registry/conformance/`) and for `astbench check NAME`. It builds
 the variant with small options, runs it on short inputs in float64 whose sizes all differ, and compares it
 with itself or with attention written out. What a variant declares it cannot do (its capability record) is
 skipped, with that reason; nothing else is.
