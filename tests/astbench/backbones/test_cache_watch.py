@@ -19,7 +19,7 @@ SETTINGS = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None, "pad
 
 
 def swapped(family="llama", name="ast", **options):
-    """The model, and the blocks in each call of the first layer's `summarise`."""
+    """The model, and the blocks in each call of the first layer's `block_features`."""
     model = tiny_model(family)
     handle = swap_attention(model, name, {**AST, **options})
     counted = []
@@ -28,13 +28,13 @@ def swapped(family="llama", name="ast", **options):
         for parameter in slot.attention.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     attention = handle.slots[-1].attention
-    summarise = attention.summarise
+    block_features = attention.block_features
 
-    def counting(k, v, mask, grid, **rest):
+    def counting(call, grid, **rest):
         counted.append(grid.num_blocks)
-        return summarise(k, v, mask, grid, **rest)
+        return block_features(call, grid, **rest)
 
-    attention.summarise = counting
+    attention.block_features = counting
     return model, counted, handle
 
 
@@ -240,8 +240,8 @@ def test_a_copied_and_a_loaded_model_keep_them_too():
     for other in (copy.deepcopy(model), torch.load(whole, weights_only=False)):
         seen = []
         attention = other.model.layers[0].self_attn.astbench.attention
-        attention.summarise = lambda k, *rest, to=attention.summarise, seen=seen, **named: (
-            seen.append(k.shape[2]) or to(k, *rest, **named)
+        attention.block_features = lambda call, grid, to=attention.block_features, seen=seen, **named: (
+            seen.append(call.k.shape[2]) or to(call, grid, **named)
         )
         cache = DynamicCache(config=other.config)
         with torch.no_grad():

@@ -19,7 +19,7 @@ OPTIONS = {
 
 
 def layer(name):
-    """The layer, and the number of blocks in each call of its `summarise`."""
+    """The layer, and the number of blocks in each call of its `block_features`."""
     torch.manual_seed(0)
     module = build_attention(name, OPTIONS[name], AttentionShape(HEADS, KV_HEADS, DIM)).double().eval()
     for parameter in module.parameters():
