@@ -33,7 +33,7 @@ from astbench.runs.progress import build_loggers, progress_bar
 from astbench.tasks import Task, find_task
 from astbench.training.optim import OptimConfig
 from astbench.training.trainer import TRAINER_DEFAULTS
-from astbench_registry.registry import config_class
+from astbench_registry.registry import config_class, current_names
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
@@ -178,6 +178,7 @@ class CLI(LightningCLI):
             return None
         file = checkpoint_file(options.ckpt_path)
         trained = read_checkpoint(file)["hyper_parameters"]
+        trained = {**trained, "attention": current_names(trained["attention"])}
         fixed = {k: (trained["task"] or {}).get(k) for k in self.module_class.fixed_task_options}
         for group in ("attention", "backbone", "task"):
             now = group_options(options[group])

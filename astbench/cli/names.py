@@ -6,6 +6,7 @@ is built for exactly those classes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from astbench.tasks import find_task, load_plugin, registered_tasks
 from astbench.tasks.registry import task_of_class
 from astbench_registry import PluginError, RegistryError
 from astbench_registry import load_plugin as load_attentions
-from astbench_registry.registry import config_class
+from astbench_registry.registry import config_class, current_names, registered
 
 
 def read_names(argv: Sequence[str]) -> CommandLine:
@@ -30,10 +31,9 @@ def read_names(argv: Sequence[str]) -> CommandLine:
     try:
         for plugin in line.plugins:
             load_plugin(plugin)
-        line = _registered_as(line)
+        return _under_current_names(_registered_as(line))
     except RegistryError as error:
         raise NameOrPluginError(str(error)) from error
-    return line
 
 
 def _registered_as(line: CommandLine) -> CommandLine:
@@ -45,6 +45,27 @@ def _registered_as(line: CommandLine) -> CommandLine:
         plugins = dict.fromkeys([*line.plugins, line.task.rpartition(":")[0]])
         line = replace(line, task=task_of_class(line.task), plugins=tuple(plugins))
     return line
+
+
+def _under_current_names(line: CommandLine) -> CommandLine:
+    """Options of the attention that were given by a former name, by today's; what was typed so is told on stderr."""
+    if line.attention not in registered():
+        return line  # missing or unknown, which check_names says; or several, of a bench
+    renamed = config_class(line.attention).renamed
+    options = []
+    for option in line.options:
+        former = option.name.removeprefix("--attention.")
+        if option.name.startswith("--attention.") and former in renamed:
+            option = replace(option, name=f"--attention.{renamed[former]}")
+            print(f"astbench: note: --attention.{former} is called {option.name} now", file=sys.stderr)
+        options.append(option)
+    configs = tuple(
+        replace(config, data={**config.data, "attention": current_names(config.data["attention"])})
+        if isinstance(config.data.get("attention"), dict)
+        else config
+        for config in line.configs
+    )
+    return replace(line, options=tuple(options), configs=configs)
 
 
 def name_of_class(target: str) -> str:

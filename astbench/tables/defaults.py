@@ -16,7 +16,7 @@ from astbench.bench.config import BenchConfig
 from astbench.tasks import find_task
 from astbench.training.optim import OptimConfig
 from astbench.training.trainer import TRAINER_DEFAULTS
-from astbench_registry.registry import config_class
+from astbench_registry.registry import config_class, current_names
 
 GROUPS = ("attention", "task", "data", "optim", "backbone", "trainer")
 """Groups of options that decide what a run computes."""
@@ -27,7 +27,8 @@ Options = dict[str, Any]
 
 def flatten(config: Mapping[str, Any]) -> Options:
     """`{group: {option: value}}` as `{group.option: value}`, with the seed and what the weights start from."""
-    flat = {f"{group}.{key}": value for group in GROUPS for key, value in (config.get(group) or {}).items()}
+    groups = {**config, "attention": current_names(config.get("attention") or {})}
+    flat = {f"{group}.{key}": value for group in GROUPS for key, value in (groups.get(group) or {}).items()}
     flat["seed_everything"] = config.get("seed_everything", config.get("seed", 0))
     flat["init_from"] = config.get("init_from")
     return flat

@@ -17,6 +17,7 @@ import yaml
 from astbench.errors import DataError
 from astbench.files.reading import read_text
 from astbench.runs.record import SCHEMA
+from astbench_registry.registry import current_names
 
 Record = dict[str, Any]
 
@@ -62,7 +63,7 @@ class Run:
     @property
     def attention(self) -> dict[str, Any]:
         """The attention's options as they ran, `name` among them."""
-        return dict(self.record["config"]["attention"])
+        return current_names(self.record["config"]["attention"])
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -91,7 +91,7 @@ TASKS: dict[str, Task] = {
                 "attention.min_blocks": 6,
                 "attention.local_blocks": 1,
                 # A first block that every group sees is a relay to all others: with it, random blocks suffice.
-                "attention.first_block": False,
+                "attention.sink_block": False,
                 # Dense first, then ever fewer dense steps: matching names is learned before choosing where to look
                 # for them, and is kept up until the choice is learned too.
                 "attention.density_start": 1.0,
@@ -153,7 +153,7 @@ TASKS: dict[str, Task] = {
                 "attention.query_group": 1,
                 "attention.density": 0.25,
                 "attention.min_blocks": 2,
-                "attention.first_block": False,
+                "attention.sink_block": False,
                 # Dense first: which words belong together is learned before choosing among them.
                 "attention.density_start": 1.0,
                 "attention.density_hold": 100,
@@ -186,7 +186,7 @@ TASKS: dict[str, Task] = {
                 "attention.block_size": 4,
                 "attention.density": 0.125,
                 "attention.min_blocks": 8,
-                "attention.first_block": False,
+                "attention.sink_block": False,
                 "attention.distill_fraction": 1.0,
             },
         ),
@@ -210,7 +210,7 @@ TASKS: dict[str, Task] = {
                 "attention.block_size": 4,
                 "attention.density": 0.125,
                 "attention.min_blocks": 4,
-                "attention.first_block": False,
+                "attention.sink_block": False,
                 "attention.distill_fraction": 1.0,
                 # Dense first: sparse from the start, it finds one of the needles and not the one asked for.
                 "attention.density_start": 1.0,

@@ -133,6 +133,7 @@ class AttentionConfig:
         full_density_options: Options at which it equals dense attention, whatever the others are; read when
             `capabilities.exact_at_full_density`.
         always_shown: Options that :meth:`headline` shows even at their defaults.
+        renamed: Former name of an option -> its name. Both are taken, so that old records and checkpoints load.
     """
 
     capabilities: ClassVar[Capabilities]
@@ -141,6 +142,13 @@ class AttentionConfig:
     conformance_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     full_density_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     always_shown: ClassVar[tuple[str, ...]] = ("block_size", "query_group", "density", "window")
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    @classmethod
+    def current(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The same options, former names replaced; where both are given, the name of today counts."""
+        former = {cls.renamed[key]: value for key, value in options.items() if key in cls.renamed}
+        return {**former, **{key: value for key, value in options.items() if key not in cls.renamed}}
 
     def headline(self) -> dict[str, Any]:
         """The options that a run's first lines show: what decides where is attended, and all that is not default."""

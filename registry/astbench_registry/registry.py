@@ -209,6 +209,7 @@ def build_attention(name: str, options: Mapping[str, Any] | AttentionConfig, sha
 def make_config(name: str, options: Mapping[str, Any]) -> AttentionConfig:
     """Plain options to the variant's frozen dataclass. Raises as :func:`build_attention`."""
     cls = config_class(name)
+    options = cls.current(options)
     known = [f.name for f in fields(cls)]
     types = option_types(cls)
     for option, value in options.items():
@@ -219,6 +220,13 @@ def make_config(name: str, options: Mapping[str, Any]) -> AttentionConfig:
         if not _of_type(value, types.get(option, Any)):
             raise ValueError(f"--attention.{option} must be {type_name(types[option])}, got {value!r}")
     return cls(**options)
+
+
+def current_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """An attention's options, `name` among them, as a record or checkpoint holds them, under their names of today."""
+    name = options.get("name")
+    known = name is not None and ":" not in str(name) and name in registered()
+    return config_class(str(name)).current(options) if known else dict(options)
 
 
 def option_types(cls: type[AttentionConfig]) -> dict[str, Any]:

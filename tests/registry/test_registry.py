@@ -24,7 +24,7 @@ from astbench_registry import (
 from astbench_registry.capabilities import PATTERNS
 from astbench_registry.configs.block_selection import PooledTopKConfig
 from astbench_registry.conformance import check
-from astbench_registry.registry import clashes, make_config
+from astbench_registry.registry import clashes, current_names, make_config
 from astbench_registry.table import BUILTIN
 
 SHAPE = AttentionShape(num_heads=2, num_kv_heads=1, head_dim=5, hidden_size=10, max_positions=64)
@@ -469,3 +469,13 @@ def test_loose_file_against_an_installed_plugin(install, plugin):
     with pytest.raises(PluginError) as error:
         load_plugin(path)
     assert message(error) == f"attention 'mine' is registered twice: by fake-pack and by {path}; rename one"
+
+
+def test_a_former_name_of_an_option_is_taken():
+    """Records and checkpoints of before hold it."""
+    assert make_config("ast", {"first_block": False}) == make_config("ast", {"sink_block": False})
+    assert make_config("ast", {"first_block": False, "sink_block": True}).sink_block
+    assert current_names({"name": "ast", "first_block": False}) == {"name": "ast", "sink_block": False}
+    assert current_names({"name": "gone", "first_block": False}) == {"name": "gone", "first_block": False}
+    with pytest.raises(ValueError, match="no option 'last_block'"):
+        make_config("ast", {"last_block": True})

@@ -28,8 +28,8 @@ def run(words: list[str]) -> int:
         if "=" in names[1]:
             raise ConfigError(f"astbench describe takes {names[1]} only with --explain")
         raise ConfigError(f"astbench describe takes one name, got {' '.join(names)}")
-    options = line.attention_options("describe", "--explain")
     config = config_class(names[0])
+    options = config.current(line.attention_options("describe", "--explain"))
     chosen = make_config(names[0], options)
     if explain:
         print(explain_call(names[0], chosen, list(names[1:])))
@@ -43,7 +43,9 @@ def run(words: list[str]) -> int:
         kind = type_name(types[field.name]) if field.name in types else str(field.type)
         given = f", here {getattr(chosen, field.name)!r}" if field.name in options else ""
         print(f"  {field.name:<20} {kind:<44} default {getattr(config(), field.name)!r}{given}")
-        print(f"  {'':<20} {help_of.get(field.name, '')}")
+        former = [old for old, new in config.renamed.items() if new == field.name]
+        formerly = f" (formerly {', '.join(former)})" if former else ""
+        print(f"  {'':<20} {help_of.get(field.name, '')}{formerly}")
     return 0
 
 

@@ -171,7 +171,7 @@ def launches_of_choice(choice: ReportedChoice) -> list[Launch]:
         length,
         causal=choice.causal,
         local_blocks=0,
-        first_block=True,
+        sink_block=True,
     )
     dim = choice.head_dim + choice.rank
     left = torch.zeros(batch, choice.heads, rows, dim)

@@ -123,7 +123,7 @@ class FactoredBlockSelection(BlockSelectingAttention):
             query_offset=mask.query_offset,
             causal=mask.causal,
             local_blocks=None if mask.cross else config.local_blocks,
-            first_block=config.first_block,
+            sink_block=config.sink_block,
         )
         seen = None
         if mask.key_valid is not None:

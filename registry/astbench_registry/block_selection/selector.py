@@ -63,7 +63,7 @@ class BlockSelector:
         if not mask.cross:
             reach = config.local_blocks * size
             always_kept = (start <= last[:, None] + reach) & (stop > first[:, None] - reach)
-        if config.first_block:
+        if config.sink_block:
             always_kept = always_kept | (start == 0)
         visible = visible[None, None]
         if mask.key_valid is not None:

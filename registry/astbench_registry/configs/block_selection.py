@@ -20,7 +20,8 @@ class BlockSelectionConfig(AttentionConfig):
         top_k: Blocks each row keeps, instead of `density`.
         min_blocks: Never fewer blocks than this (or than are visible).
         local_blocks: Blocks kept on each side of the query's own (causal: before it).
-        first_block: Always keep the first block of the keys.
+        sink_block: Always keep the first block of the keys, where softmax leaves mass that it has no use for (Xiao et
+            al. 2023, arXiv 2309.17453).
         backend: Kernel (`astbench doctor` says which can run here).
     """
 
@@ -30,12 +31,13 @@ class BlockSelectionConfig(AttentionConfig):
     top_k: int | None = None
     min_blocks: int = 8
     local_blocks: int = 0
-    first_block: bool = True
+    sink_block: bool = True
     backend: SparseBackend = "auto"
 
     capabilities: ClassVar = Capabilities(
         patterns=PATTERNS, decode=True, exact_at_full_density=True, yields_layout=True
     )
+    renamed: ClassVar = {"first_block": "sink_block"}
     # Blocks of 16 and a floor of 8 of them would keep everything in the suite's inputs.
     conformance_options: ClassVar = {"block_size": 4, "min_blocks": 2, "density": 0.3}
     full_density_options: ClassVar = {"density": 1.0, "top_k": None}
@@ -117,7 +119,7 @@ class TokenTopKConfig(BlockSelectionConfig):
     density: ClassVar[float] = 1.0  # type: ignore[misc]
     min_blocks: ClassVar[int] = 1  # type: ignore[misc]
     local_blocks: ClassVar[int] = 0  # type: ignore[misc]
-    first_block: ClassVar[bool] = False  # type: ignore[misc]
+    sink_block: ClassVar[bool] = False  # type: ignore[misc]
 
     complexity: ClassVar = "N top_k block_size + N M / block_size"
     conformance_options: ClassVar = {"block_size": 4, "top_k": 4}

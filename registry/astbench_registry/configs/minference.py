@@ -35,7 +35,7 @@ class MInferenceConfig(BlockSelectionConfig):
     top_k: ClassVar[int | None] = None  # type: ignore[misc]
     min_blocks: ClassVar[int] = 1  # type: ignore[misc]
     local_blocks: ClassVar[int] = 0  # type: ignore[misc]
-    first_block: ClassVar[bool] = False  # type: ignore[misc]
+    sink_block: ClassVar[bool] = False  # type: ignore[misc]
 
     capabilities: ClassVar = replace(
         BlockSelectionConfig.capabilities, patterns=("causal_self",), decode=False, strictly_causal=False

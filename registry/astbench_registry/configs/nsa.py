@@ -28,7 +28,7 @@ class NSAConfig(TokenTopKConfig):
     window: int = 512
 
     local_blocks: ClassVar[int] = 1  # type: ignore[misc]
-    first_block: ClassVar[bool] = True  # type: ignore[misc]
+    sink_block: ClassVar[bool] = True  # type: ignore[misc]
 
     capabilities: ClassVar = replace(
         TokenTopKConfig.capabilities,

@@ -25,7 +25,7 @@ class SeerConfig(BlockSelectionConfig):
 
     block_size: int = 64
     min_blocks: int = 1
-    first_block: bool = False
+    sink_block: bool = False
     threshold: float | None = None
     gate_dim: int | None = None
     distill_weight: float = 1.0

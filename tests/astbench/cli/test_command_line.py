@@ -214,3 +214,16 @@ def test_every_file_is_opened_once(resolved, folder, tmp_path, monkeypatch, word
     assert sorted(name for name in opened if name.endswith(".yaml") and "astbench-" not in name) == sorted(
         f"{file}.yaml" for file in files
     )
+
+
+def test_a_former_name_of_an_option_is_taken_with_a_note(astbench, tmp_path, capsys):
+    file = tmp_path / "old.yaml"
+    file.write_text("attention: {name: ast, first_block: false}\ntask: triviaqa\n")
+    for words, sink in ((["--attention.first_block", "true"], True), ([], False)):
+        with pytest.raises(SystemExit) as end:  # jsonargparse's own end of --print_config
+            astbench("fit", f"--config={file}", *words, "--print_config")
+        out, err = capsys.readouterr()
+        assert not end.value.code and yaml.safe_load(out)["attention"]["sink_block"] is sink
+        assert ("--attention.first_block is called --attention.sink_block now" in err) is bool(words)
+    described = astbench("describe", "ast", "--attention.first_block=false")
+    assert "(formerly first_block)" in described.out and "here False" in described.out

@@ -21,7 +21,7 @@ OPTIONS = {
     "query_group": BLOCK * BLOCKS,
     "min_blocks": 1,
     "top_k": 2,
-    "first_block": False,
+    "sink_block": False,
     "distill_weight": 0.0,
     "rank": 8,
 }

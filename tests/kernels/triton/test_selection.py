@@ -109,11 +109,11 @@ CASES = {
     "padded": Case(padding=0.6),
     "padded-bidirectional": Case(pattern="bidirectional_self", padding=0.8, options={"query_group": 4}),
     "all-padding": Case(23, 23, padding=1.0),
-    "first-block-competes": Case(options={"first_block": False}),
+    "first-block-competes": Case(options={"sink_block": False}),
     "nothing-forced": Case(
-        19, 37, pattern="bidirectional_cross", options={"query_group": 1, "first_block": False, "min_blocks": 1}
+        19, 37, pattern="bidirectional_cross", options={"query_group": 1, "sink_block": False, "min_blocks": 1}
     ),
-    "local-blocks": Case(options={"local_blocks": 2, "first_block": False}),
+    "local-blocks": Case(options={"local_blocks": 2, "sink_block": False}),
     "local-blocks-both-sides": Case(pattern="bidirectional_self", options={"local_blocks": 1, "query_group": 4}),
     "more-forced-than-budget": Case(37, 37, options={"local_blocks": 5, "top_k": 2, "min_blocks": 1}),
     "local-blocks-beyond-32-bits": Case(29, 29, options={"local_blocks": 2**31}),
@@ -278,7 +278,7 @@ def never(*args, **kwargs):
         ("causal_self", 40, {"query_group": 4, "local_blocks": 1}),
         ("bidirectional_self", 0, {"query_group": 8}),
         ("bidirectional_cross", 0, {"top_k": 3}),
-        ("causal_cross", 0, {"first_block": False}),
+        ("causal_cross", 0, {"sink_block": False}),
     ],
 )
 def test_fused_layer_chooses_the_same(monkeypatch, pattern, offset, options, name, padding):

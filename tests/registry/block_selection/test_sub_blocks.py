@@ -15,7 +15,7 @@ DIM, TOKENS = 8, 61
 
 
 def layer(name, **options):
-    given = {"block_size": 8, "min_blocks": 1, "density": 0.4, "first_block": False, "query_group": 1}
+    given = {"block_size": 8, "min_blocks": 1, "density": 0.4, "sink_block": False, "query_group": 1}
     return build(name, {**given, **options}, dim=DIM)
 
 

@@ -20,7 +20,7 @@ AST_OPTIONS = {
     "straight-through-only": {"distill_weight": 0.0},
     "query-group-4": {"query_group": 4},
     "top-k": {"top_k": 3, "block_size": 3, "min_blocks": 1},
-    "no-forced-first-block-wide-local": {"first_block": False, "local_blocks": 1},
+    "no-forced-first-block-wide-local": {"sink_block": False, "local_blocks": 1},
     "sampled": {"sample": True},
     "mixed-density-schedule": {
         "density_start": 0.9, "density_hold": 1, "density_steps": 4, "density_schedule": "mixed"

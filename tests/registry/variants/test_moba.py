@@ -78,7 +78,7 @@ def test_the_first_block_has_to_earn_its_place():
 
 def test_every_token_chooses_under_all_patterns():
     (q, k, v), _ = draw(130, 130)
-    pooled = {"block_size": 5, "top_k": 4, "min_blocks": 1, "query_group": 1, "first_block": False}
+    pooled = {"block_size": 5, "top_k": 4, "min_blocks": 1, "query_group": 1, "sink_block": False}
     control = build_attention("pooled_topk", pooled, AttentionShape(HEADS, KV_HEADS, DIM))
     assert isinstance(control, PooledTopKAttention)
     for pattern in ("bidirectional_self", "causal_self"):
@@ -101,5 +101,5 @@ def test_scores_cost_what_the_counter_sees():
 def test_options_are_the_papers():
     with pytest.raises(ValueError, match="top_k must be at least 1 block, got 0"):
         moba(top_k=0)
-    with pytest.raises(ValueError, match="first_block"):
-        moba(first_block=True)
+    with pytest.raises(ValueError, match="sink_block"):
+        moba(sink_block=True)

@@ -143,7 +143,7 @@ def random_blocks(*, seed=0, layer=0, length=512):
         "top_k": 4,
         "min_blocks": 1,
         "query_group": 1,
-        "first_block": False,
+        "sink_block": False,
         "seed": seed,
     }
     (q, k, v), _ = draw(length, batch=1)
@@ -246,7 +246,7 @@ def test_patterns_are_cosines_of_the_distance_in_blocks():
 
 def test_heads_learn_which_pattern_to_follow():
     """One head's attention is near, the other's periodic; content says nothing."""
-    options = {"block_size": 4, "top_k": 5, "min_blocks": 1, "query_group": 1, "first_block": False, "patterns": 5}
+    options = {"block_size": 4, "top_k": 5, "min_blocks": 1, "query_group": 1, "sink_block": False, "patterns": 5}
     learner = {**options, "estimator": "none", "distill_weight": 1.0, "distill_fraction": 1.0}
     module = build_attention("ast", learner, AttentionShape(2, 2, 8)).double().train()
     torch.manual_seed(0)
@@ -388,7 +388,7 @@ def test_ast_schedules():
 
 
 def test_sampled_blocks_are_kept_as_often_as_the_differentiable_top_k_says():
-    options = {"block_size": 1, "query_group": 1, "top_k": 6, "min_blocks": 1, "first_block": False}
+    options = {"block_size": 1, "query_group": 1, "top_k": 6, "min_blocks": 1, "sink_block": False}
     attention = build_attention("ast", {**options, "sample": True}, AttentionShape(1, 1, 8)).train()
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, 24, 8, generator=g) for _ in range(3))

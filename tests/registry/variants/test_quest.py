@@ -100,5 +100,5 @@ def test_scores_cost_what_the_counter_sees():
 def test_options_are_the_papers():
     with pytest.raises(ValueError, match="top_k must be at least 1 block, got 0"):
         quest(top_k=0)
-    with pytest.raises(ValueError, match="first_block"):
-        quest(first_block=True)
+    with pytest.raises(ValueError, match="sink_block"):
+        quest(sink_block=True)

@@ -148,7 +148,7 @@ def test_distillation_teaches_the_blocks_of_most_mass():
     options = {"block_size": SIZE, "query_group": 1, "top_k": 3}
     torch.manual_seed(0)
     module = build_attention("seer", options, shape).double()
-    oracle = build_attention("oracle_topk", {**options, "min_blocks": 1, "first_block": False}, shape).double()
+    oracle = build_attention("oracle_topk", {**options, "min_blocks": 1, "sink_block": False}, shape).double()
     held_out, context = planted(999), AttentionContext(collect_stats=True)
 
     def recall():

@@ -147,7 +147,7 @@ def _launch(arguments: dict[str, Any], rule: BlockRule, tile: Tile, *, has_seen:
         "CAUSAL": rule.causal,
         "OWN": rule.local_blocks is not None,
         "REACH": min((rule.local_blocks or 0) * rule.block_size, 2**30),  # with a position, still 32 bits
-        "FIRST": rule.first_block,
+        "FIRST": rule.sink_block,
         "HAS_SEEN": has_seen,
         "KV_HEADS": kv_heads,
         "DIM": dim,

@@ -21,7 +21,7 @@ class BlockRule:
             before its first row. Needs `local_blocks`, if only 0: causal queries stand among the keys.
         local_blocks: The blocks that a group stands in are always kept, and so many on each side of them; None when
             queries and keys are two sequences.
-        first_block: Block 0 is always kept.
+        sink_block: Block 0 is always kept.
     """
 
     block_size: int
@@ -31,7 +31,7 @@ class BlockRule:
     query_offset: int = 0
     causal: bool = False
     local_blocks: int | None = None
-    first_block: bool = False
+    sink_block: bool = False
 
     def __post_init__(self) -> None:
         if self.causal and self.local_blocks is None:
@@ -62,7 +62,7 @@ class BlockRule:
     @property
     def most_always_kept(self) -> int:
         """No group has more blocks that are always kept."""
-        always_kept = int(self.first_block)
+        always_kept = int(self.sink_block)
         if self.local_blocks is not None:
             tokens = min(self.query_group, self.query_length) + 2 * self.local_blocks * self.block_size
             # A run of tokens that starts on a block's last one touches the most blocks.

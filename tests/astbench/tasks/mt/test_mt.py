@@ -436,7 +436,7 @@ def test_the_loss_is_smoothed_cross_entropy_over_real_targets():
 # -- attention in an encoder-decoder --------------------------------------------------------------------------
 
 BATCH, SOURCE, TARGET = 3, 29, 23
-SPARSE = {"density": 0.3, "block_size": 4, "min_blocks": 2, "first_block": False}
+SPARSE = {"density": 0.3, "block_size": 4, "min_blocks": 2, "sink_block": False}
 VARIANTS = {
     "dense": ("dense", {}),
     "ast": ("ast", {**SPARSE, "query_group": 1}),
