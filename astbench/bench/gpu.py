@@ -111,7 +111,8 @@ def _tests(out: Path, seconds: float) -> dict[str, Any]:
     if not files or find_spec("pytest") is None:
         return {"state": "not run", "why": "no tests here, or no pytest"}
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    # pytest-benchmark, where a machine has it, warns beside xdist, and warnings are errors.
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     calls = [
         [*pytest, *workers, *files],
         [*pytest, "-m", "gpu", *(str(ROOT / "tests" / part) for part in ("gpu", "kernels", "registry"))],
