@@ -121,9 +121,12 @@ def commands(page):
 
 SHORT = commands(README)
 PLACEHOLDERS = ("COMMAND", "NAME...", "[options]")
+# Pages of results are generated; tests/astbench/tables/test_repeat.py holds the commands on them.
 LINES = [
     line
-    for line in dict.fromkeys(line for page in PAGES if "log" not in page.parts for line in commands(page))
+    for line in dict.fromkeys(
+        line for page in PAGES if not {"log", "results"} & {*page.parts} for line in commands(page)
+    )
     if line not in SHORT and not any(word in line.split() for word in PLACEHOLDERS)
 ]
 
@@ -178,6 +181,8 @@ def understood(line):
         line = line.replace("--ckpt_path=runs/NAME", "--attention=ast --task=wmt14")
     line = line.replace("--task=NAME", "--task=triviaqa").replace("--attention=NAME", "--attention=ast")
     command, *words = ("ast" if word == "NAME" else word for word in shlex.split(line)[1:])
+    if "--write" in words or "--check" in words:
+        return [command, "--help"]
     if "--help" in words or "--resume=runs/NAME" in words or command in ("--help", "list", "describe", "doctor"):
         return [command, *words]
     return [command, *words, "--help" if command == "check" else "--print_config"]

@@ -346,7 +346,7 @@ def test_a_variant_that_returns_something_else_is_named(monkeypatch):
     right = DenseAttention.forward
 
     def narrow(self, *args, **kwargs):
-        return right(self, *args, **kwargs)._replace(context=torch.zeros(1, 4, 8, 2))
+        return right(self, *args, **kwargs)._replace(out=torch.zeros(1, 4, 8, 2))
 
     for wrong, part in ((narrow, r"got \(1, 4, 8, 2\)"), (lambda *a, **k: torch.zeros(1), "got Tensor")):
         monkeypatch.setattr(DenseAttention, "forward", wrong)

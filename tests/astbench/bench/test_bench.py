@@ -12,6 +12,7 @@ from astbench.bench.config import BenchConfig
 from astbench.errors import ConfigError
 from astbench_kernels import BlockLayout, block_sparse_attention, dense_attention
 from astbench_registry import AttentionMask, AttentionShape, build_attention
+from astbench_registry.block_selection import Call
 
 SMALL = ["--lengths=[64]", "--heads=2", "--head_dim=8", "--rounds=1", "--repeats=2"]
 
@@ -314,8 +315,9 @@ def test_random_lists_keep_the_budget_and_what_is_always_kept(uneven):
     torch.manual_seed(3)
     options = {"block_size": 4, "query_group": 2, "density": 0.5, "min_blocks": 1}
     module = build_attention("ast", options, AttentionShape(3, 3, 8))
-    q, k = torch.zeros(2, 3, 62, 8), torch.zeros(2, 3, 62, 8)
-    layout = lists.random_lists(module, q, k, AttentionMask("causal_self"), uneven=uneven)
+    x = torch.zeros(2, 3, 62, 8)
+    call = Call.of(module.shape, x, x, x, AttentionMask("causal_self"))
+    layout = lists.random_lists(module.selector, call, uneven=uneven)
     keep = layout.to_mask()
     assert keep[..., 0].all(), "the first block"
     own = torch.arange(31) * 2 // 4

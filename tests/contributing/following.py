@@ -8,11 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -75,13 +73,22 @@ def example(name: str) -> str:
     return code[1]
 
 
-@dataclass
 class Tree:
-    """A copy of this tree, by links; what a checklist touches is copied."""
+    """A copy of this tree, by links; what a checklist touches is copied.
 
-    root: Path
-    cwd: Path
-    touched: set[str] = field(default_factory=set)
+    Attributes:
+        root: The copy.
+        cwd: Where commands run, beside it.
+        touched: Kind of change -> the files that its checklist touched.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.cwd = folder / "tree", folder / "work"
+        self.root.mkdir()
+        self.cwd.mkdir()
+        self.touched: dict[str, set[str]] = {}
+        for name in ("astbench", "registry", "kernels", "recipes", "tests", "pyproject.toml"):
+            (self.root / name).symlink_to(ROOT / name)
 
     def follow(self, kind: str, **instead: str) -> None:
         """Do what the checklist says; `instead` gives, by file name, what an item describes in words."""
@@ -89,7 +96,7 @@ class Tree:
             code = step.code or instead[Path(step.path).stem]
             self._open(step.path)
             (self._edit if step.language == "diff" else self._create)(self.root / step.path, code)
-            self.touched.add(step.path)
+            self.touched.setdefault(kind, set()).add(step.path)
 
     def _open(self, path: str) -> None:
         """Make the folders above real ones."""
@@ -113,7 +120,7 @@ class Tree:
     @staticmethod
     def _edit(path: Path, diff: str) -> None:
         lines, at = path.read_text().splitlines(), 0
-        path.unlink()  # the link
+        path.unlink()  # most often a link
         for line in diff.splitlines():
             sign, text = line[0], line[1:]
             if sign == "+":
@@ -127,9 +134,9 @@ class Tree:
                 del lines[at]
         path.write_text("\n".join(lines) + "\n")
 
-    def lint(self) -> None:
-        """Style of what was touched."""
-        files = [path for path in sorted(self.touched) if path.endswith(".py")]
+    def lint(self, *kinds: str) -> None:
+        """Style of what these changes touched."""
+        files = [path for kind in kinds for path in sorted(self.touched[kind]) if path.endswith(".py")]
         ruff = str(Path(sys.executable).parent / "ruff")
         for check in (["check"], ["format", "--check"]):
             command = [ruff, *check, "--no-cache", *files]
@@ -169,28 +176,22 @@ class Outcome:
     err: str
 
 
-def succeed(outcomes: list[Outcome]) -> list[str]:
-    """What they printed; they must all have ended well."""
-    for one in outcomes:
-        assert one.code == 0, one.out + one.err
-    return [one.out for one in outcomes]
+def succeed(outcome: Outcome) -> str:
+    """What a command printed; it must have ended well."""
+    assert outcome.code == 0, outcome.out + outcome.err
+    return outcome.out
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    root, cwd = tmp_path / "tree", tmp_path / "work"
-    root.mkdir()
-    cwd.mkdir()
-    for name in ("astbench", "registry", "kernels", "recipes", "tests", "pyproject.toml"):
-        (root / name).symlink_to(ROOT / name)
-    return Tree(root, cwd)
+class Run:
+    """Commands by name, and how each ended: `run["listed"].out`."""
 
+    def __init__(self, tree: Tree) -> None:
+        self.tree, self._outcomes = tree, dict[str, Outcome]()
 
-@pytest.fixture
-def guide():
-    """What the tests read in CONTRIBUTING.md."""
-    return Guide()
+    def start(self, commands: dict[str, list[str]], before: str = "") -> Run:
+        """Run all, one behind the other, in one process."""
+        self._outcomes = dict(zip(commands, self.tree.run(*commands.values(), before=before), strict=True))
+        return self
 
-
-class Guide:
-    stated, example, succeed = staticmethod(stated), staticmethod(example), staticmethod(succeed)
+    def __getitem__(self, name: str) -> Outcome:
+        return self._outcomes[name]
