@@ -181,7 +181,7 @@ def understood(line):
         line = line.replace("--ckpt_path=runs/NAME", "--attention=ast --task=wmt14")
     line = line.replace("--task=NAME", "--task=triviaqa").replace("--attention=NAME", "--attention=ast")
     command, *words = ("ast" if word == "NAME" else word for word in shlex.split(line)[1:])
-    if "--write" in words or "--check" in words:
+    if command == "table":  # README's shows one; the others are tried in tests/astbench/tables
         return [command, "--help"]
     if "--help" in words or "--resume=runs/NAME" in words or command in ("--help", "list", "describe", "doctor"):
         return [command, *words]

@@ -164,7 +164,7 @@ def _checked(name: str, config: BlockSelectionConfig, layer: Layer) -> Layer:
 def kept_blocks(config: BlockSelectionConfig, layer: Layer, queries: int, causal: bool) -> tuple[int, int]:
     """Blocks kept and blocks visible, summed over rows that see one more block each; one row without a causal mask.
 
-    The budget of :class:`astbench_registry.block_selection.BlockSelectingAttention`.
+    The budget of :class:`astbench_registry.block_selection.BlockSelector`.
     """
     blocks = ceil(layer.M / config.block_size)
     first = ceil((layer.M - queries + 1) / config.block_size) if causal else blocks

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from astbench.cli.command_line import CommandLine, read_command_line
 from astbench.errors import ConfigError, NameOrPluginError
@@ -51,21 +52,39 @@ def _under_current_names(line: CommandLine) -> CommandLine:
     """Options of the attention that were given by a former name, by today's; what was typed so is told on stderr."""
     if line.attention not in registered():
         return line  # missing or unknown, which check_names says; or several, of a bench
-    renamed = config_class(line.attention).renamed
+    attention, renamed = line.attention, config_class(line.attention).renamed
     options = []
     for option in line.options:
         former = option.name.removeprefix("--attention.")
         if option.name.startswith("--attention.") and former in renamed:
+            tell_former(former, renamed[former])
             option = replace(option, name=f"--attention.{renamed[former]}")
-            print(f"astbench: note: --attention.{former} is called {option.name} now", file=sys.stderr)
         options.append(option)
     configs = tuple(
-        replace(config, data={**config.data, "attention": current_names(config.data["attention"])})
+        replace(config, data={**config.data, "attention": _current(config.data["attention"], attention)})
         if isinstance(config.data.get("attention"), dict)
         else config
         for config in line.configs
     )
     return replace(line, options=tuple(options), configs=configs)
+
+
+def _current(given: dict[str, Any], attention: str) -> dict[str, Any]:
+    """A config's options of the attention that it names, or, where it names none, of the chosen one."""
+    return current_names(given) if "name" in given else config_class(attention).current(given)
+
+
+def tell_former(former: str, name: str) -> None:
+    """On stderr: an option was given by a name of before."""
+    print(f"astbench: note: --attention.{former} is called --attention.{name} now", file=sys.stderr)
+
+
+def current_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Typed options of an attention under their names of today, with a note on those that have another."""
+    config = config_class(name)
+    for former in (key for key in options if key in config.renamed):
+        tell_former(former, config.renamed[former])
+    return config.current(options)
 
 
 def name_of_class(target: str) -> str:

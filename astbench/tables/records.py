@@ -132,7 +132,8 @@ def read_groups(results: Path) -> dict[str, Group]:
         if (folder / SIDECAR).is_file() or any(folder.glob(f"*/{RECORD}")):
             found[folder.name] = _group(folder)
     if not found:
-        raise DataError(f"--results={results} holds no NAME/RUN/{RECORD}")
+        hint = f"; name the folder above it: --results={results.parent}" if any(results.glob(f"*/{RECORD}")) else ""
+        raise DataError(f"--results={results} holds no NAME/RUN/{RECORD}{hint}")
     return found
 
 

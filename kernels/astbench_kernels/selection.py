@@ -26,7 +26,7 @@ def select_blocks(scores: Tensor, *, always_kept: Tensor, candidates: Tensor, bu
     Cost: O(groups x key_blocks log budget).
     """
     allowed, budget = always_kept | candidates, budget.expand(scores.shape[:-1])
-    # Forced blocks rank above all others, so that the budget counts them too.
+    # Blocks that are always kept rank above all others, so that the budget counts them too.
     ranked = scores.detach().float().masked_fill(~allowed, -torch.inf).masked_fill_(always_kept, torch.inf)
     # Per group the blocks that any batch row and head may keep: few for a causal mask's first groups.
     anywhere = allowed[(None,) * (4 - allowed.dim())].flatten(0, 1).any(0).expand(scores.shape[2:])

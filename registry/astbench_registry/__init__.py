@@ -22,7 +22,14 @@ from astbench_registry.registry import (
 )
 
 if TYPE_CHECKING:
-    from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+    from astbench_registry.interface import (
+        Attention,
+        AttentionContext,
+        AttentionOutput,
+        AttentionShape,
+        AttentionStats,
+        CacheState,
+    )
     from astbench_registry.mask import AttentionMask
 
 _LAZY = (
@@ -42,6 +49,7 @@ __all__ = [
     "AttentionOutput",
     "AttentionShape",
     "AttentionStats",
+    "CacheState",
     "Capabilities",
     "CapabilityError",
     "Pattern",

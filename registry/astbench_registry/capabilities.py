@@ -146,9 +146,8 @@ class AttentionConfig:
 
     @classmethod
     def current(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The same options, former names replaced; where both are given, the name of today counts."""
-        former = {cls.renamed[key]: value for key, value in options.items() if key in cls.renamed}
-        return {**former, **{key: value for key, value in options.items() if key not in cls.renamed}}
+        """The same options, former names replaced; of both the last one counts."""
+        return {cls.renamed.get(key, key): value for key, value in options.items()}
 
     def headline(self) -> dict[str, Any]:
         """The options that a run's first lines show: what decides where is attended, and all that is not default."""

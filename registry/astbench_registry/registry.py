@@ -215,7 +215,7 @@ def make_config(name: str, options: Mapping[str, Any]) -> AttentionConfig:
     for option, value in options.items():
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = f"; did you mean '{near[0]}'?" if near else ";"
             raise ValueError(f"attention '{name}' has no option '{option}'{hint} options: {', '.join(known) or 'none'}")
         if not _of_type(value, types.get(option, Any)):
             raise ValueError(f"--attention.{option} must be {type_name(types[option])}, got {value!r}")

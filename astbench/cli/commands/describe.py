@@ -7,7 +7,7 @@ import re
 from dataclasses import fields
 
 from astbench.cli.explain_call import KEYS, explain_call
-from astbench.cli.names import read_names
+from astbench.cli.names import current_options, read_names
 from astbench.errors import ConfigError
 from astbench_registry import AttentionConfig
 from astbench_registry.registry import config_class, make_config, option_types, registered, type_name
@@ -29,7 +29,7 @@ def run(words: list[str]) -> int:
             raise ConfigError(f"astbench describe takes {names[1]} only with --explain")
         raise ConfigError(f"astbench describe takes one name, got {' '.join(names)}")
     config = config_class(names[0])
-    options = config.current(line.attention_options("describe", "--explain"))
+    options = current_options(names[0], line.attention_options("describe", "--explain"))
     chosen = make_config(names[0], options)
     if explain:
         print(explain_call(names[0], chosen, list(names[1:])))

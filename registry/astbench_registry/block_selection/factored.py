@@ -138,9 +138,8 @@ class FactoredBlockSelection(BlockSelectingAttention):
         """:meth:`block_features` of all blocks, computed for those that the caller does not keep."""
         features_of = partial(self.block_features, fused=fused)
         known = call.context.summaries
-        kept = isinstance(known, BlockSummaries) and (call.mask.causal or call.mask.cross)
-        if kept and not torch.is_grad_enabled():
-            assert isinstance(known, BlockSummaries)
+        appended = call.mask.causal or call.mask.cross
+        if isinstance(known, BlockSummaries) and appended and not torch.is_grad_enabled():
             return known.completed(call, grid, features_of)
         return features_of(call, grid)
 

@@ -219,11 +219,16 @@ def test_every_file_is_opened_once(resolved, folder, tmp_path, monkeypatch, word
 def test_a_former_name_of_an_option_is_taken_with_a_note(astbench, tmp_path, capsys):
     file = tmp_path / "old.yaml"
     file.write_text("attention: {name: ast, first_block: false}\ntask: triviaqa\n")
-    for words, sink in ((["--attention.first_block", "true"], True), ([], False)):
+    nameless = tmp_path / "nameless.yaml"
+    nameless.write_text("attention: {first_block: true}\n")
+    for words, sink in ((["--attention.first_block", "true"], True), ([f"--config={nameless}"], True), ([], False)):
         with pytest.raises(SystemExit) as end:  # jsonargparse's own end of --print_config
             astbench("fit", f"--config={file}", *words, "--print_config")
         out, err = capsys.readouterr()
         assert not end.value.code and yaml.safe_load(out)["attention"]["sink_block"] is sink
-        assert ("--attention.first_block is called --attention.sink_block now" in err) is bool(words)
+        assert ("--attention.first_block is called --attention.sink_block now" in err) is (
+            words[:1] == ["--attention.first_block"]
+        )
     described = astbench("describe", "ast", "--attention.first_block=false")
     assert "(formerly first_block)" in described.out and "here False" in described.out
+    assert "--attention.first_block is called --attention.sink_block now" in described.err
