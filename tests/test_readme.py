@@ -165,6 +165,8 @@ def here(tmp_path_factory):
     for name in ("recipes", "results", "docs"):
         (folder / name).symlink_to(ROOT / name)
     example = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[1]
+    task = re.search(r"<!-- task:begin -->\n```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[1]
+    (folder / "majority.py").write_text(task)
     (folder / "mine.py").write_text(example.replace('"relu"', '"mine"').replace("ReluAttention", "Mine"))
     return folder
 
