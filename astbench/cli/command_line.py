@@ -247,7 +247,7 @@ def _plugins(line: CommandLine) -> Iterator[str]:
     typed = list(_typed_plugins(line.options))
     yield from typed
     for config in line.configs:
-        named = [str(plugin) for plugin in config.data.get("plugins") or []]
+        named = [str(plugin) for key in ("plugins", "plugins+") for plugin in config.data.get(key) or []]
         for kind, name in (("attention", line.attention), ("task", line.task)):
             if line.typed_value(f"--{kind}", f"--{kind}.name") is None and name == config.value(kind, "name"):
                 # ./mine.py:Mine is a plugin too.

@@ -81,8 +81,9 @@ def read_config(path: str) -> ConfigFile:
     for group in ("data", "optim", "trainer"):
         if not isinstance(data.get(group), (dict, type(None))):
             raise ConfigError(f"--config={path}: {group} must be a group of options")
-    if not isinstance(data.get("plugins"), (list, type(None))):
-        raise ConfigError(f"--config={path}: plugins must be a list")
+    for key in ("plugins", "plugins+"):
+        if not isinstance(data.get(key), (list, type(None))):
+            raise ConfigError(f"--config={path}: {key} must be a list")
     return ConfigFile(path, data)
 
 

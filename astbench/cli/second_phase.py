@@ -26,7 +26,7 @@ def parser_arguments(line: CommandLine, folder: Path) -> list[str]:
 
 def _fitted(config: ConfigFile, line: CommandLine) -> dict[str, Any]:
     """The options of a config that the chosen attention and task know, under the parser's names."""
-    options = {key: value for key, value in config.data.items() if key not in ("plugins", "run_dir")}
+    options = {key: value for key, value in config.data.items() if key not in ("plugins", "plugins+", "run_dir")}
     for kind in NAMED:
         if isinstance(options.get(kind), str):
             options[kind] = {"name": options[kind]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from astbench.cli.names import name_of_class, read_names
+from astbench.cli.names import current_options, name_of_class, read_names
 from astbench.console import say
 from astbench.errors import ConfigError
 
@@ -22,15 +22,16 @@ def run(words: list[str]) -> int:
             "poisoned padding, low precision, determinism: pass, fail, or skip with the reason."
         )
         return 0
-    options = line.attention_options("check", "--all")
+    typed = line.attention_options("check", "--all")
     from astbench_registry.registry import config_class, make_config, registered
 
     names = [name_of_class(name) if ":" in name else name for name in line.words]
     names = names or (list(registered()) if line.has("--all") else [])
     if not names:
         raise ConfigError("astbench check needs a name, or --all; `astbench list` shows the names")
-    if options and len(names) > 1:
+    if typed and len(names) > 1:
         raise ConfigError("options are of one attention: name just one, or leave --attention.OPTION out")
+    options = current_options(names[0], typed)
     for name in names:
         make_config(name, {**config_class(name).conformance_options, **options})  # mistakes end here, before any work
 

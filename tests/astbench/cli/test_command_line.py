@@ -232,3 +232,16 @@ def test_a_former_name_of_an_option_is_taken_with_a_note(astbench, tmp_path, cap
     described = astbench("describe", "ast", "--attention.first_block=false")
     assert "(formerly first_block)" in described.out and "here False" in described.out
     assert "--attention.first_block is called --attention.sink_block now" in described.err
+
+
+def test_check_tells_a_former_name_too(astbench):
+    refused = astbench("check", "ast", "--attention.first_block", "3")
+    assert refused.code == 2 and "--attention.first_block is called --attention.sink_block now" in refused.err
+
+
+def test_plugins_added_by_a_config_need_trust_as_well(astbench, tmp_path):
+    file = tmp_path / "more.yaml"
+    file.write_text("plugins+: [./evil.py]\nattention: ast\ntask: triviaqa\n")
+    assert_refused(astbench("fit", f"--config={file}"), 2, "names the plugin ./evil.py")
+    file.write_text("plugins+: ./evil.py\n")
+    assert_refused(astbench("fit", f"--config={file}"), 2, "plugins+ must be a list")
