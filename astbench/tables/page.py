@@ -193,7 +193,8 @@ def _left_out(group: Group) -> list[str]:
 
 def index(groups: Mapping[str, Group]) -> str:
     """The list of pages, and of groups that have none."""
-    shown = [f"- [{g.title}]({g.name}.md): {len(g.runs)} records" for g in groups.values() if g.runs]
+    counted = {g.name: f"{len(g.runs)} record{'s' if len(g.runs) > 1 else ''}" for g in groups.values()}
+    shown = [f"- [{g.title}]({g.name}.md): {counted[g.name]}" for g in groups.values() if g.runs]
     others = [f"- `{g.name}/{run}`: {why}" for g in groups.values() if not g.runs for run, why in g.left_out.items()]
     parts = [
         "<!-- Made from the records by `astbench table --write`; not to be edited. -->",
