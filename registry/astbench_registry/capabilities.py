@@ -30,6 +30,8 @@ class Capabilities:
             method than the same heads repeated.
         padding: Honours a key padding mask.
         decode: One step at a time with a KV cache equals one full pass (query offset > 0).
+        shift_invariant: Padding in front of a sequence changes nothing, whatever its length. Without it the variant is
+            never given any: sequences begin at row 0 of what it is called with.
         strictly_causal: Under a causal mask no output depends on the future, nor does any choice of keys.
         exact_at_full_density: Has a setting at which it equals dense attention.
         yields_layout: Reports which key blocks it attends to.
@@ -47,6 +49,7 @@ class Capabilities:
     joint_choice: bool = False
     padding: bool = True
     decode: bool = False
+    shift_invariant: bool = False
     strictly_causal: bool = True
     exact_at_full_density: bool = False
     yields_layout: bool = False

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from astbench_kernels import BlockLayout, choose_backend
+from astbench_kernels import choose_backend
 from astbench_registry.capabilities import AttentionConfig
+from astbench_registry.context import AttentionContext, AttentionOutput, AttentionStats, CacheState
+from astbench_registry.leading_padding import leading_padding, without_leading_padding
 from astbench_registry.mask import AttentionMask
+
+__all__ = ["Attention", "AttentionContext", "AttentionOutput", "AttentionShape", "AttentionStats", "CacheState"]
 
 
 @dataclass(frozen=True)
@@ -39,75 +41,6 @@ class AttentionShape:
     max_positions: int = 0
 
 
-class CacheState:
-    """Base of what a variant keeps of one KV cache from call to call, such as summaries of its blocks."""
-
-
-@dataclass(frozen=True)
-class AttentionContext:
-    """What a variant may need beside the tensors.
-
-    Attributes:
-        step: Optimizer steps taken so far, for schedules.
-        collect_stats: Return :class:`AttentionStats` too; when False they are not computed.
-        hidden_states: The layer's input `(batch, query_length, hidden_size)`, only for variants whose
-            capability record asks for it.
-        global_tokens: Bool `(batch, key_length)`: tokens that the task wants seen by all and seeing all (the
-            question's, in question answering), for variants that know such tokens; None when it names none.
-        summaries: What earlier calls on the same KV cache found out about its key blocks, and this one adds to; None
-            when nobody keeps it. It changes no result, only what has to be computed, without gradients.
-    """
-
-    step: int = 0
-    collect_stats: bool = False
-    hidden_states: Tensor | None = None
-    global_tokens: Tensor | None = None
-    summaries: CacheState | None = None
-
-
-@dataclass(frozen=True)
-class AttentionStats:
-    """What was attended to in one call.
-
-    Attributes:
-        attended: float64 `(batch, heads)`: (query, key) pairs attended to; a kernel may compute more, see `backend`.
-        visible: float64 `(batch,)`: pairs a dense attention would compute.
-        backend: The kernel that ran.
-        layout: The chosen blocks, for variants that choose blocks.
-        coarse: float64 `(batch, heads)`: pairs computed beside those, with pooled keys or in another branch; None where
-            there are none.
-    """
-
-    attended: Tensor
-    visible: Tensor
-    backend: str
-    layout: BlockLayout | None = None
-    coarse: Tensor | None = None
-
-    @property
-    def density(self) -> Tensor:
-        """float64 `(heads,)`: computed pairs, those in `coarse` included, over visible pairs, over the batch."""
-        computed = self.attended if self.coarse is None else self.attended + self.coarse
-        return computed.sum(0) / self.visible.sum().clamp(min=1)
-
-
-class AttentionOutput(NamedTuple):
-    """What every call returns.
-
-    Attributes:
-        out: `(batch, heads, query_length, head_dim)`; rows that see nothing are zero.
-        losses: Auxiliary losses by name, already weighted, to be added to the task's; only while training.
-        stats: Filled when `collect_stats` is set.
-        log_prob: `(batch,)`, with gradient: log-probability of what was drawn at random for each sequence, of a variant
-            that learns by policy gradient; only while training.
-    """
-
-    out: Tensor
-    losses: Mapping[str, Tensor] = MappingProxyType({})
-    stats: AttentionStats | None = None
-    log_prob: Tensor | None = None
-
-
 class Attention(nn.Module):
     """Base of all variants: build from (config, shape), call with (q, k, v, mask).
 
@@ -122,6 +55,28 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.shape = shape
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> AttentionOutput:
+        """:meth:`forward`, which is called with no padding in front unless `capabilities.shift_invariant` is set.
+
+        So a variant may count blocks, strides and positions from row 0; see :mod:`astbench_registry.leading_padding`.
+        """
+        run = super().__call__
+        leading = None if self.config.can.shift_invariant else leading_padding(mask.key_valid)
+        if leading is None:
+            output: AttentionOutput = run(q, k, v, mask, scale=scale, context=context)
+            return output
+        context = context or AttentionContext()
+        return without_leading_padding(run, self.new_cache_state, q, k, v, mask, leading, scale, context)
 
     @abstractmethod
     def forward(

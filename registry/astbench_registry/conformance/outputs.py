@@ -26,7 +26,8 @@ from astbench_registry.conformance.cases import (
     other_padding,
 )
 from astbench_registry.conformance.checks import demand, holds_for, need, same
-from astbench_registry.interface import AttentionOutput
+from astbench_registry.interface import Attention, AttentionOutput
+from astbench_registry.leading_padding import attended_tokens
 from astbench_registry.mask import AttentionMask
 
 
@@ -90,32 +91,53 @@ def padding_invariance(subject: Subject) -> None:
 
 @holds_for()
 def batch_invariance(subject: Subject) -> None:
-    """A sequence alone gives what it gives among others of other lengths."""
+    """A sequence alone gives what it gives among others, with padding behind it, in front of it, and with holes."""
     module = subject.build()
     case = subject.case(batch=3)
-    lengths = [case.k.shape[2]] * 3
-    if subject.can.padding:
-        lengths = [subject.length(n) for n in (case.k.shape[2], 37, 13)]
-        case = case.with_mask(key_valid=lengths_to_valid(lengths, case.k.shape[2]))
     # One sequence is much larger than the others, as when one user of a server sends something odd.
     size = torch.tensor([1.0, 3.0, 0.3], dtype=case.q.dtype)
     case = case.tensors(lambda x: x * size.view(-1, *[1] * (x.dim() - 1)))
-    real = case.real_rows()
-    together = case.out(module)
-    for row, length in enumerate(lengths):
+    keys = case.k.shape[2]
+    if not subject.can.padding:
+        _alone(module, case, [slice(0, keys)] * 3, "")
+        return
+    lengths = [subject.length(n) for n in (keys, 37, 13)]
+    behind, front = [slice(0, n) for n in lengths], [slice(keys - n, keys) for n in lengths]
+    # Lengths of a variant may be multiples of something, holes are not.
+    holes = torch.rand(3, keys, generator=torch.Generator().manual_seed(4)) < 0.2
+    for spans, where in ((behind, "behind"), (front, "in front of")):
+        valid = torch.stack([_within(span, keys) for span in spans])
+        _alone(module, case.with_mask(key_valid=valid), spans, f", with padding {where} it,")
+        holed = valid & ~holes
+        starts = [int(row.to(torch.uint8).argmax()) for row in holed]
+        if subject.can.length_multiple == 1:
+            spans = [slice(start, span.stop) for start, span in zip(starts, spans, strict=True)]
+            _alone(module, case.with_mask(key_valid=holed), spans, f", with padding {where} it and holes,")
+
+
+def _within(span: slice, length: int) -> Tensor:
+    return (torch.arange(length) >= span.start) & (torch.arange(length) < span.stop)
+
+
+def _alone(module: Attention, case: Case, spans: list[slice], how: str) -> None:
+    """Sequence i of the batch against the same one in a batch of one, as it is and cut to `spans[i]`."""
+    real, together = case.real_rows(), case.out(module)
+    for row, span in enumerate(spans):
         alone = case.rows(slice(row, row + 1))
         real_row = real[row : row + 1]
         expected = together[row : row + 1] * real_row
-        same(alone.out(module) * real_row, expected, f"sequence {row} alone differs from it in the batch")
-        stop = length if subject.self_attention else case.q.shape[2]
-        trimmed = Case(
-            alone.q[:, :, :stop],
-            alone.k[:, :, :length],
-            alone.v[:, :, :length],
-            alone.hidden[:, :stop],
-            AttentionMask(subject.pattern),
+        same(alone.out(module) * real_row, expected, f"sequence {row}{how} alone differs from it in the batch")
+        queries = slice(0, case.q.shape[2]) if case.mask.cross else span
+        valid = None if alone.mask.key_valid is None else alone.mask.key_valid[:, span]
+        cut = Case(
+            alone.q[:, :, queries],
+            alone.k[:, :, span],
+            alone.v[:, :, span],
+            alone.hidden[:, queries],
+            AttentionMask(case.mask.pattern, key_valid=None if valid is None or bool(valid.all()) else valid),
         )
-        same(trimmed.out(module), expected[:, :, :stop], f"sequence {row} alone without padding differs")
+        got = cut.out(module) * real_row[:, :, queries]
+        same(got, expected[:, :, queries], f"sequence {row}{how} alone without that padding differs")
 
 
 @holds_for("causal_self", "causal_cross")
@@ -125,6 +147,9 @@ def decode(subject: Subject) -> None:
     module = subject.build()
     for holes, chunk, kept in ((0.0, 1, False), (0.2, 1, False), (0.0, 3, False), (0.0, 3, True), (0.2, 1, True)):
         case = subject.case(SHORT, SHORT_KEYS, holes=holes)
+        if holes and subject.self_attention:  # and padding in front, as generation from a batch has it
+            front = torch.arange(case.k.shape[2]) >= torch.tensor([[9], [0]])
+            case = case.with_mask(key_valid=front if case.mask.key_valid is None else case.mask.key_valid & front)
         length, summaries = case.q.shape[2], BlockSummaries() if kept else None
         with torch.no_grad():
             whole = case.out(module)
@@ -207,7 +232,7 @@ def _half_precision(subject: Subject, dtype: torch.dtype, *, full_density: bool)
 def _attended(got: AttentionOutput, case: Case) -> Tensor:
     demand(got.stats is not None and got.stats.layout is not None, "no layout although one is promised")
     assert got.stats is not None and got.stats.layout is not None, "demanded above"
-    return got.stats.layout.token_mask(causal=case.mask.causal, key_valid=case.mask.key_valid)
+    return attended_tokens(got.stats, case.mask)
 
 
 @holds_for()

@@ -25,7 +25,7 @@ class BigBirdAttention(Attention):
     * `num_random_blocks` of the others, different for every query block, head and layer.
 
     Global query blocks see every block. This is the paper's internal construction (ITC): global tokens are
-    some of the sequence's own. Blocks start at position 0 of the tensor: padding in front of a sequence moves them.
+    some of the sequence's own. Blocks start at a sequence's first real token.
 
     Differs from the paper:
 

@@ -130,6 +130,7 @@ class NativeSparseAttention(Attention):
         ran = call.ran(layout, backend)
         layout = layout.expand_heads(self.shape.num_heads)
         attended = layout.attended_pairs(causal=mask.causal, key_valid=mask.key_valid)
+        assert near.stats is not None, "asked for in its context"
         beside = near.stats.attended + seen.attended_pairs(causal=mask.causal, key_valid=compressed.mask.key_valid)
         stats = AttentionStats(attended, mask.visible_pairs(q, k), ran, layout, beside)
         return AttentionOutput(out.to(q.dtype), stats=stats)

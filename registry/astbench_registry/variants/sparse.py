@@ -30,7 +30,7 @@ class SparseAttention(Attention):
     Differences: the published code wants lengths that are multiples of l, and `num_verts` to divide the heads.
     Bidirectional attention, which the paper does not have, is the symmetric form: `|i - j| < l`, `(i - j) mod l = 0`
     on both sides; for "fixed" the whole own window and the summary blocks of all windows.
-    Windows, grids and summaries are cut at positions of the tensor: padding in front of a sequence moves them.
+    Windows, grids and summaries are cut at positions counted from a sequence's first real token.
     "interleaved" is the paper's eq. 6, "merged" eq. 7, "split" eq. 8 with one part a head.
     """
 

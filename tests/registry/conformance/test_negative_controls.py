@@ -17,12 +17,14 @@ from astbench_registry.variants.pooled_topk import PooledTopKAttention
 
 @dataclass(frozen=True)
 class PlainConfig(AttentionConfig):
-    capabilities: ClassVar = Capabilities(patterns=PATTERNS, decode=True, exact_at_full_density=True)
+    capabilities: ClassVar = Capabilities(
+        patterns=PATTERNS, decode=True, shift_invariant=True, exact_at_full_density=True
+    )
 
 
 @dataclass(frozen=True)
 class LearnedConfig(AttentionConfig):
-    capabilities: ClassVar = Capabilities(patterns=PATTERNS, decode=True, owns_parameters=True)
+    capabilities: ClassVar = Capabilities(patterns=PATTERNS, decode=True, shift_invariant=True, owns_parameters=True)
 
 
 class Plain(Attention):
@@ -236,6 +238,13 @@ class ScoresInHalfPrecision(PooledTopKAttention):
         return rows if call.q.dtype == torch.float64 else rows.to(torch.float8_e5m2).float(), columns
 
 
+class CountsPaddingInFront(PooledTopKAttention):
+    """Blocks from row 0 of the tensor, whatever lies there."""
+
+    def __call__(self, *args, **kwargs):
+        return nn.Module.__call__(self, *args, **kwargs)
+
+
 MUTANTS = [
     (SeesOneFutureToken, "causality"),
     (LooksBackAtLaterQueries, "causality"),
@@ -268,6 +277,7 @@ SELECTING_MUTANTS = [
     (LetsTheCurrentBlockCompete, {}, "causality"),
     (ReportsAnotherLayout, {}, "statistics"),
     (ScoresInHalfPrecision, {}, "low_precision"),
+    (CountsPaddingInFront, {}, "batch_invariance"),
 ]
 
 

@@ -1,0 +1,91 @@
+"""What goes with the tensors of a call, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from astbench_kernels import BlockLayout
+
+
+class CacheState:
+    """Base of what a variant keeps of one KV cache from call to call, such as summaries of its blocks."""
+
+    @cached_property
+    def parts(self) -> dict[tuple[int, ...], CacheState]:
+        """What is kept of parts of the batch, where sequences behind different paddings are computed apart."""
+        return {}
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What a variant may need beside the tensors.
+
+    Attributes:
+        step: Optimizer steps taken so far, for schedules.
+        collect_stats: Return :class:`AttentionStats` too; when False they are not computed.
+        hidden_states: The layer's input `(batch, query_length, hidden_size)`, only for variants whose
+            capability record asks for it.
+        global_tokens: Bool `(batch, key_length)`: tokens that the task wants seen by all and seeing all (the
+            question's, in question answering), for variants that know such tokens; None when it names none.
+        summaries: What earlier calls on the same KV cache found out about its key blocks, and this one adds to; None
+            when nobody keeps it. It changes no result, only what has to be computed, without gradients.
+    """
+
+    step: int = 0
+    collect_stats: bool = False
+    hidden_states: Tensor | None = None
+    global_tokens: Tensor | None = None
+    summaries: CacheState | None = None
+
+
+@dataclass(frozen=True)
+class AttentionStats:
+    """What was attended to in one call.
+
+    Attributes:
+        attended: float64 `(batch, heads)`: (query, key) pairs attended to; a kernel may compute more, see `backend`.
+        visible: float64 `(batch,)`: pairs a dense attention would compute.
+        backend: The kernel that ran.
+        layout: The chosen blocks, for variants that choose blocks; counted from each sequence's first real token, see
+            `leading`. None where sequences behind different paddings decode together: their grids differ.
+        coarse: float64 `(batch, heads)`: pairs computed beside those, with pooled keys or in another branch; None where
+            there are none.
+        leading: int64 `(batch,)`: padded rows in front of each sequence, from behind which `layout` counts its keys
+            (and, for self-attention, its queries); None: from row 0.
+    """
+
+    attended: Tensor
+    visible: Tensor
+    backend: str
+    layout: BlockLayout | None = None
+    coarse: Tensor | None = None
+    leading: Tensor | None = None
+
+    @property
+    def density(self) -> Tensor:
+        """float64 `(heads,)`: computed pairs, those in `coarse` included, over visible pairs, over the batch."""
+        computed = self.attended if self.coarse is None else self.attended + self.coarse
+        return computed.sum(0) / self.visible.sum().clamp(min=1)
+
+
+class AttentionOutput(NamedTuple):
+    """What every call returns.
+
+    Attributes:
+        out: `(batch, heads, query_length, head_dim)`; rows that see nothing are zero.
+        losses: Auxiliary losses by name, already weighted, to be added to the task's; only while training.
+        stats: Filled when `collect_stats` is set.
+        log_prob: `(batch,)`, with gradient: log-probability of what was drawn at random for each sequence, of a variant
+            that learns by policy gradient; only while training.
+    """
+
+    out: Tensor
+    losses: Mapping[str, Tensor] = MappingProxyType({})
+    stats: AttentionStats | None = None
+    log_prob: Tensor | None = None
