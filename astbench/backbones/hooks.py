@@ -73,6 +73,7 @@ class AttentionSlot(nn.Module):
         self.losses: Mapping[str, Tensor] = {}
         self.stats: AttentionStats | None = None
         self.log_prob: Tensor | None = None
+        self._ran_without_gradient = False
 
     def forward(
         self,
@@ -102,8 +103,20 @@ class AttentionSlot(nn.Module):
                 f"{type(self.attention).__name__} must return an AttentionOutput with an output (batch, num_heads, "
                 f"query_length, head_dim) = {wanted}, got {shape}"
             )
+        self._refuse_lost_losses(output)
         out, self.losses, self.stats, self.log_prob = output
         return out
+
+    def _refuse_lost_losses(self, output: AttentionOutput) -> None:
+        """Reentrant checkpointing runs layers without gradients first: their losses come after `losses()` was read."""
+        repeated = self._ran_without_gradient and torch.is_grad_enabled()
+        self._ran_without_gradient = self.training and not torch.is_grad_enabled()
+        # A graph task has a number while a backward pass runs; torch.utils.checkpoint asks in the same way.
+        if repeated and torch._C._current_graph_task_id() != -1 and (output.losses or output.log_prob is not None):
+            raise CapabilityError(
+                f"reentrant checkpointing loses the losses of attention '{self.attention.name}' ({self.path}): use "
+                'model.gradient_checkpointing_enable({"use_reentrant": False})'
+            )
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,7 @@ class RecordedCall:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int
     pattern: Pattern
 
 
@@ -121,6 +135,9 @@ PROBE_LENGTHS = (8, 5)
 """Encoder and decoder lengths of a probing pass: different, so that cross-attention shows."""
 
 _calls: list[RecordedCall] | None = None
+
+LEFT_OUT = "astbench_left_out"
+"""Attribute of attention modules of a swapped model that were not chosen, and run dense."""
 
 
 @contextmanager
@@ -170,8 +187,13 @@ def attention_forward(
         pattern = mask.pattern
         if query.shape[2] == PROBE_LENGTHS[1] and key.shape[2] == PROBE_LENGTHS[0]:
             pattern = "causal_cross"
-        _calls.append(RecordedCall(module, query.shape[1], key.shape[1], query.shape[-1], pattern))
+        _calls.append(RecordedCall(module, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], pattern))
     slot = getattr(module, IMPLEMENTATION, None)
+    if slot is None and _calls is None and not hasattr(module, LEFT_OUT):
+        raise CapabilityError(
+            f"attn_implementation='{IMPLEMENTATION}' alone attaches no attention to {type(module).__name__}: load the "
+            "model with attn_implementation='sdpa', then call astbench.swap_attention(model, NAME, OPTIONS)"
+        )
     if slot is None:
         out = _dense(query, key, value, mask, scaling)
     else:

@@ -8,10 +8,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from astbench.backbones.cache_watch import watch_cache
-from astbench.backbones.hooks import IMPLEMENTATION, PROBE_LENGTHS, AttentionSlot, RecordedCall, recorded_calls
+from astbench.backbones.hooks import (
+    IMPLEMENTATION,
+    LEFT_OUT,
+    PROBE_LENGTHS,
+    AttentionSlot,
+    RecordedCall,
+    recorded_calls,
+)
+from astbench.backbones.saved_weights import restore
 from astbench_registry import Capabilities, CapabilityError, Pattern, build_attention
 from astbench_registry.interface import Attention, AttentionShape
 from astbench_registry.registry import make_config
@@ -150,8 +158,12 @@ def swap_attention(
     handle = SwapHandle(model, name, config.as_dict(), where, None if layers is None else tuple(layers))
     _enter(model, handle)
     try:
-        calls = _probe_attention(model)
+        calls, widths = _probe_attention(model)
         chosen = _choose(calls, handle)
+        taken = {call.module for call, _, _ in chosen}
+        for module in (call.module for call in calls if call.module not in taken):
+            setattr(module, LEFT_OUT, True)
+            handle._undo.append(lambda m=module: delattr(m, LEFT_OUT))
         for call, index, count in chosen:
             _check(config.can, name, call)
             shape = AttentionShape(
@@ -160,17 +172,47 @@ def swap_attention(
                 call.head_dim,
                 layer_index=index,
                 num_layers=count,
-                hidden_size=getattr(model.config, "hidden_size", 0),
-                max_positions=getattr(model.config, "max_position_embeddings", 0),
+                hidden_size=widths.get(call.module, 0),
+                max_positions=_max_positions(model, call.module),
             )
             _attach(model, call, build_attention(name, config, shape), config.can, handle)
         _no_dropout([call.module for call in calls], handle)
     except BaseException:
         handle.undo()
         raise
-    model.config.astbench = {"attention": name, "options": handle.options, "where": list(where)}
-    handle._undo.append(lambda: delattr(model.config, "astbench"))
+    handle.notes += restore(model, handle.name, handle.state_dict())
+    _say_in_config(model, handle)
     return handle
+
+
+def _say_in_config(model: PreTrainedModel, handle: SwapHandle) -> None:
+    """The configuration says what is swapped in, for whoever saves the model, and keeps saying what is true."""
+    before = getattr(model.config, IMPLEMENTATION, None)
+    said = {"attention": handle.name, "options": handle.options, "where": list(handle.where)}
+    setattr(model.config, IMPLEMENTATION, said)
+    model.set_attn_implementation = _Refusal(handle.name)  # type: ignore[method-assign, assignment]
+
+    def restore_config() -> None:
+        del model.set_attn_implementation
+        if before is None:
+            delattr(model.config, IMPLEMENTATION)
+        else:
+            setattr(model.config, IMPLEMENTATION, before)
+
+    handle._undo.append(restore_config)
+
+
+class _Refusal:
+    """In the place of a swapped model's `set_attn_implementation`; a copied or saved model takes it along."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, implementation: Any, **_: Any) -> None:
+        raise CapabilityError(
+            f"this model runs the swapped attention '{self.name}'; call undo() on its handle before "
+            f"set_attn_implementation({implementation!r})"
+        )
 
 
 def _enter(model: PreTrainedModel, handle: SwapHandle) -> None:
@@ -189,16 +231,32 @@ def _enter(model: PreTrainedModel, handle: SwapHandle) -> None:
     handle._undo.append(lambda: model.set_attn_implementation(before))
     for part in (model, *(p for p in parts if p._can_set_attn_implementation())):
         part.set_attn_implementation(IMPLEMENTATION)
+    # An EncoderDecoderModel's parts were built from configurations that their models no longer hold.
+    for config in {
+        id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)
+    }.values():
+        if config._attn_implementation != IMPLEMENTATION:
+            handle._undo.append(lambda c=config, b=config._attn_implementation: setattr(c, "_attn_implementation", b))
+            config._attn_implementation = IMPLEMENTATION
 
 
 @torch.no_grad()
-def _probe_attention(model: PreTrainedModel) -> list[RecordedCall]:
-    """One tiny forward pass that writes down which modules call the interface, and how."""
+def _probe_attention(model: PreTrainedModel) -> tuple[list[RecordedCall], dict[nn.Module, int]]:
+    """One tiny forward pass that writes down which modules call the interface, how, and the width of their input."""
     encoder, decoder = PROBE_LENGTHS
     inputs = {"input_ids": torch.ones(1, encoder, dtype=torch.long, device=model.device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.ones(1, decoder, dtype=torch.long, device=model.device)
+    widths: dict[nn.Module, int] = {}
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(given, Tensor) and given.dim() == 3:
+            widths[module] = given.shape[-1]
+
+    # What the layers are really given: a configuration may be nested, or of a model of two widths.
+    hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in model.modules()]
     training, cpu_state = [m for m in model.modules() if m.training], torch.get_rng_state()
     model.eval()
     try:
@@ -210,6 +268,8 @@ def _probe_attention(model: PreTrainedModel) -> list[RecordedCall]:
             f"are served: {', '.join(FAMILIES)}"
         ) from error
     finally:
+        for hook in hooks:
+            hook.remove()
         for module in training:
             module.training = True
         torch.set_rng_state(cpu_state)
@@ -217,7 +277,17 @@ def _probe_attention(model: PreTrainedModel) -> list[RecordedCall]:
         raise CapabilityError(
             f"{type(model).__name__} shares one attention module among its layers; each layer needs its own"
         )
-    return calls
+    return calls, widths
+
+
+def _max_positions(model: PreTrainedModel, module: nn.Module) -> int:
+    """Longest input of the stack that a module stands in; 0 when its configuration does not say."""
+    own = getattr(module, "config", None)
+    name = next(name for name, m in model.named_modules() if m is module)
+    above = [model.get_submodule(name.rsplit(".", n)[0]) for n in range(1, name.count(".") + 1)]
+    configs = [own, *(m.config for m in above if isinstance(m, PreTrainedModel)), model.config]
+    found = (getattr(config, "max_position_embeddings", None) for config in configs if config is not None)
+    return next((int(n) for n in found if n), 0)
 
 
 def _takes_cache(model: PreTrainedModel) -> bool:
@@ -254,6 +324,7 @@ def _check(can: Capabilities, name: str, call: RecordedCall) -> None:
         num_heads=call.num_heads,
         num_kv_heads=call.num_kv_heads,
         head_dim=call.head_dim,
+        value_dim=call.value_dim,
     )
 
 

@@ -30,8 +30,12 @@ class Capabilities:
             method than the same heads repeated.
         padding: Honours a key padding mask.
         decode: One step at a time with a KV cache equals one full pass (query offset > 0).
+        any_value_size: Takes values of another size than keys as they are. Without it, narrower ones come padded with
+            zeros, which the output is cut from, and wider ones are refused.
         shift_invariant: Padding in front of a sequence changes nothing, whatever its length. Without it the variant is
             never given any: sequences begin at row 0 of what it is called with.
+        soft_choice: The scores that keys are chosen by weigh what is attended to, so that keys that were not chosen
+            move the output as well.
         strictly_causal: Under a causal mask no output depends on the future, nor does any choice of keys.
         exact_at_full_density: Has a setting at which it equals dense attention.
         yields_layout: Reports which key blocks it attends to.
@@ -49,7 +53,9 @@ class Capabilities:
     joint_choice: bool = False
     padding: bool = True
     decode: bool = False
+    any_value_size: bool = False
     shift_invariant: bool = False
+    soft_choice: bool = False
     strictly_causal: bool = True
     exact_at_full_density: bool = False
     yields_layout: bool = False
@@ -73,6 +79,7 @@ class Capabilities:
         num_heads: int = 1,
         num_kv_heads: int = 1,
         head_dim: int | None = None,
+        value_dim: int | None = None,
         dtype: str | None = None,
         length: int | None = None,
         length_flag: str = "the length",
@@ -85,7 +92,8 @@ class Capabilities:
             pattern: How the layer attends.
             num_heads: Query heads.
             num_kv_heads: Key/value heads.
-            head_dim: Of both.
+            head_dim: Of queries and keys.
+            value_dim: Of values; as `head_dim` when left out.
             dtype: It computes in.
             length: Longest input in tokens.
             length_flag: What to call it in a reason.
@@ -99,6 +107,8 @@ class Capabilities:
             reasons.append(f"needs as many key as query heads, got {num_kv_heads} and {num_heads}")
         if self.head_dims and head_dim is not None and head_dim not in self.head_dims:
             reasons.append(f"head_dim must be one of {self.head_dims}, got {head_dim}")
+        if value_dim is not None and head_dim is not None and value_dim > head_dim and not self.any_value_size:
+            reasons.append(f"takes values no wider than keys, got {value_dim} and {head_dim} numbers")
         if dtype is not None and dtype not in self.dtypes:
             reasons.append(f"computes in {', '.join(self.dtypes)}, not {dtype}")
         remedy = f" ({self.remedy})" if self.remedy else ""

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from astbench_kernels import choose_backend
 from astbench_registry.capabilities import AttentionConfig
@@ -66,14 +67,20 @@ class Attention(nn.Module):
         scale: float | None = None,
         context: AttentionContext | None = None,
     ) -> AttentionOutput:
-        """:meth:`forward`, which is called with no padding in front unless `capabilities.shift_invariant` is set.
+        """:meth:`forward`, given what the variant can take as it is.
 
-        So a variant may count blocks, strides and positions from row 0; see :mod:`astbench_registry.leading_padding`.
+        Unless `capabilities.any_value_size` is set, narrower values are padded with zeros to the keys' size, and the
+        output is cut. Unless `shift_invariant` is, it is called with no padding in front, so that it may count blocks,
+        strides and positions from row 0; see :mod:`astbench_registry.leading_padding`.
         """
+        can, narrow = self.config.can, q.shape[-1] - v.shape[-1]
+        if narrow > 0 and not can.any_value_size:
+            output = self(q, k, pad(v, (0, narrow)), mask, scale=scale, context=context)
+            return output._replace(out=output.out[..., :-narrow])
         run = super().__call__
-        leading = None if self.config.can.shift_invariant else leading_padding(mask.key_valid)
+        leading = None if can.shift_invariant else leading_padding(mask.key_valid)
         if leading is None:
-            output: AttentionOutput = run(q, k, v, mask, scale=scale, context=context)
+            output = run(q, k, v, mask, scale=scale, context=context)
             return output
         context = context or AttentionContext()
         return without_leading_padding(run, self.new_cache_state, q, k, v, mask, leading, scale, context)
@@ -94,7 +101,8 @@ class Attention(nn.Module):
         Args:
             q: `(batch, num_heads, query_length, head_dim)`.
             k: `(batch, num_kv_heads, key_length, head_dim)`.
-            v: As `k`.
+            v: `(batch, num_kv_heads, key_length, value_dim)`; value_dim is head_dim unless the capability record says
+                `any_value_size`.
             mask: What may be seen. Nothing in it may be ignored.
             scale: Factor on q . k; 1/sqrt(head_dim) by default.
             context: Step, whether statistics are wanted, hidden states.
@@ -135,6 +143,33 @@ class Attention(nn.Module):
             return None
         visible = mask.visible_pairs(q, k)
         return AttentionStats(visible[:, None].expand(-1, q.shape[1]), visible, backend)
+
+    def some_pairs(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: AttentionMask,
+        context: AttentionContext | None,
+        pattern: Tensor,
+        backend: str = "torch",
+    ) -> AttentionStats | None:
+        """Statistics of an attention that computes the visible pairs of a pattern; None when nobody asks for them.
+
+        Args:
+            q: Queries.
+            k: Keys.
+            mask: What may be seen; pairs that it hides are not counted.
+            context: Whether statistics are wanted.
+            pattern: Bool, broadcastable to `(batch, num_heads, query_length, key_length)`: True where a pair is
+                computed, whatever the mask hides.
+            backend: What computed it.
+        """
+        if context is None or not context.collect_stats:
+            return None
+        seen = mask.dense(q.shape[2], k.shape[2], q.device)
+        pairs = pattern if seen is None else pattern & seen
+        attended = pairs.expand(*q.shape[:3], k.shape[2]).sum((2, 3), dtype=torch.float64)
+        return AttentionStats(attended, mask.visible_pairs(q, k), backend)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int | None:
         """Operations of one forward call's matmuls (a multiply-add is 2); None: not declared."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from astbench_registry.capabilities import AttentionConfig
+from astbench_registry.capabilities import AttentionConfig, Capabilities
 from astbench_registry.configs.block_selection import BlockSelectionConfig
 
 
@@ -84,7 +84,7 @@ class ASTConfig(BlockSelectionConfig):
     lambda_density: float = 0.0
     lambda_entropy: float = 0.0
 
-    capabilities: ClassVar = replace(BlockSelectionConfig.capabilities, owns_parameters=True)
+    capabilities: ClassVar = replace(BlockSelectionConfig.capabilities, owns_parameters=True, any_value_size=False)
     paper: ClassVar = "this project"
     complexity: ClassVar = "N M density + (N / query_group) (M / block_size) sub_blocks"
     full_density_options: ClassVar = {
@@ -93,6 +93,11 @@ class ASTConfig(BlockSelectionConfig):
         "density_start": None,
         "coarse_stride": 0,
     }
+
+    @property
+    def can(self) -> Capabilities:
+        """A gate that is felt in the forward pass lets every score move the output."""
+        return replace(super().can, soft_choice=self.estimator == "soft")
 
     def __post_init__(self) -> None:
         super().__post_init__()

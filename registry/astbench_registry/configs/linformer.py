@@ -24,7 +24,10 @@ class LinformerConfig(AttentionConfig):
     max_length: int | None = None
 
     capabilities: ClassVar = Capabilities(
-        patterns=("bidirectional_self", "bidirectional_cross", "causal_cross"), decode=True, owns_parameters=True
+        patterns=("bidirectional_self", "bidirectional_cross", "causal_cross"),
+        any_value_size=True,
+        decode=True,
+        owns_parameters=True,
     )
     paper: ClassVar = "Wang et al. 2020, arXiv 2006.04768, eq. 7"
     complexity: ClassVar = "(N + M) k"

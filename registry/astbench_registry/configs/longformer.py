@@ -31,7 +31,9 @@ class LongformerConfig(AttentionConfig):
     global_projections: bool = False
     backend: Literal["auto", "transformers"] = "auto"
 
-    capabilities: ClassVar = Capabilities(patterns=SELF, decode=True, shift_invariant=True, exact_at_full_density=True)
+    capabilities: ClassVar = Capabilities(
+        patterns=SELF, any_value_size=True, decode=True, shift_invariant=True, exact_at_full_density=True
+    )
     paper: ClassVar = "Beltagy et al. 2020, arXiv 2004.05150, section 3.1"
     complexity: ClassVar = "N (window + globals)"
     conformance_options: ClassVar = {"window": 5, "num_global": 2}

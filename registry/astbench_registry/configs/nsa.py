@@ -32,6 +32,7 @@ class NSAConfig(TokenTopKConfig):
 
     capabilities: ClassVar = replace(
         TokenTopKConfig.capabilities,
+        any_value_size=False,
         patterns=SELF,
         joint_choice=True,
         exact_at_full_density=False,

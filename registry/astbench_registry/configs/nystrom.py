@@ -24,7 +24,9 @@ class NystromConfig(AttentionConfig):
     pinv_iterations: int = 6
     conv_kernel_size: int = 0
 
-    capabilities: ClassVar = Capabilities(patterns=("bidirectional_self",), exact_at_full_density=True)
+    capabilities: ClassVar = Capabilities(
+        patterns=("bidirectional_self",), any_value_size=True, exact_at_full_density=True
+    )
     paper: ClassVar = "Xiong et al. 2021, arXiv 2102.03902, eq. 13-15"
     complexity: ClassVar = "N num_landmarks + num_landmarks^3 pinv_iterations"
     conformance_options: ClassVar = {"num_landmarks": 7}

@@ -31,7 +31,7 @@ class PerformerConfig(AttentionConfig):
     seed: int = 0
     backend: Literal["auto", "performer_pytorch"] = "auto"
 
-    capabilities: ClassVar = Capabilities(patterns=PATTERNS, decode=True, shift_invariant=True)
+    capabilities: ClassVar = Capabilities(patterns=PATTERNS, any_value_size=True, decode=True, shift_invariant=True)
     paper: ClassVar = "Choromanski et al. 2021, arXiv 2009.14794, eq. 5 and lemma 1 (FAVOR+)"
     complexity: ClassVar = "N num_features"
     conformance_options: ClassVar = {"num_features": 13}

@@ -30,7 +30,7 @@ class ReformerConfig(AttentionConfig):
     seed: int = 0
     backend: Literal["auto", "reformer_pytorch"] = "auto"
 
-    capabilities: ClassVar = Capabilities(patterns=SELF, gqa=False, strictly_causal=False)
+    capabilities: ClassVar = Capabilities(patterns=SELF, any_value_size=True, gqa=False, strictly_causal=False)
     paper: ClassVar = "Kitaev et al. 2020, arXiv 2001.04451, eq. 2-6 and appendix A"
     complexity: ClassVar = "num_hashes N (num_hashes bucket_size + N / bucket_size)"
     conformance_options: ClassVar = {"num_hashes": 2, "bucket_size": 4}

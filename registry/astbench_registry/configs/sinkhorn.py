@@ -24,7 +24,9 @@ class SinkhornConfig(AttentionConfig):
     temperature: float = 0.75
     seed: int = 0
 
-    capabilities: ClassVar = Capabilities(patterns=SELF, decode=True, exact_at_full_density=True, owns_parameters=True)
+    capabilities: ClassVar = Capabilities(
+        patterns=SELF, any_value_size=True, decode=True, exact_at_full_density=True, owns_parameters=True
+    )
     paper: ClassVar = "Tay et al. 2020, arXiv 2002.11296, section 3"
     complexity: ClassVar = "N block_size + N^2 / block_size"
     conformance_options: ClassVar = {"block_size": 4}

@@ -34,7 +34,9 @@ class SparseConfig(AttentionConfig):
     vertsize: int = 1
     backend: SparseBackend = "auto"
 
-    capabilities: ClassVar = Capabilities(patterns=SELF, decode=True, exact_at_full_density=True, yields_layout=True)
+    capabilities: ClassVar = Capabilities(
+        patterns=SELF, any_value_size=True, decode=True, exact_at_full_density=True, yields_layout=True
+    )
     paper: ClassVar = "Child et al. 2019, arXiv 1904.10509, section 4"
     complexity: ClassVar = "N (stride + N / stride)"
     conformance_options: ClassVar = {"stride": 8, "block_size": 2, "num_verts": 3}

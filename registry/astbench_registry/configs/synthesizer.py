@@ -31,7 +31,9 @@ class SynthesizerConfig(AttentionConfig):
     max_length: int | None = None
     seed: int = 0
 
-    capabilities: ClassVar = Capabilities(patterns=SELF, decode=True, owns_parameters=True, needs_hidden_states=True)
+    capabilities: ClassVar = Capabilities(
+        patterns=SELF, any_value_size=True, decode=True, owns_parameters=True, needs_hidden_states=True
+    )
     paper: ClassVar = "Tay et al. 2020, arXiv 2005.00743, section 3"
     complexity: ClassVar = "N M"
 

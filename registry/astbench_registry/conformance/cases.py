@@ -17,8 +17,17 @@ from astbench_registry.mask import AttentionMask
 # Sizes differ and lengths are multiples of nothing, so that a swapped axis or a forgotten remainder shows.
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN_SIZE, BATCH = 6, 3, 5, 7, 2
 LENGTH, KEY_LENGTH = 71, 53  # LENGTH crosses the edge of a group of 64 queries
-MAX_POSITIONS = 97  # of what a variant has parameters for; the longest case has LENGTH + 18 tokens
+MAX_POSITIONS = 97  # of what a variant has parameters for; the longest of these cases has LENGTH + 18 tokens
 SHORT, SHORT_KEYS = 41, 29  # for properties that run the variant hundreds of times
+
+
+class Failure(Exception):
+    """The property does not hold."""
+
+
+class Skip(Exception):
+    """The capability record excludes the property."""
+
 
 Factory = Callable[[Any, AttentionShape], Attention]
 """Builds a module from (config, shape); an :class:`Attention` class is one."""
@@ -47,9 +56,15 @@ class Case:
         context = AttentionContext(
             step=step, collect_stats=collect_stats, hidden_states=self.hidden, summaries=summaries
         )
+        given = {"q": self.q, "k": self.k, "v": self.v, "hidden_states": self.hidden, "key_valid": self.mask.key_valid}
+        versions = {name: x._version for name, x in given.items() if x is not None}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return module(self.q, self.k, self.v, self.mask, scale=scale, context=context)
+            output = module(self.q, self.k, self.v, self.mask, scale=scale, context=context)
+        written = [name for name, before in versions.items() if given[name]._version != before]  # type: ignore[union-attr]
+        if written:
+            raise Failure(f"the call writes into its inputs: {', '.join(written)}")
+        return output
 
     def out(self, module: Attention, **options: Any) -> Tensor:
         """The context vectors alone."""
@@ -137,6 +152,7 @@ class Subject:
         trained: bool = True,
         head_dim: int | None = None,
         kv_heads: int | None = None,
+        max_positions: int = MAX_POSITIONS,
         seed: int = 0,
     ) -> Attention:
         """A float64 module for one layer, by default with random parameters, as if trained."""
@@ -148,7 +164,7 @@ class Subject:
             layer_index=1,
             num_layers=3,
             hidden_size=HIDDEN_SIZE,
-            max_positions=MAX_POSITIONS,
+            max_positions=max_positions,
         )
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from astbench_registry.capabilities import PATTERNS, Pattern
-from astbench_registry.conformance.cases import Subject
+from astbench_registry.conformance.cases import Failure, Skip, Subject
 
 TOLERANCE = 1e-10  # float64; sums may be taken in another order, nothing else may differ
 
@@ -17,14 +17,6 @@ Check = Callable[[Subject], None]
 
 APPLIES: dict[str, tuple[Pattern, ...]] = {}
 """Name of a check to the patterns it is about."""
-
-
-class Failure(Exception):
-    """The property does not hold."""
-
-
-class Skip(Exception):
-    """The capability record excludes the property."""
 
 
 def holds_for(*patterns: Pattern) -> Callable[[Check], Check]:

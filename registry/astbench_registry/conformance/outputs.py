@@ -36,7 +36,6 @@ def interface(subject: Subject) -> None:
     """Shape and dtype of the output follow q; losses come only while training; inputs stay as they were."""
     for dtype in (x for x in ("float64", "float32") if x in subject.can.dtypes):
         case = subject.case(SHORT, SHORT_KEYS, holes=0.2).to(getattr(torch, dtype))
-        before = [x.clone() for x in (case.q, case.k, case.v)]
         for training in (False, True):
             got = case.run(subject.build(training=training).to(case.q.dtype))
             demand(got.out.shape == case.q.shape, f"context is {tuple(got.out.shape)}, q {case.q.shape}")
@@ -46,8 +45,21 @@ def interface(subject: Subject) -> None:
             demand(got.stats is None, "statistics although nobody asked for them")
             for name, loss in got.losses.items():
                 demand(loss.dim() == 0 and bool(loss.isfinite()), f"loss '{name}' is no finite scalar: {loss}")
-        unchanged = all(torch.equal(x, y) for x, y in zip((case.q, case.k, case.v), before, strict=True))
-        demand(unchanged, "the call writes into its inputs")
+
+
+@holds_for()
+def value_size(subject: Subject) -> None:
+    """Values narrower than keys give what they give with zeros behind them; wider ones too, where they are taken."""
+    module, case = subject.build(), subject.case(SHORT, SHORT_KEYS, holes=0.2)
+    size = case.v.shape[-1]
+    if size > 1:
+        few = replace(case, v=case.v[..., : size - 1])
+        got = few.out(module)
+        padded = replace(case, v=torch.nn.functional.pad(few.v, (0, 1))).out(module)[..., : size - 1]
+        same(got, padded, "narrow values differ from the same ones padded with zeros")
+    if subject.can.any_value_size:
+        wide = torch.cat([case.v, case.v.flip(1)], -1)
+        same(replace(case, v=wide).out(module)[..., :size], case.out(module), "wide values differ in their first half")
 
 
 @holds_for("causal_self", "causal_cross")
@@ -99,41 +111,42 @@ def batch_invariance(subject: Subject) -> None:
     case = case.tensors(lambda x: x * size.view(-1, *[1] * (x.dim() - 1)))
     keys = case.k.shape[2]
     if not subject.can.padding:
-        _alone(module, case, [slice(0, keys)] * 3, "")
+        alone(module, case, [slice(0, keys)] * 3, "")
         return
     lengths = [subject.length(n) for n in (keys, 37, 13)]
     behind, front = [slice(0, n) for n in lengths], [slice(keys - n, keys) for n in lengths]
     # Lengths of a variant may be multiples of something, holes are not.
     holes = torch.rand(3, keys, generator=torch.Generator().manual_seed(4)) < 0.2
     for spans, where in ((behind, "behind"), (front, "in front of")):
-        valid = torch.stack([_within(span, keys) for span in spans])
-        _alone(module, case.with_mask(key_valid=valid), spans, f", with padding {where} it,")
+        valid = torch.stack([within(span, keys) for span in spans])
+        alone(module, case.with_mask(key_valid=valid), spans, f", with padding {where} it,")
         holed = valid & ~holes
         starts = [int(row.to(torch.uint8).argmax()) for row in holed]
         if subject.can.length_multiple == 1:
             spans = [slice(start, span.stop) for start, span in zip(starts, spans, strict=True)]
-            _alone(module, case.with_mask(key_valid=holed), spans, f", with padding {where} it and holes,")
+            alone(module, case.with_mask(key_valid=holed), spans, f", with padding {where} it and holes,")
 
 
-def _within(span: slice, length: int) -> Tensor:
+def within(span: slice, length: int) -> Tensor:
+    """Bool `(length,)`: the places that lie in the span."""
     return (torch.arange(length) >= span.start) & (torch.arange(length) < span.stop)
 
 
-def _alone(module: Attention, case: Case, spans: list[slice], how: str) -> None:
-    """Sequence i of the batch against the same one in a batch of one, as it is and cut to `spans[i]`."""
+def alone(module: Attention, case: Case, spans: list[slice], how: str) -> None:
+    """Demand that sequence i of the batch equals the same one in a batch of one, as it is and cut to `spans[i]`."""
     real, together = case.real_rows(), case.out(module)
     for row, span in enumerate(spans):
-        alone = case.rows(slice(row, row + 1))
+        single = case.rows(slice(row, row + 1))
         real_row = real[row : row + 1]
         expected = together[row : row + 1] * real_row
-        same(alone.out(module) * real_row, expected, f"sequence {row}{how} alone differs from it in the batch")
+        same(single.out(module) * real_row, expected, f"sequence {row}{how} alone differs from it in the batch")
         queries = slice(0, case.q.shape[2]) if case.mask.cross else span
-        valid = None if alone.mask.key_valid is None else alone.mask.key_valid[:, span]
+        valid = None if single.mask.key_valid is None else single.mask.key_valid[:, span]
         cut = Case(
-            alone.q[:, :, queries],
-            alone.k[:, :, span],
-            alone.v[:, :, span],
-            alone.hidden[:, queries],
+            single.q[:, :, queries],
+            single.k[:, :, span],
+            single.v[:, :, span],
+            single.hidden[:, queries],
             AttentionMask(case.mask.pattern, key_valid=None if valid is None or bool(valid.all()) else valid),
         )
         got = cut.out(module) * real_row[:, :, queries]
@@ -220,6 +233,7 @@ def _half_precision(subject: Subject, dtype: torch.dtype, *, full_density: bool)
         dense = attend(exact, allowed, scale)
         # Logits and softmax in float32 on the rounded inputs: what a fused kernel does, but for rounded weights.
         plain = attend(rounded.to(torch.float32), allowed, scale).to(dtype).double() - dense
+    demand(got.out.dtype == dtype, f"the output of {dtype} inputs is {got.out.dtype}")
     error = float(((got.out.double() - expected.out) * agree).abs().max())
     # Learned mixtures may be larger than any value, and rounding alone errs by more there; by how much depends on
     # how close the largest numbers are to powers of two, and what is rounded as well as can be must pass.

@@ -2,7 +2,8 @@
 
 One implementation for pytest (`tests/registry/conformance/`) and for `astbench check NAME`. It builds
 the variant with small options, runs it on short inputs in float64 whose sizes all differ, and compares it
-with itself or with attention written out. What a variant declares it cannot do (its capability record) is
+with itself or with attention written out. What could go wrong only behind some hundred tokens is asked for there too,
+with small options and with the defaults. What a variant declares it cannot do (its capability record) is
 skipped, with that reason; nothing else is.
 
 >>> from astbench_registry.conformance import check
@@ -12,21 +13,26 @@ skipped, with that reason; nothing else is.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from astbench_registry.capabilities import AttentionConfig
+from astbench_registry.conformance import density as of_density
 from astbench_registry.conformance import gradients as of_gradients
+from astbench_registry.conformance import long as of_length
 from astbench_registry.conformance import outputs as of_outputs
-from astbench_registry.conformance.cases import Factory, Subject
-from astbench_registry.conformance.checks import APPLIES, Check, Failure, Skip
+from astbench_registry.conformance.cases import Factory, Failure, Skip, Subject
+from astbench_registry.conformance.checks import APPLIES, Check
 from astbench_registry.registry import build_attention, config_class, make_config
 
 PROPERTIES: dict[str, Check] = {
     function.__name__: function
     for function in (
         of_outputs.interface,
+        of_outputs.value_size,
         of_outputs.causality,
         of_outputs.padding_invariance,
         of_outputs.batch_invariance,
@@ -43,10 +49,21 @@ PROPERTIES: dict[str, Check] = {
         of_outputs.save_load,
         of_outputs.scale,
         of_outputs.statistics,
+        of_density.density,
         of_outputs.cost,
+        of_length.long_causality,
+        of_length.long_padding,
+        of_length.long_decode,
+        of_length.long_full_density,
     )
 }
 """Name to check, in the order in which they run."""
+
+LONGEST_DETAIL = 400
+"""Characters of a result's detail."""
+
+_VARIANTS = "astbench_registry.variants"
+_NOT_PLUGINS = ("astbench_registry", "astbench_kernels", "torch", "contextlib", "functools", "None")
 
 
 @dataclass(frozen=True)
@@ -109,15 +126,17 @@ def check_module(
     unknown = [x for x in wanted if x not in PROPERTIES]
     if unknown:
         raise ValueError(f"unknown property {unknown[0]!r}; there are: {', '.join(PROPERTIES)}")
+    met: dict[str, str] = {}
     return [
-        _try(prop, Subject(name, factory, config, pattern))
+        _try(prop, Subject(name, factory, config, pattern), met)
         for prop in wanted
         for pattern in config.can.patterns
         if pattern in APPLIES[prop]
     ]
 
 
-def _try(name: str, subject: Subject) -> Result:
+def _try(name: str, subject: Subject, met: dict[str, str]) -> Result:
+    """One result; `met`: exceptions that earlier ones told in full, and where."""
     status: Literal["pass", "fail", "skip"] = "pass"
     detail = ""
     try:
@@ -127,5 +146,23 @@ def _try(name: str, subject: Subject) -> Result:
     except Failure as failure:
         status, detail = "fail", str(failure)
     except Exception as error:  # whatever a variant raises is a finding about it, not about the suite
-        status, detail = "fail", f"{type(error).__name__}: {error}"
-    return Result(subject.name, name, subject.pattern, status, " ".join(detail.split()))
+        status, kind, place = "fail", type(error).__name__, _place(error)
+        detail = f"{kind}{place}: {error}"
+        first = met.setdefault(f"{kind}{place}", f"{name}, {subject.pattern}")
+        if first != f"{name}, {subject.pattern}":
+            detail = f"{kind}{place}, as under {first}"
+    return Result(subject.name, name, subject.pattern, status, " ".join(detail.split())[:LONGEST_DETAIL])
+
+
+def _place(error: Exception) -> str:
+    """Where it was raised, ` at FILE:LINE`; empty where that is not known.
+
+    The innermost line of a plugin, and of a variant of this package where no plugin is on the way.
+    """
+    frames = list(traceback.walk_tb(error.__traceback__))
+    names = [(str(frame.f_globals.get("__name__")), frame.f_code.co_filename, line) for frame, line in frames]
+    theirs = [(file, line) for module, file, line in names if module.partition(".")[0] not in _NOT_PLUGINS]
+    ours = [(file, line) for module, file, line in names if module.startswith(f"{_VARIANTS}.")]
+    for file, line in (theirs or ours)[-1:]:
+        return f" at {Path(file).name}:{line}"
+    return ""

@@ -124,12 +124,21 @@ class SinkhornAttention(Attention):
         return -noise.log().to(like)
 
     def _stats(self, q: Tensor, k: Tensor, slots: Tensor, valid: Tensor, mask: AttentionMask) -> AttentionStats:
-        """Keys compared per query: its own block's and the sorted places; no more than it may see."""
-        seen = valid.cumsum(-1) if mask.causal else valid.sum(-1, keepdim=True).expand_as(valid)
-        seen = seen[:, None, mask.query_offset : mask.query_offset + q.shape[2]]
-        attended = torch.minimum(slots, seen).sum(-1, dtype=torch.float64)
-        attended = attended.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        return AttentionStats(attended, mask.visible_pairs(q, k), f"torch-{q.device.type}")
+        """Pairs within the own block, and beside them the sorted places, each a mixture of keys.
+
+        A query has no more of both than it may see keys.
+        """
+        rank = valid.cumsum(-1)
+        seen = rank if mask.causal else valid.sum(-1, keepdim=True).expand_as(valid)
+        size = min(self.config.block_size, k.shape[2])
+        block = (rank - 1).clamp(min=0) // size
+        own = (seen - block * size).clamp(max=size) * valid
+        rows = slice(mask.query_offset, mask.query_offset + q.shape[2])
+        own, seen = own[:, None, rows], seen[:, None, rows]
+        beside = (torch.minimum(slots, seen) - own).clamp(min=0)
+        each = q.shape[1] // k.shape[1]
+        pairs = [x.expand_as(slots).sum(-1, dtype=torch.float64).repeat_interleave(each, 1) for x in (own, beside)]
+        return AttentionStats(pairs[0], mask.visible_pairs(q, k), f"torch-{q.device.type}", coarse=pairs[1])
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """The sorting scores, the mixture of keys, values and shares, and two matmuls with two blocks."""

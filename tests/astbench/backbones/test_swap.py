@@ -178,7 +178,9 @@ def test_hidden_states_are_given_to_a_variant_that_asks(fresh_registry):
     class NosyConfig(AttentionConfig):
         """Reads the layer's input."""
 
-        capabilities: ClassVar = Capabilities(patterns=("causal_self", "bidirectional_self"), needs_hidden_states=True)
+        capabilities: ClassVar = Capabilities(
+            patterns=("causal_self", "bidirectional_self"), shift_invariant=True, needs_hidden_states=True
+        )
 
     @register_attention("nosy", NosyConfig)
     class Nosy(Attention):

@@ -1,7 +1,7 @@
 """Broken attentions that the conformance suite must catch: a test that never fails proves nothing."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -238,6 +238,62 @@ class ScoresInHalfPrecision(PooledTopKAttention):
         return rows if call.q.dtype == torch.float64 else rows.to(torch.float8_e5m2).float(), columns
 
 
+CHUNK = 128
+
+
+class LeaksFromTheSecondChunk(Plain):
+    """In chunks of 128; all but the first see to their end."""
+
+    def allowed(self, q, k, mask):
+        allowed = super().allowed(q, k, mask)
+        if mask.causal:
+            row = torch.arange(q.shape[2])[:, None] + mask.query_offset
+            same_chunk = torch.arange(k.shape[2]) // CHUNK == row // CHUNK
+            allowed = allowed | (same_chunk & (row >= CHUNK) & allowed.any(-1, keepdim=True))
+        return allowed
+
+
+class ForgetsPaddingBehindTheFirstChunk(Plain):
+    def allowed(self, q, k, mask):
+        allowed = super().allowed(q, k, mask)
+        if mask.key_valid is None:
+            return allowed
+        hidden = ~mask.key_valid[:, None, None, :] & (torch.arange(k.shape[2]) < CHUNK)
+        return super().allowed(q, k, type(mask)(mask.pattern, mask.query_offset)) & ~hidden
+
+
+class SeesTwoChunks(Plain):
+    def allowed(self, q, k, mask):
+        row = torch.arange(q.shape[2])[:, None] + mask.query_offset
+        return super().allowed(q, k, mask) & ((row - torch.arange(k.shape[2])).abs() < 2 * CHUNK)
+
+
+class RestartsAtEachChunkWhenDecoding(Plain):
+    def allowed(self, q, k, mask):
+        allowed = super().allowed(q, k, mask)
+        if mask.sequential and mask.query_offset >= CHUNK:
+            return allowed & (torch.arange(k.shape[2]) >= CHUNK)
+        return allowed
+
+
+class ReportsHalf(Plain):
+    def stats(self, q, allowed):
+        stats = super().stats(q, allowed)
+        return replace(stats, attended=(stats.attended / 2).floor())
+
+
+class ReportsAllButIsLocal(Plain):
+    def weights(self, logits, allowed):
+        rows, columns = (torch.arange(n) for n in logits.shape[-2:])
+        return super().weights(logits, allowed & ((rows[:, None] - columns).abs() < 9))
+
+
+class ReturnsSinglePrecision(Plain):
+    def forward(self, *args, **kwargs):
+        got = super().forward(*args, **kwargs)
+        return got._replace(out=got.out.to(torch.promote_types(got.out.dtype, torch.float32)))
+
+
 class CountsPaddingInFront(PooledTopKAttention):
     """Blocks from row 0 of the tensor, whatever lies there."""
 
@@ -271,6 +327,13 @@ MUTANTS = [
     (Unreached, "parameter_gradients"),
     (ReachedWithZeroGradient, "parameter_gradients"),
     (WrongParameterGradient, "gradients"),
+    (LeaksFromTheSecondChunk, "long_causality"),
+    (ForgetsPaddingBehindTheFirstChunk, "long_padding"),
+    (SeesTwoChunks, "long_full_density"),
+    (RestartsAtEachChunkWhenDecoding, "long_decode"),
+    (ReportsHalf, "density"),
+    (ReportsAllButIsLocal, "density"),
+    (ReturnsSinglePrecision, "low_precision"),
 ]
 SELECTING_MUTANTS = [
     (PoolsACausalGroup, {"query_group": 4}, "causality"),
@@ -312,14 +375,56 @@ def test_padded_queries_are_caught_by_a_gradient_under_every_pattern():
     assert all("NaN in padded queries moves the gradient of" in r.detail for r in results)
 
 
-def test_an_exception_is_a_failure_in_one_line():
+def test_an_exception_is_told_once_with_the_line_that_raised_it():
     class Raises(Plain):
         def forward(self, q, k, v, mask, **options):
             raise RuntimeError("two\nlines")
 
-    results = check_module(Raises, PlainConfig(), name="raises", properties=["scale"])
-    assert {(r.status, r.detail) for r in results} == {("fail", "RuntimeError: two lines")}
-    assert len(results) == len(PATTERNS)
+    line = Raises.forward.__code__.co_firstlineno + 1
+    results = check_module(Raises, PlainConfig(), name="raises", properties=["scale", "gqa"])
+    here = f"RuntimeError at test_negative_controls.py:{line}"
+    assert [(r.status, r.detail) for r in results] == [
+        ("fail", f"{here}: two lines"),
+        *[("fail", f"{here}, as under scale, {PATTERNS[0]}")] * 7,
+    ]
+
+
+def test_a_write_into_an_input_is_called_that_under_every_property():
+    for property in ("causality", "padding_invariance", "statistics"):
+        found = failures(check_module(WritesIntoItsInput, PlainConfig(), properties=[property]))
+        assert found and all("writes into its inputs: q" in r.detail for r in found)
+
+
+class EveryThird(Plain):
+    """A pattern, counted with the helper."""
+
+    step = 3
+
+    def allowed(self, q, k, mask):
+        return super().allowed(q, k, mask) & self.pattern(q, k, mask, 3)
+
+    def pattern(self, q, k, mask, step):
+        return (torch.arange(q.shape[2])[:, None] + mask.query_offset - torch.arange(k.shape[2])) % step == 0
+
+    def forward(self, q, k, v, mask, *, scale=None, context=None):
+        got = super().forward(q, k, v, mask, scale=scale, context=context)
+        pattern = self.pattern(q, k, mask, self.step)
+        return got._replace(stats=self.some_pairs(q, k, mask, context, pattern, "plain"))
+
+
+def test_the_helper_for_patterns_counts_what_moves_the_output():
+    @dataclass(frozen=True)
+    class Patterned(AttentionConfig):
+        capabilities: ClassVar = Capabilities(patterns=PATTERNS)
+
+    class CountsAnother(EveryThird):
+        step = 2
+
+    properties = ["density", "statistics", "batch_invariance"]
+    assert not failures(check_module(EveryThird, Patterned(), properties=properties))
+    assert {r.property for r in failures(check_module(CountsAnother, Patterned(), properties=properties))} == {
+        "density"
+    }
 
 
 def test_undeclared_parameters_are_caught():

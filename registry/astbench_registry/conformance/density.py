@@ -1,0 +1,60 @@
+"""The conformance suite's properties of what a variant reports of a call: statistics and density."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from astbench_registry.conformance.cases import SHORT, SHORT_KEYS, Case, Subject
+from astbench_registry.conformance.checks import demand, holds_for
+from astbench_registry.interface import Attention
+
+DRAWS = 6
+
+
+@holds_for()
+def density(subject: Subject) -> None:
+    """Every pair that moves an output is counted, and of those that are counted none never does.
+
+    A pair (query i, key j) moves an output where row i has a gradient to value j. Weights may be zero by chance, as
+    with a ReLU, so what no draw of the inputs moves is what never does. Where pooled keys stand for many, or scores
+    weigh what was chosen, keys move outputs that were not attended to: there only the second half is asked for.
+    """
+    module = subject.build()
+    ever: Tensor | None = None
+    least: Tensor | None = None
+    for seed in range(DRAWS):
+        case = subject.case(SHORT, SHORT_KEYS, batch=1, seed=seed)
+        case = replace(case, q=case.q * 0.5)  # no weight so small that rounding hides it
+        with torch.no_grad():
+            stats = case.run(module, collect_stats=True).stats
+        demand(stats is not None, "no statistics although they were asked for")
+        assert stats is not None, "demanded above"
+        moved, counted = _moved(module, case), stats.attended[0]
+        if stats.coarse is None and not subject.can.soft_choice:
+            for head, (number, reported) in enumerate(zip(moved.sum((1, 2)).tolist(), counted.tolist(), strict=True)):
+                what = f"head {head} reports {reported:.0f} pairs attended to, but {number} move its output"
+                demand(number <= reported, what)
+        ever = moved if ever is None else ever | moved
+        least = counted if least is None else torch.minimum(least, counted)
+    assert ever is not None and least is not None, "there are draws"
+    for head, (number, reported) in enumerate(zip(ever.sum((1, 2)).tolist(), least.tolist(), strict=True)):
+        what = f"head {head} reports {reported:.0f} pairs attended to, but only {number} ever move its output"
+        demand(number >= 0.98 * reported, what)
+
+
+def _moved(module: Attention, case: Case) -> Tensor:
+    """Bool `(heads, queries, keys)`: row i of a head has a gradient to value j."""
+    rows, heads = case.q.shape[2], case.q.shape[1]
+    copies = case.tensors(lambda x: x.expand(rows, *x.shape[1:]))  # copy i for row i
+    values = copies.v.clone().requires_grad_()
+    out = replace(copies, v=values).out(module)
+    own = out[torch.arange(rows), :, torch.arange(rows)].sum((0, 2))  # (heads,)
+    each = heads // values.shape[1]
+    found = []
+    for head in range(heads):
+        (grad,) = torch.autograd.grad(own[head], values, retain_graph=head + 1 < heads)
+        found.append(grad[:, head // each].abs().amax(-1) > 1e-12)
+    return torch.stack(found)
