@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from astbench_kernels import triton
+from astbench_kernels.arguments import check_arguments, once_differentiable
 from astbench_kernels.backends import flex
 from astbench_kernels.backends.cpu.query_major import gather_attention, schedule_of
 from astbench_kernels.backends.reference import reference_attention
@@ -210,14 +211,16 @@ def block_sparse_attention(
     Returns:
         `out` `(batch, heads, query_length, value_dim)` in the dtype of `q`, and the log-sum-exp of each row's
         logits `(batch, heads, query_length)` in float32 (float64 for float64 inputs). A row that sees nothing
-        is zero with log-sum-exp -inf. Both are differentiable in q, k, v and block_bias.
+        is zero with log-sum-exp -inf. Both are differentiable in q, k, v and block_bias, once: a gradient with
+        `create_graph=True` is refused.
 
     Raises:
-        ValueError: shapes that do not fit together, or a backend that refuses.
+        ValueError: an argument that does not fit, named, or a backend that refuses. What lists hold is looked at on the
+            CPU only: a GPU would have to be waited for.
 
     Cost: time O(query_length x listed keys x head_dim); memory as the backend says.
     """
-    _check(q, k, v, layout, block_bias, key_valid)
+    check_arguments(q, k, v, layout, block_bias, key_valid)
     gradients = wants_gradients(q, k, v, block_bias)
     head_dim = max(q.shape[-1], v.shape[-1])
     chosen = choose_backend(backend, q.device, dtype=q.dtype, head_dim=head_dim, layout=layout, gradients=gradients)
@@ -225,7 +228,7 @@ def block_sparse_attention(
     if _BACKENDS[chosen].foreign:
         self_check(chosen, run, q.device, q.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        return run(
+        out, lse = run(
             q,
             k,
             v,
@@ -235,47 +238,4 @@ def block_sparse_attention(
             causal=causal,
             key_valid=key_valid,
         )
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, block_bias: Tensor | None, key_valid: Tensor | None
-) -> None:
-    problems = []
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        problems.append("q, k and v must be (batch, heads, length, head_dim)")
-    elif k.shape[:3] != v.shape[:3]:
-        problems.append(f"k and v differ: {tuple(k.shape)} and {tuple(v.shape)}")
-    elif q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[-1] != k.shape[-1]:
-        problems.append(f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}: kv heads must divide heads")
-    elif (layout.query_length, layout.key_length) != (q.shape[2], k.shape[2]):
-        problems.append(
-            f"the layout is for {layout.query_length} queries and {layout.key_length} keys, "
-            f"got {q.shape[2]} and {k.shape[2]}"
-        )
-    elif layout.indices.shape[0] != q.shape[0] or layout.indices.shape[1] not in (1, k.shape[1], q.shape[1]):
-        problems.append(
-            f"layout lists {tuple(layout.indices.shape[:2])} must be (batch, 1 or {k.shape[1]} or {q.shape[1]})"
-        )
-    if q.dtype != k.dtype or q.dtype != v.dtype:
-        problems.append(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if block_bias is not None and block_bias.shape != layout.indices.shape:
-        problems.append(
-            f"block_bias {tuple(block_bias.shape)} must align with layout.indices {tuple(layout.indices.shape)}"
-        )
-    if key_valid is not None and key_valid.shape != (k.shape[0], k.shape[2]):
-        problems.append(f"key_valid must be {(k.shape[0], k.shape[2])}, got {tuple(key_valid.shape)}")
-    if not problems and layout.indices.device.type == "cpu":  # a GPU would have to be waited for
-        problems = _wrong_lists(layout)
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def _wrong_lists(layout: BlockLayout) -> list[str]:
-    """What a kernel would read beyond the keys for, in another head's or nobody's memory."""
-    problems = []
-    width, listed = layout.indices.shape[-1], layout.indices.masked_fill(~layout.slots, 0)
-    if layout.counts.numel() and not 0 <= int(layout.counts.min()) <= int(layout.counts.max()) <= width:
-        problems.append(f"layout.counts must be within 0 and the width of the lists, {width}")
-    if listed.numel() and not 0 <= int(listed.min()) <= int(listed.max()) < max(1, layout.num_blocks):
-        problems.append(f"layout.indices must name blocks 0 to {layout.num_blocks - 1}")
-    return problems
+    return once_differentiable(out, lse) if gradients else (out, lse)

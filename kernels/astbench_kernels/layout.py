@@ -31,7 +31,7 @@ class BlockLayout:
 
     Attributes:
         indices: int32 `(batch, list_heads, groups, width)`; the first `counts` entries of a row are distinct
-            block numbers, the rest are padding and never read as blocks.
+            block numbers in any order, the rest are padding and never read as blocks.
         counts: int32 `(batch, list_heads, groups)`.
         block_size: Keys per block; the last block may be shorter.
         query_group: Consecutive query positions that share a list.

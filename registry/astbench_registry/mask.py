@@ -29,6 +29,14 @@ class AttentionMask:
     key_valid: Tensor | None = None
     query_valid: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("key_valid", "query_valid"):
+            valid = getattr(self, name)
+            if valid is not None and (valid.dtype != torch.bool or valid.dim() != 2):
+                raise ValueError(
+                    f"{name} must be bool (batch, length), True for real tokens, got {valid.dtype} {tuple(valid.shape)}"
+                )
+
     @property
     def causal(self) -> bool:
         """Keys after the query's position are hidden."""
