@@ -191,27 +191,46 @@ def _text(name: str, layer: Layer, found: Explanation) -> str:
             if found.row.schedule == "masked"
             else f"{found.share:.3g} of dense's (query, key) pairs: the blocks kept, over the visible ones"
         ),
-        **_against_dense(found),
+        **_against_dense(name, found),
     }
     shown = ", ".join(f"{key}={getattr(layer, key)}" for key in KEYS if key != "density")
     return f"{name}, {shown}\n\n" + "\n".join(f"  {key:<15} {value}" for key, value in facts.items())
 
 
-def _against_dense(found: Explanation) -> dict[str, str]:
+def _against_dense(name: str, found: Explanation) -> dict[str, str]:
     measured = found.measured
     if measured is None:
         return {"against dense": f"not measured ({found.missing})"}
+    parts = {"forward": measured.forward, "forward and backward": measured.training}
+    layers = {"forward": measured.layer_forward, "forward and backward": measured.layer_training}
+    where = (
+        f"{measured.tokens:,} tokens at density {measured.density:.3g}, the nearest measured call "
+        f"({measured.record}: one CPU thread)"
+    )
+    kernel = "; ".join(f"{what} {_share(ratio, found)}" for what, ratio in parts.items())
+    if name != "ast":
+        return {
+            "against dense": f"not measured: of '{name}' only the kernel was, without its choice of blocks",
+            "kernel alone": kernel,
+            "R from": where,
+        }
+    verdicts = {what: _verdict(what, ratio, found) for what, ratio in layers.items()}
     return {
-        "against dense": _one(measured.forward, found.share, "forward"),
-        "": _one(measured.training, found.share, "forward and backward"),
-        "R from": f"{measured.tokens:,} tokens at density {measured.density:.3g}, the nearest measured call "
-        f"({measured.record}: one CPU thread, the kernel alone; choosing the blocks comes on top)",
+        "against dense": verdicts["forward"],
+        "": verdicts["forward and backward"],
+        "kernel alone": f"{kernel}; choosing, and learning to choose, take the rest",
+        "R from": where,
     }
 
 
-def _one(ratio: float, share: float, what: str) -> str:
-    verdict = "faster" if ratio * share < 1 else "slower"
+def _share(ratio: float, found: Explanation) -> str:
+    return f"{ratio * found.share:.2g} of dense's time"
+
+
+def _verdict(what: str, ratio: float, found: Explanation) -> str:
+    """Of the whole layer, choosing included."""
+    verdict = "faster" if ratio * found.share < 1 else "slower"
     return (
-        f"{what}: {verdict}, R {ratio:.2f} x {share:.3g} = {ratio * share:.2g} of dense's time; "
-        f"dense is faster above a density of {min(1.0, 1 / ratio):.2f}"
+        f"{what}: the layer is {verdict}, R {ratio:.2f} x {found.share:.3g} = {_share(ratio, found)}; dense is faster "
+        f"above a density of {min(1.0, 1 / ratio):.2f}"
     )

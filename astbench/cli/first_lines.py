@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from astbench import console
 from astbench.runs.folder import RunFolder
@@ -21,8 +22,15 @@ def run_facts(trainer: pl.Trainer, module: TaskModule) -> dict[str, Any]:
         "data": data,
         "attached": {"layers": len(handle.slots), "patterns": sorted({s.pattern for s in handle.slots})},
         "precision": str(trainer.precision),
-        "notes": [*handle.notes, *data["notes"]],
+        "notes": [*handle.notes, *data["notes"], *training_notes(trainer, module)],
     }
+
+
+def training_notes(trainer: pl.Trainer, module: TaskModule) -> list[str]:
+    """What the attention has to say of a training run of this length."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return []
+    return module.swapped.slots[0].attention.config.notes(trainer.max_steps)
 
 
 def say_first_lines(

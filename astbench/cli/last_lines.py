@@ -32,6 +32,9 @@ def say_last_lines(task: Task, module: TaskModule, record: Mapping[str, Any], fo
         rows["picture"] = folder / str(record["picture"])
     console.say(f"done: {record.get('signature', record['command'])}")
     console.table(rows)
+    if record["command"] == "fit":
+        for note in module.swapped.slots[0].attention.config.notes(module.trainer.max_steps):
+            console.say(f"  note: {note}")
     if record["command"] == "fit" and record["data"]["source"] == "demo":
         plugins = [f"--plugins={plugin}" for plugin in record["config"].get("plugins") or []]
         names = shlex.join([f"--attention={module.swapped.name}", f"--task={task.name}", *plugins])

@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -74,6 +75,13 @@ class CLI(LightningCLI):
         parser.add_class_arguments(self.task_config, "task", instantiate=False)
         parser.add_class_arguments(BackboneConfig, "backbone", instantiate=False)
         parser.add_class_arguments(OptimConfig, "optim", instantiate=False)
+        parser.add_argument(
+            "--trainer.threads",
+            type=int | None,
+            default=None,
+            help="torch threads of each process, which sums on the CPU depend on; by default torch's own number, "
+            "recorded as what it was",
+        )
         parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run")
         parser.add_argument("--init_from", type=str | None, default=None, help="run folder to take weights from")
         parser.add_argument("--plugins", type=list[str], default=list(self.line.plugins), help="plugins to load")
@@ -110,6 +118,14 @@ class CLI(LightningCLI):
         """Check what can be checked before anything is built or read."""
         sys.argv[1:] = [self.command, *self.line.typed]  # Lightning starts a run's other processes with these
         check_options(self.command, self.options, self.task)
+        self._set_threads()
+
+    def _set_threads(self) -> None:
+        """Take the number of threads from the options, or into them: sums on the CPU depend on it."""
+        threads = self.options.trainer.threads
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.options.trainer.threads = torch.get_num_threads()
 
     @property
     def options(self) -> Namespace:
@@ -126,6 +142,7 @@ class CLI(LightningCLI):
         trainer["enable_progress_bar"] = trainer.get("enable_progress_bar") is not False
         if trainer["enable_progress_bar"]:
             callbacks.append(progress_bar())
+        del trainer["threads"]  # ours, not Lightning's
         plugins = [*(trainer.pop("plugins", None) or []), SafeCheckpointIO()]
         if trainer.get("logger") in (None, True) and self.command == "fit":
             names = [options.loggers] if isinstance(options.loggers, str) else options.loggers

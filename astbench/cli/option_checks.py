@@ -28,6 +28,10 @@ _CUT_SHORT = {
 """Trainer options that skip samples behind the data module's back, and what says the same openly."""
 
 
+MOST_THREADS = 1024
+"""A larger number of torch threads is a mistake, and would end the process."""
+
+
 def group_options(group: Any) -> dict[str, Any]:
     """A parsed group as a dictionary."""
     return dict(vars(group)) if isinstance(group, Namespace) else dict(asdict(group))
@@ -100,6 +104,9 @@ def _check_trainer(trainer: Namespace, task: Task) -> None:
         if not (value is None or value is False or everything):
             instead = instead.replace("max_eval", task.eval_limit)
             raise ConfigError(f"--trainer.{option} would count what it leaves out as done; use {instead}")
+    threads = trainer.get("threads")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ConfigError(f"--trainer.threads must be 1 to {MOST_THREADS}, got {threads}")
     if trainer.get("accumulate_grad_batches", 1) < 1:
         raise ConfigError("--trainer.accumulate_grad_batches must be at least 1")
 

@@ -86,4 +86,4 @@ def _trainer() -> Mapping[str, Any]:
     from lightning.pytorch import Trainer
 
     parameters = inspect.signature(Trainer.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.name != "self"}
+    return {**{p.name: p.default for p in parameters if p.name != "self"}, "threads": None}

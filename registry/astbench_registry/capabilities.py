@@ -172,6 +172,10 @@ class AttentionConfig:
         """The capability record for these very options (most variants: the class's own)."""
         return self.capabilities
 
+    def notes(self, steps: int) -> list[str]:
+        """What a user should know of these options in a training run of that many steps; nothing for most."""
+        return []
+
     def require(self, condition: bool, field: str, expected: str) -> None:
         """Raise `ValueError` naming the option, what was expected and what was given."""
         if not condition:

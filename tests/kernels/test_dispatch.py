@@ -134,18 +134,18 @@ def test_measured_figures_are_the_records(record):
     assert kinds == {(config["dtype"], config["head_dim"], config["options"]["ast"]["block_size"], causal)}
     measured = {}
     for name in {c["attention"] for c in cells} - {"dense"}:
-        forward, training = ratio(cells, name, "kernel"), ratio(cells, name, "kernel_training")
+        columns = [ratio(cells, name, mode) for mode in ("kernel", "kernel_training", "forward", "training")]
         for cell in (c for c in cells if c["attention"] == name):
             n = cell["length"]
             # Two densities asked for may come to one that was kept; the first one asked for is quoted.
             measured.setdefault((n, round(cell["kernel"]["density"], 3)), []).append(
-                (round(forward[n], 2), round(training[n], 2))
+                tuple(round(column[n], 2) for column in columns)
             )
     for m in mine:
         near = [
             v for (n, d), values in measured.items() if n == m.tokens and abs(d - m.density) < 0.002 for v in values
         ]
-        assert (m.forward, m.training) in near, m
+        assert (m.forward, m.training, m.layer_forward, m.layer_training) in near, m
 
 
 def test_nothing_is_quoted_far_from_what_was_measured():

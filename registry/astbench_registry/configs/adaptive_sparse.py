@@ -99,6 +99,17 @@ class ASTConfig(BlockSelectionConfig):
         """A gate that is felt in the forward pass lets every score move the output."""
         return replace(super().can, soft_choice=self.estimator == "soft")
 
+    def notes(self, steps: int) -> list[str]:
+        """A schedule that the run is too short for: it is tested at a density that it was never trained at."""
+        if self.density_start is None or steps >= self.density_steps:
+            return []
+        way = max(0, steps - self.density_hold) / (self.density_steps - self.density_hold)
+        return [
+            f"the density schedule ends at step {self.density_steps}, training at step {steps}: {way:.0%} of the way "
+            f"from {self.density_start} to {self.density}, at which it is evaluated; set --attention.density_steps to "
+            f"at most {steps}, or raise --trainer.max_steps"
+        ]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.budget in ("fixed", "adaptive"), "budget", "fixed or adaptive")

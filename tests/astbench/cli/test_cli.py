@@ -88,8 +88,14 @@ def test_describe_explains_a_call(astbench):
         return done.out
 
     shared = facts("--explain", "N=8192", "density=0.125", *measured)
-    for part in ("gather (query-major)", "needs a CUDA device", "0.125 of dense's", "forward: faster, R 1.64", "0.61"):
+    for part in ("gather (query-major)", "needs a CUDA device", "0.125 of dense's", "layer is faster, R 1.75", "0.57"):
         assert part in shared, shared
+    # The kernel alone is faster here; the layer, which has to choose as well, is not.
+    slower = facts("--explain", "N=8192", "density=0.125", "pattern=causal_self")
+    assert "forward: the layer is slower, R 9.31" in slower and "faster, R" not in slower
+    assert "kernel alone    forward 0.6 of dense's time" in slower
+    other = astbench("describe", "pooled_topk", "--explain", "N=8192", "density=0.125", *measured).out
+    assert "not measured: of 'pooled_topk' only the kernel was" in other and "faster, R" not in other
     a_token = facts("--explain", "N=8,192", "density=0.5", "pattern=causal_self", *measured)
     assert "gather (key-major)" in a_token and "not measured (measured: 1,024 to 16,384 tokens at" in a_token
     assert "R from          8,192 tokens" in facts("--explain", "N=8192", "density=0.125")
