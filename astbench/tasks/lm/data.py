@@ -134,7 +134,7 @@ class WikiTextData(TaskData):
             # As transformers does: with the special tokens that the tokenizer puts around every text.
             self.prompt_ids = torch.tensor(self.tokenizer(prompt)["input_ids"])
             before, after = tokens_around(self.tokenizer, prompt)
-            self.prompt_added = self.tokenizer.convert_ids_to_tokens([*before, *after])
+            self.prompt_added = [str(self.tokenizer.convert_ids_to_tokens(token)) for token in (*before, *after)]
         for split in missing:
             self._cut(split, self._corpora.pop(split))
 

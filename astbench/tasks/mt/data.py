@@ -35,7 +35,8 @@ class TranslationData(TaskData):
         source: demo, hub (wmt/wmt14, de-en: tests are newstest2013 and newstest2014) or local.
         path: For `local`: a folder of parallel files, one sentence a line (`NAME.en` and `NAME.de`, or .eng and
             .deu, also .gz), or one table of pairs (English, tab, German; also .gz, or a .zip of just one).
-        columns: For `local` with a table: which of its columns hold English and German, counted from 1.
+        columns: For `local` with a table: which of its columns hold English and German, counted from 1, such as 2,4.
+            If not given, they are the first two, and a table that does not look like it is refused.
         direction: en-de or de-en.
         train_name: For `local`: what the training files are called before their ending.
         validation_name: For `local`: what the validation files are called; `../FOLDER/NAME` leads elsewhere.
@@ -64,7 +65,7 @@ class TranslationData(TaskData):
         self,
         source: Literal["demo", "hub", "local"] = "demo",
         path: str = "",
-        columns: str = "1,2",
+        columns: str | None = None,
         direction: Literal["en-de", "de-en"] = "en-de",
         train_name: str = "train",
         validation_name: str = "val",
@@ -90,7 +91,7 @@ class TranslationData(TaskData):
         at_least(2, max_length=max_length)
         at_least(3, holdout=holdout)
         at_least(300, vocab_size=vocab_size)  # 256 bytes, three special tokens, and something to merge
-        self.columns = _columns(columns)
+        self.columns = None if columns is None else _columns(columns)
         self.direction, self.eval_split = direction, eval_split
         self.names = {"train": train_name, "validation": validation_name, "test": test_name}
         self.holdout, self.demo_train, self.demo_eval = holdout, demo_train, demo_eval
@@ -160,23 +161,10 @@ class TranslationData(TaskData):
         if not is_there(path):
             raise DataError(f"--data.path={str(path)[:200]} does not exist")
         if self._table is None:
-            self._table = self._read_table(path)
+            self._table = {"train": [], "validation": [], "test": []}
+            for pair in sources.read_table(path, self.columns):
+                self._table[sources.split_of(pair, self.holdout)].append(pair)
         return self._table[split]
-
-    def _read_table(self, path: Path) -> dict[str, list[Pair]]:
-        """The splits of a table; a note where it looks like German and English."""
-        pairs = sources.read_table(path, self.columns)
-        english, german = self.columns
-        # What is called de-en mostly has German first.
-        if swapped(pairs, unless_told="de-en" in path.name.lower() and english < german):
-            self.notes.append(
-                f"column {english} of {path.name}, read as English, looks like German, and column {german} like "
-                f"English; --data.columns={german},{english} takes them the other way round"
-            )
-        splits: dict[str, list[Pair]] = {"train": [], "validation": [], "test": []}
-        for pair in pairs:
-            splits[sources.split_of(pair, self.holdout)].append(pair)
-        return splits
 
     def _asked(self) -> list[str]:
         if bool(self.text.strip()) == bool(self.file):

@@ -30,19 +30,18 @@ _LOOKED_AT = 2000
 """Pairs that are looked at: as good as all of them."""
 
 
-def refuse_ids(file: Path, pairs: Sequence[tuple[str, str]], columns: tuple[int, int], first: Sequence[str]) -> None:
-    """Refuse a table whose columns hold numbers.
+def refuse_ids(file: Path, pairs: Sequence[tuple[str, str]], first: Sequence[str]) -> None:
+    """Refuse a table whose first two columns hold numbers.
 
     Args:
         file: The table.
         pairs: What was read.
-        columns: The columns that were read, from 1.
         first: All cells of the first line: which of them are text is told.
 
     Raises:
         DataError: naming the column, and the option that says which to read.
     """
-    for column, cells in zip(columns, zip(*pairs, strict=True), strict=True):
+    for column, cells in enumerate(zip(*pairs, strict=True), 1):
         written = [cell for cell in cells if cell]
         numbers = sum(_NUMBER.fullmatch(cell) is not None for cell in written)
         if numbers > 0.9 * len(written):
@@ -52,6 +51,20 @@ def refuse_ids(file: Path, pairs: Sequence[tuple[str, str]], columns: tuple[int,
                 f"{file}: column {column} holds numbers, as ids are, and no sentences; --data.columns={names} names "
                 "the columns of English and German"
             )
+
+
+def refuse_swapped(file: Path, pairs: Sequence[tuple[str, str]]) -> None:
+    """Refuse a table that looks like German and English, in this order.
+
+    Raises:
+        DataError: naming the option that says what stands where.
+    """
+    # What is called de-en mostly has German first.
+    if swapped(pairs, unless_told="de-en" in file.name.lower()):
+        raise DataError(
+            f"{file}: column 1, which is read as English, looks like German, and column 2 like English; "
+            "--data.columns=2,1 takes them the other way round, --data.columns=1,2 as they are"
+        )
 
 
 def swapped(pairs: Sequence[tuple[str, str]], *, unless_told: bool = False) -> bool:

@@ -16,7 +16,7 @@ from astbench.files.hub import hub_rows
 from astbench.files.paths import asked_path, is_file
 from astbench.files.reading import one_line, unpacked
 from astbench.files.text import lines, lines_of
-from astbench.tasks.mt.doubts import refuse_ids
+from astbench.tasks.mt.doubts import refuse_ids, refuse_swapped
 
 HUB = ("wmt/wmt14", "de-en", "b199e406369ec1b7634206d3ded5ba45de2fe696")
 """Data set, configuration and revision on the Hugging Face hub."""
@@ -68,19 +68,20 @@ def _file(folder: Path, name: str, language: str, option: str) -> Path:
     )
 
 
-def read_table(file: Path, columns: tuple[int, int] = (1, 2)) -> list[Pair]:
+def read_table(file: Path, columns: tuple[int, int] | None = None) -> list[Pair]:
     """A table of pairs, its columns parted by tabs; also `.gz`. Blank lines are none, blank cells are missing sides.
 
     A `.zip`, as manythings.org hands them out, must hold one such table beside its `_about.txt`.
 
     Args:
         file: The table.
-        columns: Which columns hold English and German, counted from 1.
+        columns: Which columns hold English and German, counted from 1. If not given, they are the first two, and must
+            look like it.
 
     Raises:
-        DataError: unreadable, too few columns, or ids in a column that should hold sentences; names file and line.
+        DataError: unreadable, too few columns, columns of ids, or languages that look swapped; names file and line.
     """
-    pairs = []
+    pairs, taken = [], columns or (1, 2)
     for number, line in _zipped_lines(file) if file.suffix == ".zip" else lines(file):
         if not line.strip():
             continue
@@ -88,18 +89,17 @@ def read_table(file: Path, columns: tuple[int, int] = (1, 2)) -> list[Pair]:
         cells = [cell.strip() for cell in line.split("\t")]
         if len(cells) < 2:
             raise DataError(f"{file}:{number} holds no tab between English and German: {line[:60]!r}")
-        if len(cells) < max(columns):
-            raise DataError(f"{file}:{number} has {len(cells)} columns; --data.columns={_typed(columns)} needs more")
-        pairs.append(Pair(*(cells[column - 1] for column in columns)))
+        if len(cells) < max(taken):
+            raise DataError(
+                f"{file}:{number} has {len(cells)} columns; --data.columns={taken[0]},{taken[1]} needs {max(taken)}"
+            )
+        pairs.append(Pair(*(cells[column - 1] for column in taken)))
         if len(pairs) == 1:
             first = cells
-    if pairs:
-        refuse_ids(file, pairs, columns, first)
+    if pairs and columns is None:
+        refuse_ids(file, pairs, first)
+        refuse_swapped(file, pairs)
     return pairs
-
-
-def _typed(columns: tuple[int, int]) -> str:
-    return ",".join(map(str, columns))
 
 
 def split_of(pair: Pair, holdout: int) -> str:

@@ -59,7 +59,7 @@ def test_columns_are_an_option(tmp_path):
     data = TranslationData("local", str(file), columns="2,4", holdout=3)
     pairs = [pair for split in ("train", "validation", "test") for pair in data._read(split)]
     assert sorted(pairs) == [Pair("Go.", "Geh."), Pair("Hello.", "Hallo.")]
-    with pytest.raises(DataError, match=r"deu\.txt:1 has 4 columns; --data\.columns=2,5 needs more"):
+    with pytest.raises(DataError, match=r"deu\.txt:1 has 4 columns; --data\.columns=2,5 needs 5"):
         read_table(file, (2, 5))
 
 
@@ -74,7 +74,7 @@ LONGER = "Das ist ein Haus.\tThis is a house.\nWo ist der Hund?\tWhere is the do
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "noted"),
+    ("text", "name", "refused"),
     [
         (SWAPPED, "news-commentary.de-en.tsv", True),
         (SWAPPED, "pairs.tsv", True),
@@ -85,17 +85,17 @@ LONGER = "Das ist ein Haus.\tThis is a house.\nWo ist der Hund?\tWhere is the do
         ("My friend Müller left.\tMein Freund ist nicht mehr hier.\n", "pairs.tsv", False),
     ],
 )
-def test_languages_that_look_swapped_are_noted(tmp_path, text, name, noted):
-    data = TranslationData("local", str(table(tmp_path, text, name)))
-    for split in ("train", "validation"):
-        data._read(split)
-    told = [note for note in data.notes if "looks like German" in note]
-    assert len(told) == noted  # once, not for each split
-    if noted:
-        assert "--data.columns=2,1" in told[0] and name in told[0]
-        again = TranslationData("local", str(tmp_path / name), columns="2,1")
-        again._read("train")
-        assert again.notes == []
+def test_languages_that_look_swapped_are_refused_unless_it_is_said(tmp_path, text, name, refused):
+    file = table(tmp_path, text, name)
+    if not refused:
+        assert read_table(file)
+        return
+    with pytest.raises(DataError) as caught:
+        TranslationData("local", str(file))._read("train")
+    assert name in str(caught.value) and "--data.columns=2,1" in str(caught.value)
+    for columns in ("1,2", "2,1"):
+        pairs = read_table(file, TranslationData(columns=columns).columns)
+        assert (pairs[0].en == text.split("\t")[0]) == (columns == "1,2")
 
 
 def test_parallel_files_that_look_swapped_are_noted(tmp_path):
