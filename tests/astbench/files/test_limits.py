@@ -159,7 +159,7 @@ def test_a_gigabyte_of_blanks_ends_before_memory_does(tmp_path, name):
     (tmp_path / "validation.jsonl").write_text("")
     task = {"train": "triviaqa", "wiki": "wikitext103", "deu": "wmt14"}[name.partition(".")[0]]
     path = tmp_path / name if task == "wmt14" else tmp_path
-    words = ["fit", "--attention=local", f"--task={task}", "--data.source=local", f"--data.path={path}"]
+    words = ["fit", "--attention=dense", f"--task={task}", "--data.source=local", f"--data.path={path}"]
     done = subprocess.run(
         [sys.executable, "-m", "astbench", *words, f"--run_dir={tmp_path / 'run'}"],
         capture_output=True,
