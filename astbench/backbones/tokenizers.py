@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -19,6 +20,9 @@ SEQ2SEQ_SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"
 BYTES = 256
 """Tokens that a byte-level vocabulary begins with, beside the one for the end of a text."""
 
+LONGEST_WORD = 1000
+"""Most letters of a word that a vocabulary is learned from: the time that takes grows with their square."""
+
 _END_OF_TEXT = "<|endoftext|>"
 
 
@@ -33,14 +37,14 @@ def train_byte_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_short_words(texts), trainer)
     names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _END_OF_TEXT)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Lower-casing WordPiece in BERT's form, trained on `texts`; the same texts give the same vocabulary."""
-    texts = list(dict.fromkeys(texts))  # several questions share a document
+    texts = list(_short_words(dict.fromkeys(texts)))  # several questions share a document
     trained = _bert_form(models.WordPiece(unk_token="[UNK]"))
     # Left to itself, the trainer numbers the word-inner letters in the random order of a hash table, and breaks
     # ties between merges by these numbers: another vocabulary in every process. So it is given them in order.
@@ -54,6 +58,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer = _bert_form(models.WordPiece(ids, unk_token="[UNK]"))
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def _short_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut where a word is longer than LONGEST_WORD."""
+    for text in texts:
+        begin = 0
+        if max(map(len, text.split()), default=0) > LONGEST_WORD:
+            for found in re.finditer(rf"\S{{{LONGEST_WORD}}}", text):
+                yield text[begin : found.end()]
+                begin = found.end()
+        yield text[begin:]
 
 
 def _bert_form(model: models.WordPiece) -> tokenizers.Tokenizer:
@@ -86,7 +101,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    trained.train_from_iterator(texts, trainer)
+    trained.train_from_iterator(_short_words(texts), trainer)
     end = SEQ2SEQ_SPECIAL["eos_token"]
     trained.post_processor = processors.TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, trained.token_to_id(end))]
@@ -166,3 +181,18 @@ def saved_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder}/tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from error
     return tokenizer
+
+
+def tokens_around(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer itself puts before a text, and those after it."""
+    whole: list[int] = tokenizer(text)["input_ids"]
+    plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    more = len(whole) - len(plain)
+    before = next((n for n in range(more + 1) if whole[n : n + len(plain)] == plain), more)
+    return whole[:before], whole[before + len(plain) :]
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The beginning-of-sequence token, where the tokenizer itself puts it in front of every text."""
+    before, _ = tokens_around(tokenizer, "a")
+    return before[0] if before[:1] == [tokenizer.bos_token_id] else None

@@ -1,64 +1,124 @@
-"""Reading files that may be gzipped, with one line on what is wrong with them. Imports nothing heavy."""
+"""Bytes of files, unpacked on the way: one line on what is wrong, and no more than there is room for.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from astbench.errors import DataError
 
 UNREADABLE = (OSError, EOFError, zlib.error)
 """What reading a file may raise: no permission, no gzip, one that ends too soon, one with wrong bytes."""
 
+MOST_BYTES = 4 << 30
+"""Most bytes of a file that is read whole; WikiText-103 has half a gigabyte."""
+
+MOST_TIMES = 100
+"""A packed file may unpack to so many times its size; text gets to 3 to 10 times, repeated lines to 30."""
+
+SMALL_BYTES = 8 << 20
+"""Up to here a packed file may unpack to any number of times its size."""
+
 
 def open_bytes(file: Path) -> IO[bytes]:
-    """Open for reading, unpacking `.gz` on the way; reading may raise what UNREADABLE names."""
-    if file.suffix == ".gz" and file.is_file() and not file.stat().st_size:
+    """Open for reading, unpacking `.gz` on the way.
+
+    Reading may raise what UNREADABLE names, and a DataError; see :func:`unpacked`.
+    """
+    if file.suffix != ".gz":
+        return file.open("rb")
+    if not file.stat().st_size:
         raise EOFError("it holds no bytes")  # which gzip reads as an empty text
-    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
+    return unpacked(cast(IO[bytes], gzip.open(file)), file)
 
 
-def read_bytes(file: Path) -> bytes:
+def unpacked(source: IO[bytes], file: Path) -> IO[bytes]:
+    """The content of a packed file, which raises a DataError once it is far more than text can be packed into."""
+    return io.BufferedReader(_Unpacked(source, file))
+
+
+def check_unpacked(file: Path, count: int) -> None:
+    """Refuse a packed file of which so many bytes were unpacked.
+
+    Raises:
+        DataError: they are far more than its size.
+    """
+    if count > SMALL_BYTES and count > MOST_TIMES * file.stat().st_size:
+        raise DataError(
+            f"{file} unpacks to more than {MOST_TIMES} times its size, as no text does; if it is meant, unpack it "
+            "yourself"
+        )
+
+
+class _Unpacked(io.RawIOBase):
+    """Counts what comes out of a packed file: a megabyte of it can hold a gigabyte of blanks."""
+
+    def __init__(self, source: IO[bytes], file: Path) -> None:
+        self.source, self.file, self.count = source, file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        part = self.source.read(len(buffer))
+        self.count += len(part)
+        check_unpacked(self.file, self.count)
+        buffer[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        self.source.close()
+        super().close()
+
+
+def read_bytes(file: Path, most: int = MOST_BYTES, place: str = "") -> bytes:
     """The whole content, unpacked.
 
+    Args:
+        file: Where it is.
+        most: Refuse more bytes than these.
+        place: What to call the file in messages; its path if not given.
+
     Raises:
-        DataError: see :func:`unreadable`.
+        DataError: see :func:`unreadable`; or too large.
     """
+    place = place or str(file)
     try:
         with open_bytes(file) as source:
-            return source.read()
+            return all_of(source, place, most)
     except UNREADABLE as error:
-        raise unreadable(file, error) from error
+        raise unreadable(place, error) from error
 
 
-def read_text(file: Path, encoding: str = "utf-8") -> str:
-    """The whole content, unpacked, as text.
-
-    Raises:
-        DataError: not readable, or no UTF-8; says which.
-    """
-    return as_text(read_bytes(file), file, encoding)
-
-
-def as_text(data: bytes, file: Path, encoding: str = "utf-8") -> str:
-    """Bytes of a file as text.
+def all_of(source: IO[bytes], place: str, most: int = MOST_BYTES) -> bytes:
+    """What is left of an open file.
 
     Raises:
-        DataError: no UTF-8; says at which byte.
+        DataError: more bytes than `most`.
     """
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {one_line(error)}") from error
+    parts, count = [], 0
+    while part := source.read(1 << 20):
+        count += len(part)
+        if count > most:
+            raise DataError(f"{place} holds more than {most:,} bytes, which is the limit here; take a part of it")
+        parts.append(part)
+    return b"".join(parts)
 
 
-def unreadable(place: Path | str, error: Exception) -> DataError:
-    """What to raise for one of UNREADABLE; `place` is the file, or the file and a line."""
+def unreadable(place: Path | str, error: Exception, where: str = "") -> DataError:
+    """What to raise for one of UNREADABLE; `place` is the file, `where` comes last."""
+    what = "cannot be read"
     if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
-        return DataError(f"{place} cannot be unpacked, the gzip file is cut short or damaged: {one_line(error)}")
-    return DataError(f"{place} cannot be read: {one_line(error)}")
+        what = (
+            f"cannot be unpacked, the {'zip' if str(place).endswith('.zip') else 'gzip'} file is cut short or damaged"
+        )
+    return DataError(f"{place} {what}: {one_line(error)}{where}")
 
 
 def one_line(error: Exception) -> str:

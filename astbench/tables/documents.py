@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from astbench.errors import DataError
-from astbench.files.reading import read_text
+from astbench.files.text import read_text
 from astbench.files.writing import write_text
 from astbench.tables.layout import Table
 from astbench.tables.page import SHORT, block, index, page, tables_of

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from astbench.errors import DataError
-from astbench.files.reading import read_text
+from astbench.files.text import read_text
 from astbench.runs.record import SCHEMA
 from astbench_registry.registry import current_names
 

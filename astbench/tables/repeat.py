@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from astbench.errors import DataError
-from astbench.files.reading import read_text
+from astbench.files.text import read_text
 from astbench.tables.defaults import Options, bench_defaults, defaults, flatten
 from astbench.tables.records import Run
 

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from astbench.backbones.presets import BackboneConfig
 from astbench.errors import ConfigError, DataError
+from astbench.files.paths import asked_path, is_there
+from astbench.files.text import read_document
 
 
 class TaskData(pl.LightningDataModule):
@@ -106,16 +108,14 @@ def asked_text(option: str, file: str) -> str:
     """The text of a file that `predict` is asked about.
 
     Raises:
-        DataError: missing, not UTF-8, or empty; names the option.
+        DataError: missing, not UTF-8, empty, or too long; names the option.
     """
-    try:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DataError(f"--data.{option}={file} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--data.{option}={file} cannot be read as UTF-8 text: {error}") from error
+    path, place = asked_path(file), f"--data.{option}={file}"
+    if not is_there(path):
+        raise DataError(f"{place} does not exist")
+    text = read_document(path, place)
     if not text.strip():
-        raise DataError(f"--data.{option}={file} is empty")
+        raise DataError(f"{place} is empty")
     return text
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 from astbench.errors import DataError
 from astbench.files.hub import hub_rows
-from astbench.files.reading import read_text
+from astbench.files.paths import asked_path, is_file, is_there
+from astbench.files.text import plain, read_text
 from astbench.tasks.lm import demo
 
 WikiText = Literal["wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1"]
@@ -35,7 +35,7 @@ class Corpus:
     """A split.
 
     Attributes:
-        text: All of it, as the original file holds it.
+        text: All of it, as the original file holds it; line ends and the like as in `files.text`.
         name: What to call it in a signature.
         recalls: Characters (first, after the last) of what can be known only from far before; of `demo` alone.
     """
@@ -53,10 +53,10 @@ def read_local(path: str, split: str) -> Corpus:
     """
     if not path:
         raise DataError("--data.source=local needs --data.path=FOLDER with wiki.test.raw")
-    where = Path(path).expanduser()
-    if not where.exists():
-        raise DataError(f"--data.path={where} does not exist")
-    if where.is_file():
+    where = asked_path(path)
+    if not is_there(where):
+        raise DataError(f"--data.path={str(where)[:200]} does not exist")
+    if is_file(where):
         if split == "train":
             raise DataError(
                 f"--data.path={where} is one file; training needs a folder with wiki.train.raw and wiki.valid.raw"
@@ -64,7 +64,7 @@ def read_local(path: str, split: str) -> Corpus:
         return Corpus(read_text(where), where.name)
     for name in _FILES[split]:
         for ending in ("", ".gz"):
-            if (file := where / f"{name}{ending}").is_file():
+            if is_file(file := where / f"{name}{ending}"):
                 return Corpus(read_text(file), file.name)
     raise DataError(f"--data.path={where} holds none of {', '.join(_FILES[split])} (also .gz)")
 
@@ -78,7 +78,7 @@ def read_hub(dataset: WikiText, split: str) -> Corpus:
     """
     name, revision = HUB
     rows = hub_rows(name, dataset, split, revision)
-    return Corpus(join_rows(rows["text"]), f"{dataset}/{split}")
+    return Corpus(plain(join_rows(rows["text"]), f"{dataset}/{split}"), f"{dataset}/{split}")
 
 
 def join_rows(rows: list[str]) -> str:

@@ -127,7 +127,7 @@ class LanguageModel(TaskModule):
 
     def on_validation_epoch_end(self) -> None:
         """Perplexity over everything scored."""
-        self._finish("val", "validation")
+        self._finish("val", self.data.eval_split)
 
     def on_test_epoch_end(self) -> None:
         """Perplexity over everything scored."""
@@ -149,13 +149,15 @@ class LanguageModel(TaskModule):
 
     def _signature(self, total: Scored, file: str) -> str:
         data = self.data
-        stride = data.stride if data.windows is None or data.documents == "separate" else "none"
+        stride = data.step if data.windows is None or data.documents == "separate" else "none"
+        begins = f" (the first of them {data.begins}, never scored)" if data.begins else ""
         recalls = f"; recall: {total.recalls} tokens known from far before" if total.recalls else ""
         steps = "; token by token" if self.config.incremental else ""
         if steps:
             steps += " with the KV cache" if self.can.decode else ", from each prefix anew"
+        context = f"context {data.context}{begins}"
         return (
-            f"perplexity per token ({tokenizer_name(data.tokenizer)}), context {data.context}, stride {stride}, "
+            f"perplexity per token ({tokenizer_name(data.tokenizer)}), {context}, stride {stride}, "
             f"{total.tokens} tokens scored of {file}, articles {data.documents}; per word: the same nll over "
             f"{total.words} words, split at white space and one <eos> a line{recalls}{steps}"
         )
@@ -185,12 +187,14 @@ class LanguageModel(TaskModule):
         decode = self.data.tokenizer.decode
         temperature = self.config.temperature
         how = f"sampled at temperature {temperature:g}, seed {self.seed}" if temperature > 0 else "greedy"
+        added = self.data.prompt_added
+        prompt = f"{len(self.data.prompt_ids)}" + (f" with {' and '.join(added)} from its tokenizer" if added else "")
         texts = {
             "prompt": str(decode(self.data.prompt_ids.tolist())),
             "text": str(decode(self._written, skip_special_tokens=True)),
         }
         self.results = {
-            "signature": f"{len(self._written)} tokens after a prompt of {len(self.data.prompt_ids)}, {how}",
+            "signature": f"{len(self._written)} tokens after a prompt of {prompt}, {how}",
             "metrics": {},
             "continuation": {**texts, "tokens": self._written},
         }

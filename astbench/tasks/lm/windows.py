@@ -136,10 +136,12 @@ class Windows(Dataset[dict[str, Any]]):
     Args:
         encoded: The text's tokens.
         spans: Where the windows are.
+        start: Token in front of every window, which is never scored; None for none.
     """
 
-    def __init__(self, encoded: Encoded, spans: Sequence[Span]) -> None:
+    def __init__(self, encoded: Encoded, spans: Sequence[Span], start: int | None = None) -> None:
         self.encoded, self.spans = encoded, spans
+        self.front = torch.tensor([] if start is None else [start], dtype=torch.long)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -150,7 +152,7 @@ class Windows(Dataset[dict[str, Any]]):
         part = slice(stop - scored, stop)
         return {
             "index": index,
-            "input_ids": self.encoded.ids[start:stop].long(),
+            "input_ids": torch.cat([self.front, self.encoded.ids[start:stop].long()]),
             "scored": scored,
             "words": int(self.encoded.words[part].sum()),
             "bytes": int(self.encoded.bytes[part].sum()),

@@ -13,7 +13,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from astbench.errors import DataError
-from astbench.files.reading import UNREADABLE, one_line, open_bytes, read_bytes, read_text, unreadable
+from astbench.files.paths import asked_path, file_inside, is_folder, shown
+from astbench.files.reading import one_line, read_bytes
+from astbench.files.text import lines, read_document
 from astbench.tasks.lra.base_data import Row
 from astbench.tasks.lra.listops import SYMBOLS
 
@@ -33,9 +35,9 @@ def local_folder(path: str) -> Path:
     """
     if not path:
         raise DataError("--data.source=local needs --data.path=FOLDER")
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"--data.path={path} is not a folder")
+    folder = asked_path(path)
+    if not is_folder(folder):
+        raise DataError(f"--data.path={path[:200]} is not a folder")
     return folder
 
 
@@ -47,8 +49,9 @@ def read_listops(folder: Path, split: str, length: int) -> list[Row]:
     """
     rows: list[Row] = []
     for where, (source, target) in _tsv(_split_file(folder, "basic_*.tsv", split), columns=2):
-        if not rows and (source, target) == ("Source", "Target"):
+        if not rows and (source.strip(), target.strip()) == ("Source", "Target"):
             continue
+        target = target.strip()
         symbols = [symbol for symbol in source.split() if symbol not in "()"]
         unknown = [symbol for symbol in symbols if symbol not in _LISTOPS_IDS]
         if unknown or not symbols:
@@ -67,9 +70,9 @@ def read_aan(folder: Path, split: str, length: int) -> list[Row]:
     """
     rows: list[Row] = []
     for where, (label, _, _, one, two) in _tsv(_split_file(folder, "*.tsv", split), columns=5):
-        if label not in ("0", "1", "0.0", "1.0"):
+        if label.strip() not in ("0", "1", "0.0", "1.0"):
             raise DataError(f"{where}: the label must be 0 or 1, got {label[:40]!r}")
-        if not (one and two):
+        if not (one.strip() and two.strip()):
             raise DataError(f"{where}: one of the two texts is empty")
         rows.append(((one.encode()[:length], two.encode()[:length]), int(float(label))))
     return rows
@@ -129,14 +132,16 @@ def read_pathfinder(folder: Path, contour_length: int) -> list[Row]:
 
 
 def _pathfinder_file(file: Path, folder: Path) -> Iterator[Row]:
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in lines(file):
         words = line.split()
+        if not words:
+            continue
         if len(words) < 4 or words[3] not in ("0", "1"):
             raise DataError(f"{file}:{number}: expected folder, image, number and label 0 or 1, got {line[:60]!r}")
-        image = (folder / words[0] / words[1]).resolve()
         # The name comes from a file: it may not lead out of the folder.
-        if not image.is_relative_to(folder.resolve()) or not image.is_file():
-            raise DataError(f"{file}:{number}: image {folder / words[0] / words[1]} does not exist")
+        image = file_inside(folder, f"{words[0]}/{words[1]}")
+        if image is None:
+            raise DataError(f"{file}:{number}: image {shown(f'{words[0]}/{words[1]}')} does not exist in {folder}")
         if image.stat().st_size:  # some of the published images are empty files, which its authors skip too
             yield (_grey_image(image),), int(words[3])
 
@@ -157,19 +162,16 @@ def _split_file(folder: Path, pattern: str, split: str) -> Path:
 
 
 def _tsv(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    """(where it stands, cells) of each line; streams, for tables can be larger than memory."""
-    number = 0
-    try:
-        with open_bytes(file) as lines:
-            for number, line in enumerate(lines, 1):
-                cells = line.decode("utf-8").rstrip("\r\n").split("\t")
-                if len(cells) != columns:
-                    raise DataError(f"{file}:{number}: expected {columns} columns, got {len(cells)}")
-                yield f"{file}:{number}", cells
-    except UNREADABLE as error:
-        raise unreadable(f"{file}:{number + 1}", error) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}:{number} is not UTF-8 text: {one_line(error)}") from error
+    """(where it stands, cells) of each line that is not blank; blank cells after the last column are none."""
+    for number, line in lines(file):
+        cells = line.split("\t")
+        while len(cells) > columns and not cells[-1].strip():
+            cells.pop()
+        if not line.strip():
+            continue
+        if len(cells) != columns:
+            raise DataError(f"{file}:{number}: expected {columns} columns, got {len(cells)}")
+        yield f"{file}:{number}", cells
 
 
 def _class_folders(folder: Path, names: tuple[str, ...], pattern: str, read: Callable[[Path], bytes]) -> list[Row]:
@@ -185,7 +187,7 @@ def _class_folders(folder: Path, names: tuple[str, ...], pattern: str, read: Cal
 
 
 def _review(file: Path, length: int) -> bytes:
-    text = read_text(file)
+    text = read_document(file)
     if not text.strip():
         raise DataError(f"{file} is empty")
     return text.encode()[:length]
@@ -196,11 +198,11 @@ def _grey_image(file: Path) -> bytes:
     try:
         with Image.open(file) as image:
             size, mode = image.size, image.mode
+            if size != (32, 32):  # before it is unpacked, which of a small file can be gigabytes
+                raise DataError(f"{file} is {size[0]} x {size[1]} pixels, expected 32 x 32")
             data = image.tobytes() if mode in ("L", "RGB") else image.convert("RGB").tobytes()
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError(f"{file} cannot be read as an image: {one_line(error)}") from error
-    if size != (32, 32):
-        raise DataError(f"{file} is {size[0]} x {size[1]} pixels, expected 32 x 32")
     if mode == "L":
         return data
     return _grey(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(1, _PIXELS, 3))[0]

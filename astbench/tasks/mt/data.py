@@ -16,8 +16,11 @@ from astbench.backbones.load import require_positions
 from astbench.backbones.presets import resolve_preset
 from astbench.backbones.tokenizers import load_tokenizer, saved_tokenizer, train_bpe
 from astbench.errors import ConfigError, DataError
+from astbench.files.paths import asked_path, is_folder, is_there
+from astbench.files.text import plain
 from astbench.tasks.base import TaskData, at_least
 from astbench.tasks.mt import demo, sources
+from astbench.tasks.mt.doubts import swapped
 from astbench.tasks.mt.sources import Pair
 from astbench.training.sampler import Draw, StepBatchSampler
 
@@ -32,6 +35,8 @@ class TranslationData(TaskData):
         source: demo, hub (wmt/wmt14, de-en: tests are newstest2013 and newstest2014) or local.
         path: For `local`: a folder of parallel files, one sentence a line (`NAME.en` and `NAME.de`, or .eng and
             .deu, also .gz), or one table of pairs (English, tab, German; also .gz, or a .zip of just one).
+        columns: For `local` with a table: which of its columns hold English and German, counted from 1, such as 2,4.
+            If not given, they are the first two, and a table that does not look like it is refused.
         direction: en-de or de-en.
         train_name: For `local`: what the training files are called before their ending.
         validation_name: For `local`: what the validation files are called; `../FOLDER/NAME` leads elsewhere.
@@ -46,6 +51,7 @@ class TranslationData(TaskData):
         eval_batch_size: Sentences per evaluation step.
         max_train: Use at most this many training pairs, the first ones.
         max_eval: Use at most this many evaluation pairs, the first ones.
+        eval_split: What `fit` and `validate` evaluate on.
         vocab_size: Of the tokenizer trained on both languages for a preset backbone.
         num_workers: Processes that prepare batches.
         text: For `predict`: a sentence to translate.
@@ -59,6 +65,7 @@ class TranslationData(TaskData):
         self,
         source: Literal["demo", "hub", "local"] = "demo",
         path: str = "",
+        columns: str | None = None,
         direction: Literal["en-de", "de-en"] = "en-de",
         train_name: str = "train",
         validation_name: str = "val",
@@ -71,6 +78,7 @@ class TranslationData(TaskData):
         eval_batch_size: int = 32,
         max_train: int | None = None,
         max_eval: int | None = None,
+        eval_split: Literal["validation", "test"] = "validation",
         vocab_size: int = 8192,
         num_workers: int = 0,
         text: str = "",
@@ -83,7 +91,8 @@ class TranslationData(TaskData):
         at_least(2, max_length=max_length)
         at_least(3, holdout=holdout)
         at_least(300, vocab_size=vocab_size)  # 256 bytes, three special tokens, and something to merge
-        self.direction = direction
+        self.columns = None if columns is None else _columns(columns)
+        self.direction, self.eval_split = direction, eval_split
         self.names = {"train": train_name, "validation": validation_name, "test": test_name}
         self.holdout, self.demo_train, self.demo_eval = holdout, demo_train, demo_eval
         self.max_length, self.batch_size, self.eval_batch_size = max_length, batch_size, eval_batch_size
@@ -105,7 +114,8 @@ class TranslationData(TaskData):
         Raises:
             DataError: nothing to read, or nothing in it that can be used.
         """
-        wanted = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": []}[stage]
+        evaluated: str = self.eval_split
+        wanted = {"fit": ["train", evaluated], "validate": [evaluated], "test": ["test"], "predict": []}[stage]
         for split in wanted:
             if split not in self.pairs:
                 self._read_split(split)
@@ -142,21 +152,24 @@ class TranslationData(TaskData):
             return sources.read_hub(split, self.max_train if split == "train" else None)
         if not self.path:
             raise DataError("--data.source=local needs --data.path=FOLDER with train.en, train.de, ..., or a table")
-        path = Path(self.path).expanduser()
-        if path.is_dir():
-            return sources.read_parallel(path, self.names[split], f"{split}_name")
-        if not path.exists():
-            raise DataError(f"--data.path={path} does not exist")
+        path = asked_path(self.path)
+        if is_folder(path):
+            pairs = sources.read_parallel(path, self.names[split], f"{split}_name")
+            if swapped(pairs):
+                self.notes.append(f"the English side of {self.names[split]} looks like German, the German like English")
+            return pairs
+        if not is_there(path):
+            raise DataError(f"--data.path={str(path)[:200]} does not exist")
         if self._table is None:
             self._table = {"train": [], "validation": [], "test": []}
-            for pair in sources.read_table(path):
+            for pair in sources.read_table(path, self.columns):
                 self._table[sources.split_of(pair, self.holdout)].append(pair)
         return self._table[split]
 
     def _asked(self) -> list[str]:
         if bool(self.text.strip()) == bool(self.file):
             raise ConfigError("predict needs --data.text='...' or --data.file=FILE, one of them")
-        return sources.read_sentences(self.file) if self.file else [self.text.strip()]
+        return sources.read_sentences(self.file) if self.file else [plain(self.text, "--data.text").strip()]
 
     def sides(self, pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
         """Sources and targets in the direction of translation."""
@@ -239,8 +252,8 @@ class TranslationData(TaskData):
         return self.loader(dataset, batch_sampler=sampler, collate_fn=Collate(self.padding_token()))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every validation sentence."""
-        return self._evaluation("validation")
+        """Every sentence of the evaluation split."""
+        return self._evaluation(self.eval_split)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Every test sentence."""
@@ -268,8 +281,8 @@ class TranslationData(TaskData):
         total, used = self.totals[split], len(self.pairs[split])
         name = {"demo": f"demo {split}", "hub": sources.HUB_TESTS.get(split, split)}.get(self.source)
         if name is None:
-            path = Path(self.path)
-            name = Path(self.names[split]).name if path.is_dir() else f"{path.name}, {split}"
+            path = asked_path(self.path)
+            name = Path(self.names[split]).name if is_folder(path) else f"{path.name}, {split}"
         lines = f"{total:,} lines"
         if "newstest2014" in name:
             lines += {3003: ", the full set", 2737: ", the filtered set that sacreBLEU calls wmt14"}.get(total, "")
@@ -360,3 +373,15 @@ def by_length(lengths: np.ndarray) -> list[int]:
     order: list[int] = np.argsort(lengths, kind="stable").tolist()
     middle = len(order) // 2
     return order[middle:] + order[:middle]
+
+
+def _columns(given: str) -> tuple[int, int]:
+    """Two different numbers from 1.
+
+    Raises:
+        ConfigError: something else.
+    """
+    numbers = [int(part) for part in given.split(",") if part.strip().isdecimal()]
+    if len(numbers) != 2 or given.count(",") != 1 or min(numbers) < 1 or numbers[0] == numbers[1]:
+        raise ConfigError(f"--data.columns must be two column numbers from 1, such as 2,4, got {given}")
+    return numbers[0], numbers[1]

@@ -6,13 +6,17 @@ import hashlib
 import lzma
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from astbench.errors import DataError
+from astbench.files import fields
 from astbench.files.hub import hub_rows
-from astbench.files.reading import as_text, one_line, read_bytes
+from astbench.files.paths import asked_path, is_file
+from astbench.files.reading import one_line, unpacked
+from astbench.files.text import lines, lines_of
+from astbench.tasks.mt.doubts import refuse_ids, refuse_swapped
 
 HUB = ("wmt/wmt14", "de-en", "b199e406369ec1b7634206d3ded5ba45de2fe696")
 """Data set, configuration and revision on the Hugging Face hub."""
@@ -43,7 +47,7 @@ def read_parallel(folder: Path, name: str, option: str) -> list[Pair]:
         DataError: missing, unreadable, or of different length; names the files.
     """
     english, german = (_file(folder, name, language, option) for language in ENDINGS)
-    en, de = _lines(english), _lines(german)
+    en, de = ([line.strip() for _, line in lines(file)] for file in (english, german))
     if len(en) != len(de):
         raise DataError(
             f"{english} has {len(en):,} lines and {german} has {len(de):,}; they must be parallel, line by line"
@@ -54,7 +58,7 @@ def read_parallel(folder: Path, name: str, option: str) -> list[Pair]:
 def _file(folder: Path, name: str, language: str, option: str) -> Path:
     tried = [folder / f"{name}.{ending}{packed}" for ending in ENDINGS[language] for packed in ("", ".gz")]
     for file in tried:
-        if file.is_file():
+        if is_file(file):
             return file
     tables = sorted(x.name for x in folder.iterdir() if x.name.endswith((".tsv", ".tsv.gz", ".zip")) and x.is_file())
     table = f"; a table of pairs is read as --data.path={folder / tables[0]}" if tables else ""
@@ -64,22 +68,37 @@ def _file(folder: Path, name: str, language: str, option: str) -> Path:
     )
 
 
-def read_table(file: Path) -> list[Pair]:
-    """A table of pairs: English, tab, German (what follows another tab is dropped); also `.gz`.
+def read_table(file: Path, columns: tuple[int, int] | None = None) -> list[Pair]:
+    """A table of pairs, its columns parted by tabs; also `.gz`. Blank lines are none, blank cells are missing sides.
 
     A `.zip`, as manythings.org hands them out, must hold one such table beside its `_about.txt`.
 
+    Args:
+        file: The table.
+        columns: Which columns hold English and German, counted from 1. If not given, they are the first two, and must
+            look like it.
+
     Raises:
-        DataError: unreadable, or a line without a tab; names file and line.
+        DataError: unreadable, too few columns, columns of ids, or languages that look swapped; names file and line.
     """
-    pairs = []
-    for number, line in enumerate(_lines(file), 1):
-        if not line:
+    pairs, taken = [], columns or (1, 2)
+    for number, line in _zipped_lines(file) if file.suffix == ".zip" else lines(file):
+        if not line.strip():
             continue
-        columns = line.split("\t")
-        if len(columns) < 2:
+        # A cell may be blank: so it is cut before it is stripped.
+        cells = [cell.strip() for cell in line.split("\t")]
+        if len(cells) < 2:
             raise DataError(f"{file}:{number} holds no tab between English and German: {line[:60]!r}")
-        pairs.append(Pair(columns[0].strip(), columns[1].strip()))
+        if len(cells) < max(taken):
+            raise DataError(
+                f"{file}:{number} has {len(cells)} columns; --data.columns={taken[0]},{taken[1]} needs {max(taken)}"
+            )
+        pairs.append(Pair(*(cells[column - 1] for column in taken)))
+        if len(pairs) == 1:
+            first = cells
+    if pairs and columns is None:
+        refuse_ids(file, pairs, first)
+        refuse_swapped(file, pairs)
     return pairs
 
 
@@ -99,8 +118,13 @@ def read_hub(split: str, limit: int | None) -> list[Pair]:
         DataError: the hub cannot be reached and nothing is cached.
     """
     name, configuration, revision = HUB
+    pairs = []
     rows = hub_rows(name, configuration, split if limit is None else f"{split}[:{limit}]", revision)
-    return [Pair(row["translation"]["en"].strip(), row["translation"]["de"].strip()) for row in rows]
+    for number, row in enumerate(rows, 1):
+        where = f"{name}/{split}: row {number}"
+        both = fields.mapping(row, "translation", where)
+        pairs.append(Pair(*(fields.text(both, language, where).strip() for language in ("en", "de"))))
+    return pairs
 
 
 def read_sentences(file: str | Path) -> list[str]:
@@ -109,13 +133,13 @@ def read_sentences(file: str | Path) -> list[str]:
     Raises:
         DataError: missing, unreadable or without any text.
     """
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise DataError(f"--data.file={file} does not exist")
-    lines = _lines(path)
-    if not any(lines):
+    path = asked_path(file)
+    if not is_file(path):
+        raise DataError(f"--data.file={str(file)[:200]} does not exist")
+    found = [line.strip() for _, line in (_zipped_lines(path) if path.suffix == ".zip" else lines(path))]
+    if not any(found):
         raise DataError(f"--data.file={file} is empty")
-    return lines
+    return found
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
@@ -126,14 +150,8 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _lines(file: Path) -> list[str]:
-    """Lines without surrounding blanks; they end at newlines alone, since other separators stand in sentences."""
-    text = as_text(_unzipped(file) if file.suffix == ".zip" else read_bytes(file), file, "utf-8-sig")
-    lines = [line.strip() for line in text.split("\n")]
-    return lines if lines[-1] else lines[:-1]
-
-
-def _unzipped(file: Path) -> bytes:
+def _zipped_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """The lines of the one table in a zip."""
     try:
         with zipfile.ZipFile(file) as archive:
             tables = [name for name in archive.namelist() if not name.startswith("_") and not name.endswith("/")]
@@ -141,6 +159,6 @@ def _unzipped(file: Path) -> bytes:
                 raise DataError(
                     f"{file} must hold one table of pairs, found {len(tables)}; unpack it and name the file"
                 )
-            return archive.read(tables[0])
+            yield from lines_of(unpacked(archive.open(tables[0]), file), file)
     except (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise DataError(f"{file} cannot be unpacked: {one_line(error)}") from error

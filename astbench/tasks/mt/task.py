@@ -165,7 +165,7 @@ class Translation(TaskModule):
 
     def on_validation_epoch_end(self) -> None:
         """BLEU and chrF."""
-        self._finish("val", "validation")
+        self._finish("val", self.data.eval_split)
 
     def on_test_epoch_end(self) -> None:
         """BLEU and chrF."""

@@ -15,8 +15,9 @@ from astbench.backbones.load import require_positions
 from astbench.backbones.presets import resolve_preset
 from astbench.backbones.tokenizers import load_tokenizer, saved_tokenizer, train_tokenizer
 from astbench.errors import ConfigError, DataError
+from astbench.files.text import plain
 from astbench.tasks.base import TaskData, asked_text, at_least
-from astbench.tasks.qa import demo, sources
+from astbench.tasks.qa import demo, sources, squad
 from astbench.tasks.qa.examples import QAExample
 from astbench.tasks.qa.windows import Collate, QADataset, Windower, find_mentions
 from astbench.training.sampler import StepBatchSampler
@@ -129,11 +130,15 @@ class SpanQAData(TaskData):
     def _distinct_ids(self, split: str, examples: list[QAExample]) -> list[QAExample]:
         """Questions are scored by their id: one that comes again gets a number, and a note says so."""
         seen: Counter[str] = Counter()
+        taken = {example.question_id for example in examples}
         kept = []
         for example in examples:
             seen[example.question_id] += 1
             if (times := seen[example.question_id]) > 1:
-                example = replace(example, question_id=f"{example.question_id}#{times}")
+                while (numbered := f"{example.question_id}#{times}") in taken:  # another's own id may look so
+                    times += 1
+                taken.add(numbered)
+                example = replace(example, question_id=numbered)
             kept.append(example)
         again = len(examples) - len(seen)
         if again:
@@ -183,7 +188,8 @@ class SpanQAData(TaskData):
         if not self.question.strip() or not self.document:
             raise ConfigError("predict needs --data.question='...' and --data.document=FILE")
         text = asked_text("document", self.document)
-        return QAExample("asked", self.question, ("",), text, title=Path(self.document).stem, answer_starts=())
+        question = plain(self.question, "--data.question")
+        return QAExample("asked", question, ("",), text, title=Path(self.document).stem, answer_starts=())
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Refuse windows longer than the model's positions.
@@ -250,7 +256,7 @@ class TriviaQAData(SpanQAData):
     Args:
         source: demo, hub (mandarjoshi/trivia_qa, rc.wikipedia) or local.
         path: For `local`: a folder in the official layout (qa/wikipedia-train.json and evidence/), or with
-            train/validation/test.jsonl[.gz] or .parquet in the hub's columns.
+            train/validation/test.jsonl[.gz] or .parquet in the hub's columns. Each split is its own file.
         demo_train: Generated training questions, for `demo`: 43% about one paragraph, 37% about two or three,
             the rest about whole articles, in this order in the first epoch.
         demo_eval: Generated evaluation questions, for `demo`, about whole articles.
@@ -271,15 +277,18 @@ class TriviaQAData(SpanQAData):
         self.demo_train, self.demo_eval = demo_train, demo_eval
 
     def read(self, split: str) -> list[QAExample]:
-        """See the base class. The real test answers are not public: there `test` is the validation split."""
+        """See the base class.
+
+        Raises:
+            DataError: no such split; the hub's test questions come without answers.
+        """
         if self.source == "demo":
             return self._demo(split)
+        if self.source == "local":
+            return sources.read_triviaqa(self.path, split)
         if split == "test":
-            self.notes.append("TriviaQA's test answers are not public: tested on the validation split")
-            split = "validation"
-        if self.source == "hub":
-            return sources.read_hub("triviaqa", split)
-        return sources.read_triviaqa(self.path, split)
+            raise _not_public("TriviaQA")
+        return sources.read_hub(split)
 
     def _demo(self, split: str) -> list[QAExample]:
         """Short documents first: matching a name across a long one is hard to begin with."""
@@ -309,9 +318,10 @@ class SquadData(SpanQAData):
 
     Args:
         source: hub (rajpurkar/squad) or local.
-        path: For `local`: SQuAD's official JSON file, or the folder that holds it. With one file, whole
-            articles are held out: every `holdout`-th.
-        holdout: For `local`: the share of articles held out is one in this many.
+        path: For `local`: one of SQuAD's official JSON files, or the folder that holds it, or a folder with a file for
+            each split, whose names say train, dev and test. Of one file whole articles are held out for validation:
+            every `holdout`-th.
+        holdout: For `local` with one file: the share of articles held out is one in this many.
         whole_articles: For `local`: ask each question about its whole article, in windows as long as those of a
             long-document task, instead of about its paragraph.
     """
@@ -332,12 +342,29 @@ class SquadData(SpanQAData):
         if whole_articles and source == "hub":
             raise ConfigError("--data.whole_articles needs --data.source=local: the hub's rows are single paragraphs")
         self.holdout, self.whole_articles = holdout, whole_articles
+        self._files: dict[Path, list[QAExample]] = {}
 
     def read(self, split: str) -> list[QAExample]:
-        """See the base class. `test` is the validation split."""
+        """See the base class.
+
+        Raises:
+            DataError: no such split; SQuAD's test questions are not public.
+        """
         if self.source == "hub":
-            return sources.read_hub("squad", "train" if split == "train" else "validation")
-        examples = sources.read_squad(self.path, self.whole_articles)
+            if split == "test":
+                raise _not_public("SQuAD")
+            return squad.read_squad_hub(split, self.notes)
+        file, own = squad.squad_file(sources.existing(self.path), split)
+        if split == "test" and not own:
+            raise DataError(
+                f"--data.path={self.path} has no test split: of one file, the articles held out are the validation "
+                "split; astbench validate evaluates on it"
+            )
+        if file not in self._files:
+            self._files[file] = squad.read_squad_file(file, self.whole_articles, self.notes)
+        examples = self._files[file]
+        if own:
+            return examples
         articles = list(dict.fromkeys(e.article for e in examples))
         if split == "train" and len(articles) == 1:
             raise DataError(
@@ -345,3 +372,10 @@ class SquadData(SpanQAData):
             )
         held = set(articles[:: self.holdout])
         return [e for e in examples if (e.article in held) != (split == "train")]
+
+
+def _not_public(name: str) -> DataError:
+    return DataError(
+        f"the test answers of {name} are not public, and --data.source=hub has none: astbench validate evaluates on "
+        "the validation split"
+    )

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from astbench.errors import DataError
+from astbench.files.text import LONGEST
+
+PARAGRAPH_BREAK = "\n\n"
+"""What stands between the parts of a document."""
 
 
 @dataclass(frozen=True)
@@ -28,3 +35,27 @@ class QAExample:
     title: str = ""
     answer_starts: tuple[int, ...] | None = None
     article: int = field(default=0, repr=False)
+
+
+def document(parts: Sequence[str], where: str) -> str:
+    """One document of several paragraphs or pages.
+
+    Raises:
+        DataError: longer than what is read as one piece.
+    """
+    text = PARAGRAPH_BREAK.join(parts)
+    if len(text) > LONGEST:
+        raise DataError(f"{where}: its document is longer than {LONGEST:,} characters, the most that is read as one")
+    return text
+
+
+def distinct_answers(answers: Sequence[str], where: str) -> tuple[str, ...]:
+    """The answers that hold a text, each once.
+
+    Raises:
+        DataError: none does.
+    """
+    kept = tuple(dict.fromkeys(answer for answer in answers if answer.strip()))
+    if not kept:
+        raise DataError(f"{where}: no answer; a question needs a value or at least one alias")
+    return kept

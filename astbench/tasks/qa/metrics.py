@@ -48,14 +48,16 @@ def score(
 ) -> dict[str, dict[str, float]]:
     """`{question id: {"em": ..., "f1": ...}}`, 0 to 100, maximum over each question's aliases.
 
-    A question without a prediction scores 0, as in the official scorers.
+    A question without a prediction scores 0 whatever its answers, as in the official scorers: it is not compared, since
+    an answer such as "A" normalises to nothing. A prediction that normalises to nothing is compared, as there.
     """
     rows = {}
     for question, aliases in answers.items():
-        guess = predictions.get(question, "")
+        guess = predictions.get(question)
+        compared = [] if guess is None else [(guess, alias, normalize) for alias in aliases]
         rows[question] = {
-            "em": 100 * max(exact_match(guess, a, normalize) for a in aliases),
-            "f1": 100 * max(f1_score(guess, a, normalize) for a in aliases),
+            "em": 100 * max((exact_match(*pair) for pair in compared), default=0.0),
+            "f1": 100 * max((f1_score(*pair) for pair in compared), default=0.0),
         }
     return rows
 

@@ -112,7 +112,8 @@ class SpanQA(TaskModule):
         examples = self.data.examples[split]
         normalize = NORMALIZERS[self.data.task]
         answers = {e.question_id: e.answers for e in examples}
-        predictions = {self.data.example(split, i).question_id: text for i, (_, text) in guesses.items()}
+        # A span of nothing but blanks answers nothing.
+        predictions = {self.data.example(split, i).question_id: t for i, (_, t) in guesses.items() if t.strip()}
         items = score(predictions, answers, normalize)
         titles = score({e.question_id: e.title for e in examples}, answers, normalize)
         metrics = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from astbench.backbones.tokenizers import load_tokenizer, word_tokenizer
+from astbench.backbones.tokenizers import load_tokenizer, tokens_around, word_tokenizer
 from astbench.errors import ConfigError
 from astbench.tasks.base import at_least
 from astbench.tasks.generated import Generated
@@ -92,8 +92,8 @@ class NeedleData(RecallData):
         Raises:
             ConfigError: needles and questions alone are longer than `length`.
         """
-        # What the tokenizer puts before every text: a beginning-of-sequence token, or nothing.
-        self._prefix = self.tokenizer("")["input_ids"]
+        # What the tokenizer puts before every text: a beginning-of-sequence token, or nothing. Not what it puts after.
+        self._prefix = [] if self.from_scratch else tokens_around(self.tokenizer, "a")[0]
         shortest = self._count(self._text(0, 0, length=1).text) + len(self._prefix)
         if self.length < shortest:
             raise ConfigError(f"--data.length must be at least {shortest} tokens for these needles, got {self.length}")

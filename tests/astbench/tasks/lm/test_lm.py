@@ -244,7 +244,7 @@ def test_greedy_continuation_is_the_plain_loops(astbench, model_folder, data, at
     folder, model, tokenizer = model_folder
     out = continuation(astbench, folder, f"--data.prompt={PROMPT}", "--run_dir=run", attention=attention)
     found = record_in("run")["continuation"]
-    ids = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(PROMPT)["input_ids"]
     start = len(ids)
     for _ in range(9):
         with torch.no_grad():  # at this length ast keeps every block
@@ -252,7 +252,9 @@ def test_greedy_continuation_is_the_plain_loops(astbench, model_folder, data, at
     assert found["tokens"] == ids[start:]
     assert found["text"] == tokenizer.decode(ids[start:], skip_special_tokens=True)
     assert f"continuation  {found['text']}" in out
-    assert record_in("run")["signature"] == f"9 tokens after a prompt of {start}, greedy"
+    assert record_in("run")["signature"] == (
+        f"9 tokens after a prompt of {start} with [CLS] and [SEP] from its tokenizer, greedy"
+    )
 
 
 def test_sampling_is_seeded(astbench, model_folder, data):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from astbench.backbones.presets import BackboneConfig
 from astbench.backbones.tokenizers import train_tokenizer
 from astbench.errors import ConfigError
 from astbench.runs.checkpoints import read_checkpoint
@@ -245,6 +246,14 @@ def pretrained(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_a_text_begins_as_its_tokenizer_begins_and_ends_with_an_answer(pretrained):
+    data = NeedleData(length=128, num_eval=2)
+    data.prepare(BackboneConfig(name=str(pretrained)), 0, None)
+    data.setup("test")
+    ids = data.sets["test"][0]["input_ids"].tolist()
+    assert ids[0] == data.tokenizer.cls_token_id and data.tokenizer.sep_token_id not in ids
 
 
 def test_right_is_what_greedy_decoding_writes(astbench, pretrained, tmp_path, monkeypatch):

@@ -1,0 +1,59 @@
+"""Names of files from options and from data, among them names that the system refuses. Imports nothing heavy.
+
+A name may be too long, hold a NUL or half of a surrogate pair, or run in a circle of links. `pathlib` raises OSError,
+ValueError or RuntimeError for these; here there is simply no such file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+REFUSED = (OSError, ValueError, RuntimeError)
+"""What looking for a file of an impossible name may raise."""
+
+
+def asked_path(name: str | Path) -> Path:
+    """The path that an option names, `~` filled in."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # the home of an unknown user
+        return Path(name)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder."""
+    try:
+        return path.exists()
+    except REFUSED:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file."""
+    try:
+        return path.is_file()
+    except REFUSED:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder."""
+    try:
+        return path.is_dir()
+    except REFUSED:
+        return False
+
+
+def file_inside(folder: Path, name: str) -> Path | None:
+    """The file of a name that stands in data: it may not lead out of the folder. None where there is none."""
+    try:
+        file = (folder / name).resolve()
+        return file if file.is_relative_to(folder.resolve()) and file.is_file() else None
+    except REFUSED:
+        return None
+
+
+def shown(name: object) -> str:
+    """A name for a message: in quotes, without control characters, not too long."""
+    text = str(name)
+    return repr(text if len(text) <= 120 else f"{text[:120]}...")
