@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
 from astbench.backbones.cache_watch import watch_cache
@@ -144,7 +146,7 @@ def swap_attention(
         raise ValueError(f"where={unknown[0]!r} is not one of {', '.join(dict.fromkeys(WHERE.values()))}")
     if not isinstance(model, PreTrainedModel):
         raise CapabilityError(f"{type(model).__name__} is no transformers model: there is nothing to attach to")
-    if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(n, int) for n in layers)):
+    if layers is not None and not (isinstance(layers, Sequence) and all(type(n) is int for n in layers)):
         raise ValueError(f"layers={layers!r} must be a list of layer numbers")
     config = make_config(name, options or {})
     handle = SwapHandle(model, name, config.as_dict(), where, None if layers is None else tuple(layers))
@@ -201,6 +203,8 @@ def _probe_attention(model: PreTrainedModel) -> list[RecordedCall]:
         inputs["decoder_input_ids"] = torch.ones(1, decoder, dtype=torch.long, device=model.device)
     training, cpu_state = [m for m in model.modules() if m.training], torch.get_rng_state()
     model.eval()
+    passes: Counter[nn.Module] = Counter()
+    counting = register_module_forward_pre_hook(lambda module, _: passes.update([module]))
     try:
         with recorded_calls() as calls:
             model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
@@ -210,10 +214,17 @@ def _probe_attention(model: PreTrainedModel) -> list[RecordedCall]:
             f"are served: {', '.join(FAMILIES)}"
         ) from error
     finally:
+        counting.remove()
         for module in training:
             module.training = True
         torch.set_rng_state(cpu_state)
-    if len({call.module for call in calls}) < len(calls):
+    per_module = Counter(call.module for call in calls)
+    if several := [module for module, count in per_module.items() if count > passes[module]]:
+        raise CapabilityError(
+            f"{type(several[0]).__name__} of {type(model).__name__} attends {per_module[several[0]]} times in one pass "
+            "(differential attention does); an attention that is put in its place is called once a layer"
+        )
+    if len(per_module) < len(calls):
         raise CapabilityError(
             f"{type(model).__name__} shares one attention module among its layers; each layer needs its own"
         )
