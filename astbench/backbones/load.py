@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import logging
-import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,7 +21,8 @@ from transformers import (
 )
 
 from astbench.backbones.presets import PRESETS, BackboneConfig, Head, resolve_preset
-from astbench.errors import ConfigError, DataError, MissingPackageError, NameOrPluginError
+from astbench.errors import ConfigError, MissingPackageError, NameOrPluginError
+from astbench.files.reading import read_by_library
 
 log = logging.getLogger(__name__)
 
@@ -233,14 +232,10 @@ def _from_pretrained(config: BackboneConfig, head: Head) -> PreTrainedModel:
         _require_gguf()
     elif config.trust_weights_only:
         arguments["use_safetensors"] = True
-    try:
+    with read_by_library(f"--backbone.name={config.name} cannot be loaded"):
         model: PreTrainedModel = _AUTO[head].from_pretrained(
-            where, attn_implementation="sdpa", dtype=torch.float32, **arguments
+            where, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False, **arguments
         )
-    except (OSError, ValueError, KeyError, IndexError, struct.error, SafetensorError) as error:
-        raise DataError(
-            f"--backbone.name={config.name} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
     return model
 
 

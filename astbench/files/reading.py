@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from astbench.errors import DataError
+from astbench.errors import AstbenchError, DataError, Stopped, out_of_memory
 
 UNREADABLE = (OSError, EOFError, zlib.error)
 """What reading a file may raise: no permission, no gzip, one that ends too soon, one with wrong bytes."""
@@ -15,9 +18,53 @@ UNREADABLE = (OSError, EOFError, zlib.error)
 
 def open_bytes(file: Path) -> IO[bytes]:
     """Open for reading, unpacking `.gz` on the way; reading may raise what UNREADABLE names."""
-    if file.suffix == ".gz" and file.is_file() and not file.stat().st_size:
+    kind = file.stat()
+    if not stat.S_ISREG(kind.st_mode):
+        raise OSError("it is no file")  # a pipe would be waited for, and a device has no end
+    if file.suffix == ".gz" and not kind.st_size:
         raise EOFError("it holds no bytes")  # which gzip reads as an empty text
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
+
+
+def named_file(folder: Path, name: str, what: str) -> Path:
+    """A file that another file names: it may not lead out of the folder, and must be one that the system takes.
+
+    Args:
+        folder: Where it must be.
+        name: Below the folder.
+        what: What it is and where it was named, for the message.
+
+    Raises:
+        DataError: no such file, or no such name: too long, holding NUL, a loop of links.
+    """
+    try:
+        file = (folder / name).resolve()
+        if file.is_relative_to(folder.resolve()) and file.is_file():
+            return file
+        reason = "does not exist"
+    except (OSError, ValueError, RuntimeError) as error:  # pathlib raises the last of these for a loop
+        reason = f"cannot be read: {one_line(error)}"
+    raise DataError(f"{what} {ascii(str(folder / name))[1:-1][:300]} {reason}")
+
+
+@contextmanager
+def read_by_library(what: str) -> Iterator[None]:
+    """Within, a library reads a file that may hold anything, and raises what it likes: Rust's tokenizers even panic.
+
+    Args:
+        what: Which file, and what is wrong with it, for the message.
+
+    Raises:
+        DataError: in place of anything but a signal, our own errors, a package or memory that is missing.
+    """
+    try:
+        yield
+    except (AstbenchError, Stopped, KeyboardInterrupt, ImportError):
+        raise
+    except BaseException as error:
+        if out_of_memory(error):
+            raise
+        raise DataError(f"{what}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
 
 
 def read_bytes(file: Path) -> bytes:
@@ -61,6 +108,6 @@ def unreadable(place: Path | str, error: Exception) -> DataError:
     return DataError(f"{place} cannot be read: {one_line(error)}")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error's message without line breaks, not too long."""
     return " ".join(str(error).split())[:160]

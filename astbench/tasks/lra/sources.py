@@ -5,15 +5,24 @@ Rows are (inputs, label) with one input, or the two of a pair, as bytes: charact
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from astbench.errors import DataError
-from astbench.files.reading import UNREADABLE, one_line, open_bytes, read_bytes, read_text, unreadable
+from astbench.files.reading import (
+    UNREADABLE,
+    named_file,
+    one_line,
+    open_bytes,
+    read_bytes,
+    read_text,
+    unreadable,
+)
 from astbench.tasks.lra.base_data import Row
 from astbench.tasks.lra.listops import SYMBOLS
 
@@ -133,10 +142,7 @@ def _pathfinder_file(file: Path, folder: Path) -> Iterator[Row]:
         words = line.split()
         if len(words) < 4 or words[3] not in ("0", "1"):
             raise DataError(f"{file}:{number}: expected folder, image, number and label 0 or 1, got {line[:60]!r}")
-        image = (folder / words[0] / words[1]).resolve()
-        # The name comes from a file: it may not lead out of the folder.
-        if not image.is_relative_to(folder.resolve()) or not image.is_file():
-            raise DataError(f"{file}:{number}: image {folder / words[0] / words[1]} does not exist")
+        image = named_file(folder, f"{words[0]}/{words[1]}", f"{file}:{number}: image")
         if image.stat().st_size:  # some of the published images are empty files, which its authors skip too
             yield (_grey_image(image),), int(words[3])
 
@@ -193,14 +199,23 @@ def _review(file: Path, length: int) -> bytes:
 
 def _grey_image(file: Path) -> bytes:
     """The 1,024 grey levels of an image, row by row."""
+    if not file.is_file():
+        raise DataError(f"{file} is no file")  # a pipe would be waited for
     try:
-        with Image.open(file) as image:
-            size, mode = image.size, image.mode
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # nothing is unpacked before its size is known
+            image = Image.open(file)
+        with image:
+            if image.size != (32, 32):
+                raise DataError(f"{file} is {image.size[0]} x {image.size[1]} pixels, expected 32 x 32")
+            mode = image.mode
             data = image.tobytes() if mode in ("L", "RGB") else image.convert("RGB").tobytes()
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # what its many decoders raise on damaged files is anybody's guess
         raise DataError(f"{file} cannot be read as an image: {one_line(error)}") from error
-    if size != (32, 32):
-        raise DataError(f"{file} is {size[0]} x {size[1]} pixels, expected 32 x 32")
     if mode == "L":
         return data
     return _grey(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(1, _PIXELS, 3))[0]
