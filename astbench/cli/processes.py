@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from astbench import console
+from astbench.errors import MissingPackageError
 
 _LEADER = "ASTBENCH_LEADER"
 
@@ -27,6 +29,19 @@ def leading() -> Iterator[None]:
 def is_child() -> bool:
     """Whether another process of the same run started this one; its environment alone could be anybody's."""
     return os.environ.get(_LEADER) == str(os.getppid())
+
+
+def check_interpreter() -> None:
+    """Refuse a Python that leaves docstrings out: transformers reads its own while it is imported.
+
+    Raises:
+        MissingPackageError: it does.
+    """
+    if sys.flags.optimize > 1:
+        raise MissingPackageError(
+            "Python runs without docstrings (python -OO, PYTHONOPTIMIZE=2), and transformers does not load without its "
+            "own; set PYTHONOPTIMIZE=1, or unset it"
+        )
 
 
 def drop_strays() -> None:

@@ -55,7 +55,7 @@ def test_strays_in_the_environment_hide_no_error():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stray", [{"LOCAL_RANK": "1"}, {"SLURM_NTASKS": "2"}, {"PYTHONOPTIMIZE": "2"}])
+@pytest.mark.parametrize("stray", [{"LOCAL_RANK": "1"}, {"SLURM_NTASKS": "2"}])
 def test_a_run_heeds_no_strays(tmp_path, stray):
     done = command(*FIT, f"--run_dir={tmp_path / 'run'}", env={**os.environ, **stray})
     assert done.returncode == 0, done.stderr
@@ -66,6 +66,8 @@ def test_without_docstrings():
     for words in (["list"], ["describe", "ast"], ["--help"]):
         done = command(*words, env={**os.environ, "PYTHONOPTIMIZE": "2"})
         assert done.returncode == 0 and not done.stderr, done.stderr
+    done = command(*FIT, env={**os.environ, "PYTHONOPTIMIZE": "2"})
+    assert done.returncode == 7 and done.stderr.count("\n") == 1 and "PYTHONOPTIMIZE=1" in done.stderr
 
 
 def test_without_standard_streams(tmp_path):
