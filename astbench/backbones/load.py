@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from importlib.util import find_spec
+from os.path import exists, isdir
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,8 @@ def locate(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
         ConfigError: neither a preset nor a folder nor a name with an owner, with the nearest preset.
     """
     folder = Path(config.name).expanduser()
-    if not folder.is_dir():
-        if folder.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
+    if not isdir(folder):
+        if exists(folder) or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
             raise ConfigError(f"--backbone.name={config.name} is not a folder with a pretrained model")
         if "/" not in config.name:
             names = [*PRESETS, "tiny", "small"]

@@ -25,11 +25,11 @@ def check_numbers(options: Mapping[str, Any], where: str) -> None:
         ConfigError: naming the option.
     """
     for name, value in options.items():
-        if isinstance(value, Mapping):
-            check_numbers(value, f"{where}{name}.")
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"{where}{name} must be a finite number, got {number}")
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, Mapping):
+                check_numbers(part, f"{where}{name}.")
+            elif isinstance(part, float) and not math.isfinite(part):
+                raise ConfigError(f"{where}{name} must be a finite number, got {part}")
 
 
 def check_data_sizes(data: Mapping[str, Any]) -> None:

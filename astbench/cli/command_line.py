@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from os.path import exists, isdir
+from os.path import exists, isdir, isfile  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +221,8 @@ def _text(value: Any) -> str:
 def _beside(checkpoint: str) -> str:
     """The config of the run that a checkpoint (or its folder) belongs to."""
     path = Path(checkpoint).expanduser()
-    folder = path if path.is_dir() else path.parent
-    if not path.exists():
+    folder = path if isdir(path) else path.parent
+    if not exists(path):
         raise CheckpointError(f"--ckpt_path={checkpoint} does not exist")
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"--ckpt_path={checkpoint}: no {CONFIG} beside it says what was trained")
@@ -232,7 +232,7 @@ def _beside(checkpoint: str) -> str:
 def _resumed(run: str, said: Sequence[Option]) -> str:
     """The config of the run to go on with; nothing else may be said about how it goes on."""
     config = Path(run) / CONFIG
-    if not config.is_file():
+    if not isfile(config):
         raise CheckpointError(
             f"--resume={run} is not a run folder: it has no {CONFIG}; a run that was killed before it wrote one is "
             f"begun again with --run_dir={run}"

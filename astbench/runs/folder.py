@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from contextlib import suppress
+from os.path import exists, isdir, isfile  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,13 +75,13 @@ class RunFolder:
         Raises:
             ConfigError: it holds another run already (and `resume` is False), or somebody writes in it.
         """
-        if self.path.exists() and not self.path.is_dir():
+        if exists(self.path) and not isdir(self.path):
             raise ConfigError(f"--run_dir={self.path} is a file; a run needs a folder")
-        if not resume and self.path.exists() and any(not _left_behind(file) for file in self.path.iterdir()):
+        if not resume and exists(self.path) and any(not _left_behind(file) for file in self.path.iterdir()):
             raise ConfigError(
                 f"{self.path} holds a run already; choose another --run_dir, or continue it with --resume={self.path}"
             )
-        self._made_parent |= not self.path.parent.exists()
+        self._made_parent |= not exists(self.path.parent)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self / LOCK, "w")  # noqa: SIM115 (held open as long as the run lasts)
@@ -170,12 +171,12 @@ def checkpoint_file(path: str | Path) -> Path:
         CheckpointError: missing, damaged, or a folder without one.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
+    if isdir(path):
         found = RunFolder(path).newest_checkpoint()
         if found is None:
             raise CheckpointError(f"no checkpoint in {path}")
         return found[0]
-    if not path.is_file():
+    if not isfile(path):
         raise CheckpointError(f"checkpoint {path} does not exist")
     folder = RunFolder(path.parent)
     if (folder / MANIFEST).exists() and sha256(path) not in folder.manifest():

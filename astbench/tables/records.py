@@ -186,7 +186,10 @@ def _record(file: Path) -> Record:
     record = _json(file)
     if record.get("schema") != SCHEMA:
         raise DataError(f"{file} has schema {record.get('schema')}; this astbench reads {SCHEMA}")
-    named = (record.get("config") or {}).get("attention")
+    for key, kind in (("command", str), ("state", str), ("started", str), ("config_hash", str), ("config", dict)):
+        if not isinstance(record.get(key), kind):
+            raise DataError(f"{file} is no record of a run: it holds no {key}")
+    named = record["config"].get("attention")
     name = named.get("name") if isinstance(named, dict) else named
     if ":" in str(name):
         raise DataError(f"{file} names the attention {name}: of a record only registered names are taken, no code")

@@ -88,6 +88,27 @@ def test_an_argument_that_is_no_text_is_refused(astbench):
     assert_refused(astbench(*FIT, "--run_dir=a\udcff"), 2, "not valid UTF-8")
 
 
+LONG = "r" * 400
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ([*FIT, f"--run_dir={LONG}"], 2),
+        ([*FIT, f"--config={LONG}"], 2),
+        ([*FIT, f"--backbone=/{LONG}"], 2),
+        ([*FIT, f"--init_from={LONG}"], 6),
+        (["validate", f"--ckpt_path={LONG}"], 6),
+        (["fit", f"--resume={LONG}"], 6),
+        (["fit", *NAMES, "--data.source=local", f"--data.path={LONG}"], 3),
+    ],
+)
+def test_a_typed_name_that_the_system_refuses(astbench, tmp_path, monkeypatch, words, code):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(astbench(*words), code)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_callback_with_an_enum_among_its_defaults(astbench, tmp_path):
     (tmp_path / "c.yaml").write_text("trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.Timer}]}\n")
     words = [*FIT, "--trainer.max_steps=1", f"--config={tmp_path / 'c.yaml'}"]

@@ -59,6 +59,13 @@ def test_numbers_that_nobody_can_mean_are_refused(astbench, tmp_path, word, part
     assert not (tmp_path / "run").exists()
 
 
+def test_a_callbacks_numbers_are_finite_too(astbench, tmp_path):
+    callback = "{class_path: EarlyStopping, init_args: {monitor: train/loss, min_delta: .nan}}"
+    (tmp_path / "c.yaml").write_text(f"trainer: {{callbacks: [{callback}]}}\n")
+    outcome = astbench(*FIT, f"--config={tmp_path / 'c.yaml'}", f"--run_dir={tmp_path / 'run'}")
+    assert_refused(outcome, 2, "min_delta must be a finite number, got nan")
+
+
 def test_check_and_bench_refuse_them_too(astbench, tmp_path):
     run_dir = f"--run_dir={tmp_path / 'run'}"
     assert_refused(astbench("check", "ast", "--attention.block_size=1000000"), 2, "block_size must be at most")
