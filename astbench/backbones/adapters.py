@@ -2,57 +2,113 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from astbench.backbones.swap import SwapHandle, swap_attention
 from astbench.errors import CheckpointError
+from astbench_registry import CapabilityError, registered
 
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
+_DIGEST = "sha256"
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "attention": str,
+    "options": dict,
+    "where": list,
+    "layers": (list, type(None)),
+    "backbone": str,
+}
+
 
 def save_adapter(handle: SwapHandle, folder: str | Path) -> None:
-    """Write `adapter.safetensors` (the variant's parameters only) and `adapter.json` (name and options)."""
+    """Write `adapter.safetensors` (the variant's parameters only) and `adapter.json` (name, options, sha256)."""
     from astbench.files.writing import write_atomic, write_json
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = save({name: w.detach().contiguous().cpu() for name, w in handle.state_dict().items()})
+    description = {
+        "attention": handle.slots[0].attention.name,  # what it is registered as, also for ./mine.py:Mine
+        "options": handle.options,
+        "where": list(handle.where),
+        "layers": handle.layers,
+        "backbone": handle.model.config.name_or_path or handle.model.config.model_type,
+    }
     write_atomic(folder / WEIGHTS, lambda file: file.write(weights))
-    write_json(
-        folder / DESCRIPTION,
-        {
-            "attention": handle.name,
-            "options": handle.options,
-            "where": list(handle.where),
-            "layers": handle.layers,
-            "backbone": handle.model.config.name_or_path or handle.model.config.model_type,
-        },
-    )
+    write_json(folder / DESCRIPTION, {**description, _DIGEST: _digest(description, weights)})
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> SwapHandle:
     """Swap the attention that an adapter describes into `model` and load its weights.
 
+    An adapter of before, which holds no sha256, is loaded with a note on the handle that says so.
+
     Raises:
-        CheckpointError: files missing or damaged, or weights that do not fit this backbone.
+        CheckpointError: files missing or damaged, an attention that is not registered, or weights that do not fit this
+            backbone.
+        CapabilityError: the attention cannot serve this model.
     """
     folder = Path(folder)
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        weights = load_file(folder / WEIGHTS)
-        name, options, where, layers = (description[key] for key in ("attention", "options", "where", "layers"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"adapter in {folder} cannot be read: {error}") from error
-    handle = swap_attention(model, name, options, where=where, layers=layers)
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"), parse_constant=_no_number)
+        data = (folder / WEIGHTS).read_bytes()
+        weights = load(data)
+        digest = _taken(description)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"adapter in {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if digest is not None and digest != _digest(description, data):
+        raise CheckpointError(f"adapter in {folder} does not match its {_DIGEST} in {DESCRIPTION}: a damaged file")
+    name, options, where, layers = (description[key] for key in ("attention", "options", "where", "layers"))
+    if name not in registered():  # a name such as ./mine.py:Mine would run that file
+        raise CheckpointError(
+            f"adapter in {folder} is of the attention {name[:80]!r}, which is not registered; load its plugin first: "
+            "astbench_registry.load_plugin('./mine.py')"
+        )
+    try:
+        handle = swap_attention(model, name, options, where=where, layers=layers)
+    except CapabilityError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"adapter in {folder} does not fit {type(model).__name__}: {error}") from error
     wanted = handle.state_dict()
-    wrong = sorted(set(wanted) ^ set(weights)) or sorted(n for n in wanted if wanted[n].shape != weights[n].shape)
+    wrong = sorted(set(wanted) ^ set(weights)) or sorted(
+        n
+        for n, w in weights.items()
+        if w.shape != wanted[n].shape or w.is_floating_point() != wanted[n].is_floating_point()
+    )
     if wrong:
         handle.undo()
         raise CheckpointError(f"adapter in {folder} does not fit {type(model).__name__}: {wrong[0]} and others differ")
     model.load_state_dict(weights, strict=False)
+    if digest is None:
+        handle.notes.append(f"the adapter in {folder} is unverified: its {DESCRIPTION} holds no {_DIGEST}")
     return handle
+
+
+def _taken(description: dict[str, Any]) -> str | None:
+    """Take the digest out of a description, and see that the rest is one; None for one of before."""
+    digest: str | None = description.pop(_DIGEST, None) if description.get(_DIGEST, "") is not None else ""
+    if unknown := sorted(set(description) - set(_FIELDS)):
+        raise ValueError(f"{DESCRIPTION} holds an unknown {unknown[0]!r}")
+    for key, kind in _FIELDS.items():
+        if not isinstance(description[key], kind):
+            raise ValueError(f"{DESCRIPTION}: {key} is of the wrong kind: {str(description[key])[:60]!r}")
+    if not all(isinstance(place, str) for place in description["where"]):
+        raise ValueError(f"{DESCRIPTION}: where must be a list of names")
+    return digest
+
+
+def _digest(description: dict[str, Any], weights: bytes) -> str:
+    """Of all that decides what is loaded, however the JSON is laid out."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode() + weights).hexdigest()
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number that an option can have")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import logging
-import struct
 from importlib.util import find_spec
+from os.path import exists, isdir
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,7 +22,8 @@ from transformers import (
 )
 
 from astbench.backbones.presets import PRESETS, BackboneConfig, Head, resolve_preset
-from astbench.errors import ConfigError, DataError, MissingPackageError, NameOrPluginError
+from astbench.errors import ConfigError, MissingPackageError, NameOrPluginError
+from astbench.files.reading import read_by_library
 
 log = logging.getLogger(__name__)
 
@@ -204,8 +204,8 @@ def locate(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
         ConfigError: neither a preset nor a folder nor a name with an owner, with the nearest preset.
     """
     folder = Path(config.name).expanduser()
-    if not folder.is_dir():
-        if folder.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
+    if not isdir(folder):
+        if exists(folder) or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
             raise ConfigError(f"--backbone.name={config.name} is not a folder with a pretrained model")
         if "/" not in config.name:
             names = [*PRESETS, "tiny", "small"]
@@ -233,14 +233,10 @@ def _from_pretrained(config: BackboneConfig, head: Head) -> PreTrainedModel:
         _require_gguf()
     elif config.trust_weights_only:
         arguments["use_safetensors"] = True
-    try:
+    with read_by_library(f"--backbone.name={config.name} cannot be loaded"):
         model: PreTrainedModel = _AUTO[head].from_pretrained(
-            where, attn_implementation="sdpa", dtype=torch.float32, **arguments
+            where, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False, **arguments
         )
-    except (OSError, ValueError, KeyError, IndexError, struct.error, SafetensorError) as error:
-        raise DataError(
-            f"--backbone.name={config.name} cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
     return model
 
 

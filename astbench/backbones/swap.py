@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -152,7 +153,7 @@ def swap_attention(
         raise ValueError(f"where={unknown[0]!r} is not one of {', '.join(dict.fromkeys(WHERE.values()))}")
     if not isinstance(model, PreTrainedModel):
         raise CapabilityError(f"{type(model).__name__} is no transformers model: there is nothing to attach to")
-    if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(n, int) for n in layers)):
+    if layers is not None and not (isinstance(layers, Sequence) and all(type(n) is int for n in layers)):
         raise ValueError(f"layers={layers!r} must be a list of layer numbers")
     config = make_config(name, options or {})
     handle = SwapHandle(model, name, config.as_dict(), where, None if layers is None else tuple(layers))
@@ -249,8 +250,10 @@ def _probe_attention(model: PreTrainedModel) -> tuple[list[RecordedCall], dict[n
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.ones(1, decoder, dtype=torch.long, device=model.device)
     widths: dict[nn.Module, int] = {}
+    passes: Counter[nn.Module] = Counter()
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        passes.update([module])
         given = args[0] if args else kwargs.get("hidden_states")
         if isinstance(given, Tensor) and given.dim() == 3:
             widths[module] = given.shape[-1]
@@ -273,7 +276,13 @@ def _probe_attention(model: PreTrainedModel) -> tuple[list[RecordedCall], dict[n
         for module in training:
             module.training = True
         torch.set_rng_state(cpu_state)
-    if len({call.module for call in calls}) < len(calls):
+    per_module = Counter(call.module for call in calls)
+    if several := [module for module, count in per_module.items() if count > passes[module]]:
+        raise CapabilityError(
+            f"{type(several[0]).__name__} of {type(model).__name__} attends {per_module[several[0]]} times in one pass "
+            "(differential attention does); an attention that is put in its place is called once a layer"
+        )
+    if len(per_module) < len(calls):
         raise CapabilityError(
             f"{type(model).__name__} shares one attention module among its layers; each layer needs its own"
         )

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from astbench.backbones.load import locate
 from astbench.backbones.presets import BackboneConfig
 from astbench.errors import DataError, MissingPackageError
+from astbench.files.reading import read_by_library
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 SEQ2SEQ_SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -151,14 +152,13 @@ def load_tokenizer(backbone: BackboneConfig, *, offsets: bool = True) -> PreTrai
     """
     where, arguments = locate(backbone)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **arguments)
+        with read_by_library(f"--backbone.name={backbone.name} has no readable tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                where, trust_remote_code=False, **arguments
+            )
     except ImportError as error:  # Marian's need sentencepiece
         raise MissingPackageError(
             f"the tokenizer of --backbone.name={backbone.name} needs a package: {' '.join(str(error).split())[:200]}"
-        ) from error
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"--backbone.name={backbone.name} has no readable tokenizer: {' '.join(str(error).split())[:200]}"
         ) from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # transformers makes an empty one up where the files are missing.
@@ -176,10 +176,10 @@ def saved_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """
     if not (Path(folder) / "tokenizer").is_dir():
         raise DataError(f"{folder} holds no tokenizer; it is not a whole run folder")  # and not a name on the hub
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(Path(folder) / "tokenizer"))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}/tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from error
+    with read_by_library(f"{folder}/tokenizer cannot be read"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(Path(folder) / "tokenizer"), trust_remote_code=False
+        )
     return tokenizer
 
 

@@ -39,7 +39,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
     Exit codes as the `astbench` command's: 2 for options, 7 without a CUDA device.
     """
-    parser = argparse.ArgumentParser(prog="python -m astbench.bench.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m astbench.bench.gpu", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu", help="folder for records and summary")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything")
     parser.add_argument("--only", default=",".join(ORDER), help="recipes, separated by commas")

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from astbench.bench.analysis import KERNEL, Cell
 from astbench.bench.config import BenchConfig, words
 from astbench.errors import ConfigError
-from astbench_registry import load_plugin, registered
+from astbench_registry import PluginError, load_plugin, registered
 from astbench_registry.configs.block_selection import BlockSelectionConfig
 from astbench_registry.registry import config_class, make_config
 
@@ -76,8 +76,14 @@ def chosen(config: BenchConfig, say: Callable[[str], None]) -> list[Entry]:
             raise ConfigError(f"--peers has no backend {unknown[0]!r}; choose from {', '.join(sparse_backends())}")
     found = _dense(config, say)
     for name in dict.fromkeys(asked):
-        if name != "dense":
+        if name == "dense":
+            continue
+        try:
             found += _of_attention(name, config, say)
+        except PluginError as error:
+            if config.attention != "all":
+                raise
+            say(f"  {name} left out: {error}")  # somebody's package, which is in nobody else's way
     if not found:
         raise ConfigError("nothing is left to measure; change --attention, --modes or the shape")
     return found

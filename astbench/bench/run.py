@@ -18,8 +18,9 @@ from astbench.bench.report import report
 from astbench.console import say
 from astbench.errors import ConfigError, MissingPackageError
 from astbench.files.writing import write_json, write_text
-from astbench.runs.folder import RECORD, RunFolder, default_run_dir
+from astbench.runs.folder import RECORD, RunFolder
 from astbench.runs.record import new_record
+from astbench_registry.plugins import code_facts, import_plugin
 
 
 def check(config: BenchConfig) -> None:
@@ -49,10 +50,11 @@ def run_bench(config: BenchConfig, typed: Sequence[str], worker: Worker) -> tupl
     """
     check(config)
     entries = layers.chosen(config, say)
-    folder = RunFolder(config.run_dir or default_run_dir("bench", "layers"))
+    folder = RunFolder(config.run_dir) if config.run_dir else RunFolder.claim("bench", "layers")
     folder.open_for_writing(resume=False)
     record = new_record("bench", asdict(config), config.seed, typed)
     record["hardware"]["threads"] = config.threads
+    record["plugins"] = [code_facts(plugin, import_plugin(plugin).__name__) for plugin in config.plugins]
     record["method"] = METHOD[config.device]
     write_json(folder / RECORD, record)
     try:

@@ -73,20 +73,20 @@ class Layer:
         mask = self.mask(mode, tensors[1].shape[2])
         context = AttentionContext(hidden_states=hidden, summaries=summaries)
         leaves = [x.detach().requires_grad_(mode == "training") for x in tensors]
-        grad = torch.randn_like(leaves[0])
+        q, k, v = leaves
+        grad = torch.randn_like(q)
 
         def forward() -> Tensor:
             with torch.no_grad():
-                output: Tensor = self.module(*leaves, mask, context=context).out
-            return output
+                return self.module(q, k, v, mask, context=context).out
 
         def forward_backward() -> Tensor:
             for x in (*leaves, *self.module.parameters()):
                 x.grad = None
-            out = self.module(*leaves, mask, context=context)
+            out = self.module(q, k, v, mask, context=context)
             total = (out.out * grad).sum() + sum(out.losses.values())
             total.backward()
-            return out.out.detach() if leaves[0].grad is None else leaves[0].grad
+            return out.out.detach() if q.grad is None else q.grad
 
         return forward_backward if mode == "training" else forward
 

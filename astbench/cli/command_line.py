@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from os.path import isfile
+from os.path import exists, isdir, isfile  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import yaml
 from astbench.cli.config_files import NAMED, ConfigFile, parse_yaml, read_config, read_options
 from astbench.errors import CheckpointError, ConfigError
 from astbench.runs.folder import CONFIG
+from astbench_registry.plugins import plugin_key
 
 GROUPS = (*NAMED, "data", "optim", "trainer")
 SWITCHES = ("--help", "--debug", "--trust_config", "--explain", "--all")
@@ -201,7 +202,7 @@ def _apart(option: Option) -> Iterator[Option]:
     held: Any = None
     if group in GROUPS and value and value.lstrip().startswith("{"):
         held = parse_yaml(value, option.name)
-    elif group in GROUPS and group not in NAMED and value and isfile(value):
+    elif group in GROUPS and group not in NAMED and value and exists(value) and not isdir(value):
         held = read_options(value, option.name)
     if not isinstance(held, dict):
         yield option
@@ -220,8 +221,8 @@ def _text(value: Any) -> str:
 def _beside(checkpoint: str) -> str:
     """The config of the run that a checkpoint (or its folder) belongs to."""
     path = Path(checkpoint).expanduser()
-    folder = path if path.is_dir() else path.parent
-    if not path.exists():
+    folder = path if isdir(path) else path.parent
+    if not exists(path):
         raise CheckpointError(f"--ckpt_path={checkpoint} does not exist")
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"--ckpt_path={checkpoint}: no {CONFIG} beside it says what was trained")
@@ -231,8 +232,11 @@ def _beside(checkpoint: str) -> str:
 def _resumed(run: str, said: Sequence[Option]) -> str:
     """The config of the run to go on with; nothing else may be said about how it goes on."""
     config = Path(run) / CONFIG
-    if not config.is_file():
-        raise CheckpointError(f"--resume={run} is not a run folder: it has no {CONFIG}")
+    if not isfile(config):
+        raise CheckpointError(
+            f"--resume={run} is not a run folder: it has no {CONFIG}; a run that was killed before it wrote one is "
+            f"begun again with --run_dir={run}"
+        )
     others = [option.name for option in said if option.name not in (*_ANSWERED, "--resume")]
     if others:
         raise ConfigError(
@@ -246,19 +250,27 @@ def _plugins(line: CommandLine) -> Iterator[str]:
     """The plugins that were typed, then those of configs, which are code that only trust lets run."""
     typed = list(_typed_plugins(line.options))
     yield from typed
+    names = [line.typed_value(f"--{kind}", f"--{kind}.name") for kind in ("attention", "task")]
+    known = {plugin_key(plugin) for plugin in (*typed, *_files_of(names))}
     for config in line.configs:
         named = [str(plugin) for key in ("plugins", "plugins+") for plugin in config.data.get(key) or []]
-        for kind, name in (("attention", line.attention), ("task", line.task)):
-            if line.typed_value(f"--{kind}", f"--{kind}.name") is None and name == config.value(kind, "name"):
-                # ./mine.py:Mine is a plugin too.
-                named += [part.rpartition(":")[0] for part in str(name or "").split(",") if ":" in part]
+        for kind, chosen, typed_name in zip(("attention", "task"), (line.attention, line.task), names, strict=True):
+            if typed_name is None and chosen == config.value(kind, "name"):
+                named += _files_of([chosen])
         for plugin in named:
-            if plugin not in typed and not line.trust_config:
+            if plugin_key(plugin) in known:
+                continue
+            if not line.trust_config:
                 raise ConfigError(
                     f"{config.path} names the plugin {plugin}, and plugins are code: add --plugins={plugin} to run it, "
-                    "or --trust_config to run whatever the config names"
+                    "also where a run of your own goes on, or --trust_config to run whatever the config names"
                 )
             yield plugin
+
+
+def _files_of(names: Sequence[str | None]) -> list[str]:
+    """The plugins in names such as `./mine.py:Mine`, of which a bench takes several, separated by commas."""
+    return [part.rpartition(":")[0] for name in names for part in (name or "").split(",") if ":" in part]
 
 
 def _typed_plugins(options: Sequence[Option]) -> Iterator[str]:

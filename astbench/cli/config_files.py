@@ -10,9 +10,13 @@ from typing import Any
 import yaml
 
 from astbench.errors import ConfigError
+from astbench.files.plain_yaml import MOST_CHARACTERS, plain_yaml
 
 NAMED = ("attention", "task", "backbone")
 """Groups whose name alone may stand for them: `attention: ast` is `attention: {name: ast}`."""
+
+LINKED = {*NAMED, "optim", "seed", "init_from"}
+"""What the model takes from the options of that name."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,9 @@ def parse_yaml(text: str, source: str) -> Any:
         ConfigError: it is not YAML.
     """
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        return plain_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{source} cannot be read: {error}") from error
 
 
 def read_options(path: str, option: str = "--config") -> dict[str, Any]:
@@ -57,7 +61,8 @@ def read_options(path: str, option: str = "--config") -> dict[str, Any]:
     """
     source = f"{option}={path}"
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:  # a pipe too, which gives its text once
+            text = file.read(MOST_CHARACTERS + 1)
     except FileNotFoundError as error:
         raise ConfigError(f"{source} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -75,16 +80,30 @@ def read_config(path: str) -> ConfigFile:
         ConfigError: as :func:`read_options`, or a group that is none.
     """
     data = read_options(path)
+    _check_groups(path, data)
+    return ConfigFile(path, data)
+
+
+def _check_groups(path: str, data: Mapping[str, Any]) -> None:
+    """Refuse what is no group of options where one must be, and ways around the groups that are looked at."""
     for group in NAMED:
         if not isinstance(data.get(group), (dict, str, type(None))):
             raise ConfigError(f"--config={path}: {group} must be a name or a group of options")
-    for group in ("data", "optim", "trainer"):
+        if isinstance(data.get(group), dict) and not isinstance(data[group].get("name"), (str, type(None))):
+            raise ConfigError(f"--config={path}: {group}.name must be a name, got {str(data[group]['name'])[:60]}")
+    if "config" in data:
+        raise ConfigError(f"--config={path}: a config names no other; give both, --config=ONE --config=TWO")
+    if dotted := next((key for key in data if "." in str(key)), None):
+        group, _, option = str(dotted).partition(".")
+        raise ConfigError(f"--config={path}: write {dotted} as a group, {group}: {{{option}: ...}}")
+    for group in ("data", "optim", "trainer", "model"):
         if not isinstance(data.get(group), (dict, type(None))):
             raise ConfigError(f"--config={path}: {group} must be a group of options")
+    if linked := sorted(LINKED & set(data.get("model") or ())):
+        raise ConfigError(f"--config={path}: model.{linked[0]} is set by {linked[0]} alone; write it without model")
     for key in ("plugins", "plugins+"):
         if not isinstance(data.get(key), (list, type(None))):
             raise ConfigError(f"--config={path}: {key} must be a list")
-    return ConfigFile(path, data)
 
 
 def config_arguments(configs: Iterable[Mapping[str, Any]], folder: Path) -> list[str]:

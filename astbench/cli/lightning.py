@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import closing
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +23,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from astbench import console
 from astbench.backbones.presets import BackboneConfig
 from astbench.cli.command_line import CommandLine
-from astbench.cli.option_checks import check_options, group_options, without_name
+from astbench.cli.option_checks import check_options, group_options, refuse_functions, without_name
 from astbench.cli.parser import ALLOWED, Parser
+from astbench.cli.processes import leading
 from astbench.cli.run_callback import RunCallback
 from astbench.cli.second_phase import parser_arguments
-from astbench.errors import CheckpointError, ConfigError, Interrupted
+from astbench.cli.stopping import SIGNALS
+from astbench.errors import AstbenchError, CheckpointError, ConfigError, refused_by_system
 from astbench.files.writing import write_text
+from astbench.runs.checkpoint_checks import check_content
 from astbench.runs.checkpoints import SafeCheckpointIO, read_checkpoint
-from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, default_run_dir
+from astbench.runs.folder import CONFIG, RunFolder, checkpoint_file, doubts
 from astbench.runs.progress import build_loggers, progress_bar
+from astbench.runs.run_record import config_doubts
 from astbench.tasks import Task, find_task
 from astbench.training.optim import OptimConfig
 from astbench.training.trainer import TRAINER_DEFAULTS
@@ -52,16 +57,21 @@ class CLI(LightningCLI):
         self.module_class, self.data_class, self.task_config = task.load()
         self.folder: RunFolder | None = None
         sys.argv[1:] = [command, *arguments]
-        super().__init__(
-            self.module_class,
-            self.data_class,
-            save_config_callback=None,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            parser_class=Parser,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        try:
+            super().__init__(
+                self.module_class,
+                self.data_class,
+                save_config_callback=None,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
+                parser_class=Parser,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        except BaseException:
+            if self.folder is not None:
+                self.folder.abandon()
+            raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the parser in use is built."""
@@ -117,6 +127,11 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what can be checked before anything is built or read."""
         sys.argv[1:] = [self.command, *self.line.typed]  # Lightning starts a run's other processes with these
+        for kind, known in (("attention", self.attention), ("task", self.task.name)):
+            if self.options[kind].name != known:  # only names that were looked at may be imported
+                raise ConfigError(f"--{kind}={known} was chosen, and the options name {self.options[kind].name}")
+        if not self.line.trust_config:
+            refuse_functions(self.options.trainer)
         check_options(self.command, self.options, self.task)
         self._set_threads()
 
@@ -135,7 +150,9 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with our checkpoint files, callback, progress and loggers."""
         options = self.options
-        self.folder = RunFolder(options.run_dir or self._new_run_dir())
+        SIGNALS.check()
+        self._check_processes()
+        self.folder = RunFolder(options.run_dir) if options.run_dir else self._new_folder()
         self.run_callback = RunCallback(self.folder, self.command, self.task, options.checkpoint_every)
         trainer = self._get(self.config_init, "trainer").as_dict()
         callbacks = [*(trainer.pop("callbacks", None) or []), self.run_callback]
@@ -143,7 +160,8 @@ class CLI(LightningCLI):
         if trainer["enable_progress_bar"]:
             callbacks.append(progress_bar())
         del trainer["threads"]  # ours, not Lightning's
-        plugins = [*(trainer.pop("plugins", None) or []), SafeCheckpointIO()]
+        self.checkpoint_io = SafeCheckpointIO()
+        plugins = [*(trainer.pop("plugins", None) or []), self.checkpoint_io]
         if trainer.get("logger") in (None, True) and self.command == "fit":
             names = [options.loggers] if isinstance(options.loggers, str) else options.loggers
             trainer["logger"] = build_loggers(names, self.folder, resume=self.line.resume is not None)
@@ -152,16 +170,26 @@ class CLI(LightningCLI):
         trainer["default_root_dir"] = str(self.folder.path)
         return Trainer(**trainer, callbacks=callbacks, plugins=plugins)
 
-    def _new_run_dir(self) -> Path:
+    def _check_processes(self) -> None:
+        """A run's other processes read the configs again, which a pipe does not give twice."""
+        pipes = [config.path for config in self.line.configs if not Path(config.path).is_file()]
+        if pipes and str(self.options.trainer.devices) not in ("1", "auto"):
+            raise ConfigError(
+                f"--config={pipes[0]} is no file, and --trainer.devices={self.options.trainer.devices} reads it in "
+                "every process; write it to a file"
+            )
+
+    def _new_folder(self) -> RunFolder:
         """A folder of its own, named on the command line that Lightning starts its other processes with."""
         if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
             raise ConfigError("processes started from outside must agree on a folder: name it with --run_dir=FOLDER")
-        path = default_run_dir(self.task.name, self.attention)
-        sys.argv.append(f"--run_dir={path}")
-        return path
+        folder = RunFolder.claim(self.task.name, self.attention)
+        sys.argv.append(f"--run_dir={folder.path}")
+        return folder
 
     def _run_subcommand(self, subcommand: str) -> None:
         assert self.folder is not None
+        SIGNALS.check()
         checkpoint = self._checkpoint()
         self._prepare_data(checkpoint)
         writer = self.trainer.is_global_zero
@@ -178,23 +206,65 @@ class CLI(LightningCLI):
                     run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, **quiet)
                     if subcommand == "fit":
                         self.run_callback.evaluate(self.trainer, self.model, self.datamodule)
-                except SystemExit as error:
-                    raise Interrupted("interrupted") from error  # what Lightning makes of Ctrl-C
-            self.run_callback.finish(self.model)
+                    self.run_callback.finish(self.model)
+                except (SystemExit, Exception) as error:
+                    # Lightning makes exits of signals, and torch errors of workers that died of one.
+                    if SIGNALS.number is not None and not isinstance(error, AstbenchError):
+                        raise self.run_callback.stopped_at_once() from error
+                    if isinstance(error, SystemExit):
+                        raise AstbenchError(f"the run was ended from within by exit({error.code})") from error
+                    self._explain_restoring(error)
+                    raise
+
+    def _explain_restoring(self, error: Exception) -> None:
+        """Whatever Lightning and torch raise between reading a checkpoint and going on from it is about the file.
+
+        Raises:
+            CheckpointError: such an error.
+        """
+        file = self.checkpoint_io.reads
+        if (
+            file
+            and not self.run_callback.goes
+            and not isinstance(error, AstbenchError)
+            and not refused_by_system(error)
+        ):
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"checkpoint {file} cannot be restored: {type(error).__name__}: {reason}") from error
 
     def _checkpoint(self) -> str | None:
-        """The checkpoint to load, verified; refuse one of another attention."""
-        options = self.options
-        if self.line.resume:
-            newest = RunFolder(self.line.resume).newest_checkpoint()
-            if newest is None:
-                console.say(f"{self.line.resume} was stopped before its first checkpoint: starting again")
-                return None
-            return str(newest[0])
-        if not options.get("ckpt_path"):
+        """The checkpoint to load, verified; refuse one of other options.
+
+        Where there is one, nothing is taken from the run that this one began with.
+        """
+        options, resume = self.options, self.line.resume
+        if resume:
+            self._note(config_doubts(RunFolder(resume)))
+            if RunFolder(resume).newest_checkpoint() is None:
+                console.say(f"{resume} was stopped before its first checkpoint: starting again")
+                resume = None
+        asked = resume or options.get("ckpt_path")
+        if not asked:
+            if options.init_from:
+                self._found(options.init_from)
             return None
-        file = checkpoint_file(options.ckpt_path)
-        trained = read_checkpoint(file)["hyper_parameters"]
+        file = self._found(asked)
+        self._check_trained(file, check_content(read_checkpoint(file), file, resume=bool(resume)))
+        self.model.init_from = None
+        return str(file)
+
+    def _found(self, asked: str) -> Path:
+        """The checkpoint of a run, with a note on what is not as it should be."""
+        file = checkpoint_file(asked)
+        self._note(doubts(asked, file))
+        return file
+
+    def _note(self, text: str) -> None:
+        if text and self.trainer.is_global_zero:
+            console.say(f"note: {text}")
+
+    def _check_trained(self, file: Path, checkpoint: dict[str, Any]) -> None:
+        options, trained = self.options, checkpoint["hyper_parameters"]
         trained = {**trained, "attention": current_names(trained["attention"])}
         fixed = {k: (trained["task"] or {}).get(k) for k in self.module_class.fixed_task_options}
         for group in ("attention", "backbone", "task"):
@@ -206,7 +276,6 @@ class CLI(LightningCLI):
                     f"{file} was trained with other {group} options (checkpoint, given): {differs}; to run its "
                     "weights with another attention use --init_from"
                 )
-        return str(file)
 
     def _prepare_data(self, checkpoint: str | None) -> None:
         options = self.options
@@ -222,13 +291,14 @@ class CLI(LightningCLI):
         config = self.options.clone()
         for key in ("config", "run_dir", "weights_only", "verbose"):
             config.pop(key, None)
-        text = self._parser(self.command).dump(config, skip_unset=False, skip_validation=True)
+        text = self._parser(self.command).dump(_as_yaml(config), skip_unset=False, skip_validation=True)
         head = f"# astbench {self.command} --config={CONFIG} runs this again.\n"
         write_text(self.folder / CONFIG, head + text)
 
 
 def run(command: str, line: CommandLine) -> int:
     """Parse, build and run; returns the exit code."""
+    SIGNALS.check()
     _quiet()
     if not line.trust_config:
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
@@ -241,12 +311,27 @@ def run(command: str, line: CommandLine) -> int:
     if line.resume and RunFolder(line.resume).done:
         console.say(f"{line.resume} is done already; nothing to resume")
         return 0
-    with tempfile.TemporaryDirectory(prefix="astbench-") as folder:
+    with leading(), tempfile.TemporaryDirectory(prefix="astbench-") as folder:
         try:
             CLI(command, line, task, parser_arguments(line, Path(folder)))
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
     return 0
+
+
+def _as_yaml(value: Any) -> Any:
+    """Options as YAML can say them: defaults of callbacks may be members of an enumeration, or other objects."""
+    if isinstance(value, Namespace):
+        for key, part in vars(value).items():
+            setattr(value, key, _as_yaml(part))
+        return value
+    if isinstance(value, dict):
+        return {key: _as_yaml(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_yaml(part) for part in value]
+    if isinstance(value, Enum):
+        return value.name
+    return value if value is None or type(value) in (str, bool, int, float) else str(value)
 
 
 def _plain(options: Namespace) -> dict[str, Any]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from types import FrameType
 
+from astbench import console
 from astbench.cli.commands.names import LIGHTNING, OWN
-from astbench.errors import AstbenchError, Stopped, Terminated
+from astbench.cli.processes import is_child
+from astbench.cli.stopping import SIGNALS
+from astbench.errors import AstbenchError, ConfigError, Interrupted, Stopped, refused_by_system
 
 USAGE = """usage: astbench COMMAND [options]
 
@@ -28,36 +27,69 @@ exit codes:   0 done, 2 usage or config, 3 data, 4 unknown name or plugin, 5 not
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
-    signal.signal(signal.SIGTERM, _terminate)
+    console.open_streams()
+    with SIGNALS.listening():
+        try:
+            code = _dispatch(words)
+            sys.stdout.flush()
+            return code
+        except SystemExit as error:
+            if SIGNALS.number is None and any(map(_asks, words)):
+                _flush()
+                raise
+            return _ended(error, words)
+        except BaseException as error:  # a plugin may raise anything
+            return _ended(error, words)
+
+
+def _asks(word: str) -> bool:
+    """Whether an option asks for what jsonargparse prints before it ends the process by itself."""
+    option = word.partition("=")[0]
+    return option == "-h" or option.startswith("--print_config") or option.endswith("help")
+
+
+def _flush() -> None:
+    """Write what was printed, if anybody reads it."""
     try:
-        return _dispatch(words)
-    except (AstbenchError, Stopped) as error:
-        if debug:
-            traceback.print_exc()
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of a run's processes would only repeat it
-            print(f"astbench: error: {_one_line(error)}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader of our output has gone (`astbench list | head`): not an error, and nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("astbench: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        known = _known(error)
-        where = "" if known else " (unexpected; --debug shows where)"
-        print(
-            f"astbench: error: {type(error).__name__ + ': ' if not known else ''}{_one_line(error)}{where}",
-            file=sys.stderr,
-        )
-        return known or 1
+        sys.stdout.flush()
+    except OSError:
+        console.drop(sys.stdout)
+
+
+def _ended(error: BaseException, words: list[str]) -> int:
+    """Say in one line what ended the command; the exit code."""
+    if isinstance(error, OSError):
+        console.drop(sys.stdout)  # if it is what failed, it would fail again
+        if isinstance(error, BrokenPipeError) and not {*words[:1]} & {*LIGHTNING, "bench"}:
+            return 0  # the reader of our output has gone (`astbench list | head`), and there is nobody to tell
+    stopped = _stopped(error)
+    if "--debug" in words:
+        traceback.print_exception(error)
+    if stopped is not None:
+        if not is_child():  # the others of a run's processes would only repeat it
+            console.tell(f"astbench: error: {_one_line(stopped)}")
+        return stopped.exit_code
+    code, text = _told(error)
+    console.tell(f"astbench: error: {text}")
+    return code
+
+
+def _stopped(error: BaseException) -> Stopped | None:
+    """The signal that ended the command, whatever a library has made of it; None for none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Stopped):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted")
+    return SIGNALS.error() if SIGNALS.number is not None and not isinstance(error, AstbenchError) else None
 
 
 def _dispatch(words: list[str]) -> int:
+    for word in words:
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            raise ConfigError(f"an argument is not valid UTF-8, and no record could hold it: {word!r}")
     if not words or words[0] in ("-h", "--help", "help"):
         names = {**LIGHTNING, **OWN}
         print(USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, text in names.items())), end="")
@@ -77,28 +109,27 @@ def _dispatch(words: list[str]) -> int:
 
         return int(import_module(f"astbench.cli.commands.{command}").run(rest))
     from astbench.cli.messages import nearest
-    from astbench.errors import ConfigError
 
     raise ConfigError(f"unknown command '{command}'{nearest(command, [*LIGHTNING, *OWN])}; see astbench --help")
 
 
-def _known(error: Exception) -> int:
-    """Exit code of errors that other floors and libraries raise for users; 0 for surprises."""
+def _told(error: BaseException) -> tuple[int, str]:
+    """Exit code and text of an error, our own, other floors' and libraries' for users, or a surprise."""
     from astbench_registry import CapabilityError, RegistryError
 
+    if isinstance(error, AstbenchError):
+        return error.exit_code, _one_line(error)
+    if isinstance(error, SystemExit):
+        return 1, f"something called exit({error.code})"
     if isinstance(error, RegistryError):
-        return 4
+        return 4, _one_line(error)
+    if refusal := refused_by_system(error):
+        return refusal.exit_code, _one_line(refusal)
     if isinstance(error, CapabilityError | ValueError):
-        return 2
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return 7
-    return 0
+        return 2, _one_line(error)
+    return 1, f"{type(error).__name__}: {_one_line(error)[:1000]} (unexpected; --debug shows where)"
 
 
 def _one_line(error: BaseException) -> str:
     notes = getattr(error, "__notes__", [])
     return " ".join([*str(error).split(), *(f"({note})" for note in notes)])
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated("terminated by SIGTERM")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import pydoc
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -10,8 +13,8 @@ from jsonargparse import Namespace
 
 from astbench import console
 from astbench.backbones.presets import BackboneConfig, resolve_preset
+from astbench.cli.bounds import check_attention_sizes, check_data_sizes, check_numbers
 from astbench.errors import ConfigError, MissingPackageError
-from astbench.runs.folder import checkpoint_file
 from astbench.tasks import Task
 from astbench.training.optim import OptimConfig
 from astbench_registry import AttentionConfig
@@ -42,6 +45,31 @@ def without_name(group: Any) -> dict[str, Any]:
     return {k: v for k, v in group_options(group).items() if k != "name"}
 
 
+def refuse_functions(value: Any, where: str = "trainer") -> None:
+    """Refuse what a config would have called: it may name classes of those allowed, and nothing that they call.
+
+    Raises:
+        ConfigError: a function, under `class_path` or as an argument.
+    """
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        named = value.get("class_path")
+        if isinstance(named, str) and not inspect.isclass(pydoc.locate(named)):
+            raise ConfigError(f"--{where} names {named}, which is no class; --trust_config lifts this")
+        for key, part in value.items():
+            refuse_functions(part, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for part in value:
+            refuse_functions(part, where)
+    elif callable(value):
+        name = getattr(value, "__qualname__", type(value).__name__)
+        raise ConfigError(
+            f"--{where} names the function {name}: a config may name classes, and nothing else that is called; "
+            "--trust_config lifts this for configs you trust"
+        )
+
+
 def check_options(command: str, options: Namespace, task: Task) -> None:
     """Refuse values and combinations that cannot work.
 
@@ -49,20 +77,20 @@ def check_options(command: str, options: Namespace, task: Task) -> None:
         ConfigError: an option, or a combination.
         ValueError: an option of the attention.
         CapabilityError: the attention cannot do what the task asks of it.
-        CheckpointError: weights to start from that are missing or damaged.
         MissingPackageError: an accelerator that is not there.
     """
+    check_data_sizes(vars(options.data))
+    check_attention_sizes(without_name(options.attention), options.data[task.load()[1].length_option])
     _, _, task_config = task.load()
     config = make_config(options.attention.name, without_name(options.attention))
     _check_attention(command, options, task, config, task_config(**without_name(options.task)))
     BackboneConfig(**vars(options.backbone))
     OptimConfig(**vars(options.optim))
+    check_numbers(options.as_dict(), "--")
     if options.checkpoint_every < 1:
         raise ConfigError(f"--checkpoint_every must be at least 1 step, got {options.checkpoint_every}")
     if command == "fit" and options.trainer.max_steps < 1:
         raise ConfigError("--trainer.max_steps must be at least 1: schedules and resuming count in steps")
-    if options.init_from:
-        checkpoint_file(options.init_from)
     if command == "fit" and options.get("ckpt_path"):
         raise ConfigError("fit goes on with --resume=RUN, or starts from trained weights with --init_from=RUN")
     _check_trainer(options.trainer, task)

@@ -12,9 +12,11 @@ from lightning.pytorch.callbacks import Callback
 from astbench.cli.attended import measure_attended
 from astbench.cli.first_lines import run_facts, say_first_lines
 from astbench.cli.last_lines import say_last_lines
-from astbench.cli.stopping import StopSignals
+from astbench.cli.provenance import foreign_code
+from astbench.cli.stopping import SIGNALS
 from astbench.errors import Stopped
 from astbench.files.writing import write_json
+from astbench.runs.checkpoint_checks import check_restored
 from astbench.runs.folder import DONE, LAST, RunFolder
 from astbench.runs.metrics_log import MetricsLogger
 from astbench.runs.run_record import RunRecord
@@ -31,21 +33,26 @@ class RunCallback(Callback):
         command: fit, validate, test or predict.
         task: Row of the table of tasks.
         checkpoint_every: Optimizer steps between checkpoints.
+
+    Attributes:
+        goes: What there was to restore is restored.
     """
 
     def __init__(self, folder: RunFolder, command: str, task: Task, checkpoint_every: int) -> None:
         self.folder, self.command, self.task, self.checkpoint_every = folder, command, task, checkpoint_every
         self.record = RunRecord(folder)
-        self.signals = StopSignals()
         self.clock = StepClock()
         self.saved_step = -1
+        self.goes = False
         self._first_batch: Any = None
+        self._restored: dict[str, Any] | None = None
 
     # -- before -----------------------------------------------------------------------------------------
 
     def begin(self, config: dict[str, Any], words: Sequence[str], checkpoint: str | None, *, writer: bool) -> None:
         """First version of the record; see :meth:`RunRecord.begin`."""
-        self.record.begin(self.command, config, words, checkpoint, writer=writer)
+        plugins = foreign_code(config["attention"]["name"], self.task.name, config.get("plugins") or [])
+        self.record.begin(self.command, config, words, checkpoint, writer=writer, plugins=plugins)
 
     def recording(self) -> AbstractContextManager[None]:
         """Write how it ended into the record, whatever happens."""
@@ -53,6 +60,7 @@ class RunCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The tokenizer goes beside the checkpoint, so that the run can be used later."""
+        SIGNALS.check()
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         if trainer.is_global_zero and stage == "fit" and not (self.folder / "tokenizer").exists():
             tokenizer.save_pretrained(str(self.folder / "tokenizer"))
@@ -63,15 +71,18 @@ class RunCallback(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what is about to run, unless training said it."""
+        self.goes = True
         if self.command == "validate":
             self._first_lines(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what is about to run."""
+        self.goes = True
         self._first_lines(trainer, pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what is about to run."""
+        self.goes = True
         self._first_lines(trainer, pl_module)
 
     def _first_lines(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -85,13 +96,28 @@ class RunCallback(Callback):
 
     # -- training ---------------------------------------------------------------------------------------
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remember what was restored, to see that all of it is."""
+        self._restored = {
+            "global_step": checkpoint["global_step"],
+            **{name: [None] * len(checkpoint.get(name, [])) for name in ("optimizer_states", "lr_schedulers")},
+        }
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here SIGTERM and Ctrl-C wait for the end of the step, so that a checkpoint can be written."""
-        self.signals.hold()
+        self._check_restored(trainer)
+        SIGNALS.hold()
         # Lightning restores it one too high, and so would validate one batch earlier than an uninterrupted run.
         batches = trainer.fit_loop.epoch_loop.batch_progress.total
         batches.ready = batches.completed
         self._continue_log(trainer)
+
+    def _check_restored(self, trainer: pl.Trainer) -> None:
+        if self._restored is not None:
+            check_restored(trainer, self._restored)
+        self.goes = True
 
     def _continue_log(self, trainer: pl.Trainer) -> None:
         self.saved_step = trainer.global_step
@@ -108,7 +134,7 @@ class RunCallback(Callback):
         would leave a checkpoint without them.
         """
         step = trainer.global_step
-        stop = self.signals.came(trainer)
+        stop = SIGNALS.came(trainer)
         # When and as which step metrics are logged; Lightning restores it one too high.
         trainer.fit_loop.epoch_loop._batches_that_stepped = step
         if step == self.clock.step:
@@ -129,9 +155,9 @@ class RunCallback(Callback):
         """The last checkpoint holds the final weights."""
         if trainer.global_step != self.saved_step:
             self._save(trainer)
-        if self.signals.came(trainer):
+        if SIGNALS.came(trainer):
             raise self._stopped(trainer.global_step)
-        self.signals.release()
+        SIGNALS.release()
         self.record.trained(trainer.global_step)
 
     def _save(self, trainer: pl.Trainer) -> None:
@@ -140,13 +166,25 @@ class RunCallback(Callback):
         self.record.trained(trainer.global_step)
 
     def _stopped(self, step: int) -> Stopped:
+        return SIGNALS.error(f" at step {step}; continue with {self._go_on()}")
+
+    def stopped_at_once(self) -> Stopped:
+        """What to raise for a signal that could not wait for the end of the step."""
+        if self.command != "fit" or not (self.folder / LAST).exists():
+            return SIGNALS.error()
+        return SIGNALS.error(f" after the checkpoint of step {self.saved_step}; continue with {self._go_on()}")
+
+    def _go_on(self) -> str:
+        """The options that continue the run."""
         plugins = "".join(f" --plugins={plugin}" for plugin in self.record.data["config"].get("plugins") or [])
-        return self.signals.error(step, f"--resume={self.folder.path}{plugins}")
+        return f"--resume={self.folder.path}{plugins}"
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
         """The evaluation after training."""
+        SIGNALS.check()
         if self.saved_step < 0:
-            self._continue_log(trainer)  # killed after the last step: this process had nothing to train
+            self._check_restored(trainer)  # killed after the last step: this process had nothing to train
+            self._continue_log(trainer)
         self.record.training_done(trainer.global_step, self.clock.summary())
         trainer.validate(module, datamodule=data, verbose=False, weights_only=True)
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
-from astbench.errors import DataError
+from astbench.errors import AstbenchError, DataError, Stopped, out_of_memory
 
 UNREADABLE = (OSError, EOFError, zlib.error)
 """What reading a file may raise: no permission, no gzip, one that ends too soon, one with wrong bytes."""
@@ -31,11 +34,34 @@ def open_bytes(file: Path) -> IO[bytes]:
 
     Reading may raise what UNREADABLE names, and a DataError; see :func:`unpacked`.
     """
+    kind = file.stat()
+    if not stat.S_ISREG(kind.st_mode):
+        raise OSError("it is no file")  # a pipe would be waited for, and a device has no end
     if file.suffix != ".gz":
         return file.open("rb")
-    if not file.stat().st_size:
+    if not kind.st_size:
         raise EOFError("it holds no bytes")  # which gzip reads as an empty text
     return unpacked(cast(IO[bytes], gzip.open(file)), file)
+
+
+@contextmanager
+def read_by_library(what: str) -> Iterator[None]:
+    """Within, a library reads a file that may hold anything, and raises what it likes: Rust's tokenizers even panic.
+
+    Args:
+        what: Which file, and what is wrong with it, for the message.
+
+    Raises:
+        DataError: in place of anything but a signal, our own errors, a package or memory that is missing.
+    """
+    try:
+        yield
+    except (AstbenchError, Stopped, KeyboardInterrupt, ImportError):
+        raise
+    except BaseException as error:
+        if out_of_memory(error):
+            raise
+        raise DataError(f"{what}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
 
 
 def unpacked(source: IO[bytes], file: Path) -> IO[bytes]:
@@ -121,6 +147,6 @@ def unreadable(place: Path | str, error: Exception, where: str = "") -> DataErro
     return DataError(f"{place} {what}: {one_line(error)}{where}")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error's message without line breaks, not too long."""
     return " ".join(str(error).split())[:160]

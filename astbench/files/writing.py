@@ -46,7 +46,9 @@ def write_text(path: str | Path, text: str) -> str:
 
 def write_json(path: str | Path, data: Any) -> str:
     """Atomic JSON file, keys in the order given; NaN and infinities become null."""
-    return write_text(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # Half a surrogate pair, of a name that is no Unicode, becomes an escape, which JSON knows too.
+    return write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def sha256(path: str | Path) -> str:

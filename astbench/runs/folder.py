@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from contextlib import suppress
+from os.path import exists, isdir, isfile  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +28,38 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: IO[str] | None = None
-        self._fresh = False
+        self._claimed = self._fresh = self._made_parent = False
+
+    @classmethod
+    def claim(cls, task: str, attention: str) -> RunFolder:
+        """A new folder below `runs/`, made at once, so that a run begun in the same second takes another.
+
+        Raises:
+            ConfigError: it cannot be made.
+        """
+        while True:
+            folder = cls(default_run_dir(task, attention))
+            folder._made_parent = not folder.path.parent.exists()
+            try:
+                folder.path.mkdir(parents=True)
+            except FileExistsError:
+                if folder.path.parent.is_dir():
+                    continue
+                raise ConfigError(f"{folder.path.parent} is a file; name a folder with --run_dir=FOLDER") from None
+            except OSError as error:
+                raise ConfigError(
+                    f"{folder.path} cannot be made: {error.strerror}; name a folder with --run_dir=FOLDER"
+                ) from error
+            folder._claimed = True
+            return folder
+
+    def abandon(self) -> None:
+        """Give a claimed folder back, unless something is in it."""
+        if self._claimed:
+            with suppress(OSError):
+                self.path.rmdir()
+                if self._made_parent:
+                    self.path.parent.rmdir()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -43,13 +75,13 @@ class RunFolder:
         Raises:
             ConfigError: it holds another run already (and `resume` is False), or somebody writes in it.
         """
-        if self.path.exists() and not self.path.is_dir():
+        if exists(self.path) and not isdir(self.path):
             raise ConfigError(f"--run_dir={self.path} is a file; a run needs a folder")
-        if not resume and self.path.exists() and any(self.path.iterdir()):
+        if not resume and exists(self.path) and any(not _left_behind(file) for file in self.path.iterdir()):
             raise ConfigError(
                 f"{self.path} holds a run already; choose another --run_dir, or continue it with --resume={self.path}"
             )
-        self._made_parent = not self.path.parent.exists()
+        self._made_parent |= not exists(self.path.parent)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self / LOCK, "w")  # noqa: SIM115 (held open as long as the run lasts)
@@ -98,13 +130,15 @@ class RunFolder:
         write_json(self / MANIFEST, {**entries, digest: about})
 
     def newest_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole checkpoint and its entry; None when the run never wrote one.
+        """The newest whole checkpoint and its entry, an empty one without a manifest; None when there is none.
 
         Raises:
             CheckpointError: there are checkpoint files, but none matches its digest.
         """
-        manifest = self.manifest()
         files = [self / name for name in (LAST, PREVIOUS) if (self / name).is_file()]
+        if files and not (self / MANIFEST).exists():
+            return files[0], {}  # nothing to hold it against: see `doubts`
+        manifest = self.manifest()
         for file in files:
             entry = manifest.get(sha256(file))
             if entry is not None:
@@ -112,6 +146,11 @@ class RunFolder:
         if files:
             raise CheckpointError(f"no checkpoint in {self.path} matches its sha256 in {MANIFEST}: damaged files")
         return None
+
+
+def _left_behind(file: Path) -> bool:
+    """Whether a run that was killed before its first file leaves such a one."""
+    return file.name == LOCK or (file.name.startswith(".") and file.name.endswith(TEMPORARY))
 
 
 def default_run_dir(task: str, attention: str) -> Path:
@@ -132,14 +171,26 @@ def checkpoint_file(path: str | Path) -> Path:
         CheckpointError: missing, damaged, or a folder without one.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
+    if isdir(path):
         found = RunFolder(path).newest_checkpoint()
         if found is None:
             raise CheckpointError(f"no checkpoint in {path}")
         return found[0]
-    if not path.is_file():
+    if not isfile(path):
         raise CheckpointError(f"checkpoint {path} does not exist")
-    manifest = RunFolder(path.parent).manifest()
-    if manifest and sha256(path) not in manifest:
+    folder = RunFolder(path.parent)
+    if (folder / MANIFEST).exists() and sha256(path) not in folder.manifest():
         raise CheckpointError(f"checkpoint {path} does not match its sha256 in {MANIFEST}: a damaged file")
     return path
+
+
+def doubts(asked: str | Path, file: Path) -> str:
+    """What a user should know of the checkpoint `file` that was found where `asked` says; empty if nothing."""
+    folder = RunFolder(file.parent)
+    if not (folder / MANIFEST).exists():
+        return f"{file} is unverified: no {MANIFEST} beside it holds its sha256"
+    if file.name != PREVIOUS or not Path(asked).expanduser().is_dir():
+        return ""
+    why = "is damaged, its sha256 is another" if (folder / LAST).is_file() else "is missing"
+    step = folder.manifest()[sha256(file)].get("step")
+    return f"{folder / LAST} {why}: {PREVIOUS} is taken in its place, of step {step}"

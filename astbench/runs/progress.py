@@ -61,7 +61,7 @@ def build_loggers(names: list[str], folder: RunFolder, *, resume: bool) -> list[
     path = folder.path
     step = None
     if resume and (newest := folder.newest_checkpoint()):
-        step = newest[1]["step"]
+        step = newest[1].get("step")
     for name in dict.fromkeys(names):
         if name == "csv":
             found.append(MetricsLogger(folder / METRICS, folder.path))

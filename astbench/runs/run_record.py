@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-
-from astbench.errors import Interrupted, NumericError, Terminated
-from astbench.files.writing import write_json
-from astbench.runs.folder import RECORD, RunFolder
+from astbench import console
+from astbench.errors import CheckpointError, Interrupted, NumericError, Terminated, out_of_memory
+from astbench.files.writing import sha256, write_json
+from astbench.runs.folder import CONFIG, RECORD, RunFolder
 from astbench.runs.record import new_record, peak_memory, read_record
 
 _STATES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((NumericError,), "diverged"),
     ((Terminated,), "terminated"),
     ((Interrupted, KeyboardInterrupt), "interrupted"),
-    ((torch.OutOfMemoryError, MemoryError), "out_of_memory"),
 )
 """What ended a run, as its record calls it."""
 
 _EARLIER = ("argv", "started", "state", "git", "versions", "hardware", "wall_seconds", "train")
+
+
+def config_doubts(folder: RunFolder) -> str:
+    """What a user should know of a run's config before it goes on; empty if it is the one that the run began with.
+
+    Raises:
+        CheckpointError: it was edited.
+    """
+    known = (read_record(folder / RECORD) or {}).get("config_sha256")
+    if known is None:
+        return f"{folder / CONFIG} is unverified: {folder / RECORD} holds no sha256 of it"
+    if known != sha256(folder / CONFIG):
+        raise CheckpointError(
+            f"{folder / CONFIG} is not the one that this run began with, its sha256 is another: --resume goes on as it "
+            f"was configured; to change options start a new run, from its weights with --init_from={folder.path}"
+        )
+    return ""
 
 
 class RunRecord:
@@ -41,7 +56,14 @@ class RunRecord:
         self._is_writer = True
 
     def begin(
-        self, command: str, config: dict[str, Any], words: Sequence[str], checkpoint: str | None, *, writer: bool
+        self,
+        command: str,
+        config: dict[str, Any],
+        words: Sequence[str],
+        checkpoint: str | None,
+        *,
+        writer: bool,
+        plugins: Sequence[dict[str, str]] = (),
     ) -> None:
         """First version: should the process be killed, it says that it was running.
 
@@ -51,20 +73,49 @@ class RunRecord:
             words: What was typed after the command.
             checkpoint: The one that the run starts from.
             writer: This process writes the record; of several, one does.
+            plugins: Code that is not astbench's own, with what tells one version of it from another.
         """
         self.data = new_record(command, config, config["seed_everything"], words)
         self.data["checkpoint"] = checkpoint
+        self.data["plugins"] = list(plugins)
+        if (self._folder / CONFIG).is_file():
+            self.data["config_sha256"] = sha256(self._folder / CONFIG)
         self._is_writer = writer
         self._before = read_record(self._folder / RECORD)
         if self._before is None:
             self.write()
             return
-        # A resumed run's record names the processes before, and counts their time.
-        earlier = {k: self._before[k] for k in _EARLIER if k in self._before}
-        self.data["earlier"] = [*self._before.get("earlier", []), earlier]
+        self._go_on(self._before)
         if "train" in self._before:
             self.data["train"] = self._before["train"]
             self._train_before = self._before["train"]["wall_seconds"]
+
+    def _go_on(self, before: dict[str, Any]) -> None:
+        """A resumed run is the one that was begun: its record says how that was, and what has gone on with it.
+
+        The processes before this one stand under `earlier`, with their time; each but the first under `resumed`.
+        """
+        own = {key: self.data[key] for key in ("argv", "started")} | {"threads": self.data["hardware"]["threads"]}
+        resumed = before.get("resumed", [])
+        earlier = {key: before[key] for key in _EARLIER if key in before} | (resumed[-1] if resumed else {})
+        self.data["earlier"] = [*before.get("earlier", []), earlier]
+        self.data["resumed"] = [*resumed, own]
+        self.data |= {key: before[key] for key in ("argv", "started") if key in before}
+        threads = before.get("hardware", {}).get("threads", own["threads"])
+        self.data["hardware"]["threads"] = threads
+        if threads != own["threads"]:
+            self._note(
+                f"this run began with {threads} threads and goes on with {own['threads']}: results may differ in their "
+                "last digits"
+            )
+        known = {plugin["plugin"]: plugin.get("sha256") for plugin in before.get("plugins", [])}
+        for plugin in self.data["plugins"]:
+            if known.get(plugin["plugin"], plugin.get("sha256")) != plugin.get("sha256"):
+                self._note(f"the plugin {plugin['plugin']} is another than when this run began")
+
+    def _note(self, text: str) -> None:
+        if self._is_writer:
+            console.say(f"note: {text}")
 
     def write(self) -> None:
         """Write it as it is now, with the time taken and the peak memory."""
@@ -91,13 +142,18 @@ class RunRecord:
         try:
             yield
         except BaseException as error:
-            self.data["state"] = next((state for kind, state in _STATES if isinstance(error, kind)), "failed")
+            state = "out_of_memory" if out_of_memory(error) else "failed"
+            self.data["state"] = next((state for kind, state in _STATES if isinstance(error, kind)), state)
             self.data["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            if "parameters" in self.data:
-                self.write()
-            elif self._is_writer and self._before is not None:
-                ended = {key: self.data[key] for key in ("state", "error")}
-                write_json(self._folder / RECORD, {**self._before, **ended})
-            elif self._is_writer:
-                self._folder.discard()  # refused before anything ran: leave nothing behind
+            with suppress(OSError):  # the disk is full, or the folder is gone: what ended the run says so
+                self._write_end()
             raise
+
+    def _write_end(self) -> None:
+        if "parameters" in self.data:
+            self.write()
+        elif self._is_writer and self._before is not None:
+            ended = {key: self.data[key] for key in ("state", "error")}
+            write_json(self._folder / RECORD, {**self._before, **ended})
+        elif self._is_writer:
+            self._folder.discard()  # refused before anything ran: leave nothing behind

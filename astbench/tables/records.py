@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from astbench.errors import DataError
+from astbench.files.plain_yaml import plain_yaml
 from astbench.files.text import read_text
 from astbench.runs.record import SCHEMA
 from astbench_registry.registry import current_names
@@ -187,6 +186,13 @@ def _record(file: Path) -> Record:
     record = _json(file)
     if record.get("schema") != SCHEMA:
         raise DataError(f"{file} has schema {record.get('schema')}; this astbench reads {SCHEMA}")
+    for key, kind in (("command", str), ("state", str), ("started", str), ("config_hash", str), ("config", dict)):
+        if not isinstance(record.get(key), kind):
+            raise DataError(f"{file} is no record of a run: it holds no {key}")
+    named = record["config"].get("attention")
+    name = named.get("name") if isinstance(named, dict) else named
+    if ":" in str(name):
+        raise DataError(f"{file} names the attention {name}: of a record only registered names are taken, no code")
     return record
 
 
@@ -204,9 +210,9 @@ def _sidecar(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        said = yaml.safe_load(read_text(file))
-    except yaml.YAMLError as error:
-        raise DataError(f"{file} is no YAML: {' '.join(str(error).split())[:200]}") from error
+        said = plain_yaml(read_text(file))
+    except ValueError as error:
+        raise DataError(f"{file} is no YAML: {error}") from error
     if not isinstance(said, dict):
         raise DataError(f"{file} holds no mapping")
     for key in said:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from astbench.errors import DataError
+from astbench.files.plain_yaml import plain_yaml
 from astbench.files.text import read_text
 from astbench.tables.defaults import Options, bench_defaults, defaults, flatten
 from astbench.tables.records import Run
@@ -69,7 +68,10 @@ def read_recipes(folder: Path) -> list[Recipe]:
     """
     found = []
     for file in sorted(folder.rglob("*.yaml")):
-        config = yaml.safe_load(read_text(file))
+        try:
+            config = plain_yaml(read_text(file))
+        except ValueError as error:
+            raise DataError(f"{file} is no YAML: {error}") from error
         if not isinstance(config, dict):
             raise DataError(f"{file} holds no options")
         found.append(Recipe((folder.name / file.relative_to(folder)).as_posix(), config))

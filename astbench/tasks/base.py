@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -81,7 +82,13 @@ class TaskData(pl.LightningDataModule):
     def loader(self, dataset: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
         """Batches, made by `num_workers` processes."""
         workers = self.num_workers
-        return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0, **arguments)
+        return DataLoader(
+            dataset,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=_leave_group if workers else None,
+            **arguments,
+        )
 
     def share(self, dataset: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
         """This process's share of an evaluation set; one that is dealt twice to fill up is scored once."""
@@ -91,6 +98,11 @@ class TaskData(pl.LightningDataModule):
         if trainer.world_size > 1:
             sampler = DistributedSampler(dataset, trainer.world_size, trainer.global_rank, shuffle=False)
         return self.loader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **arguments)
+
+
+def _leave_group(worker: int) -> None:
+    """A signal to the whole group is the run's, which stops its workers when its checkpoint is written."""
+    os.setpgid(0, 0)
 
 
 def at_least(least: int, unit: str = "", /, **values: int | None) -> None:

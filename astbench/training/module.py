@@ -18,6 +18,7 @@ from astbench.backbones.load import load_backbone
 from astbench.backbones.presets import BackboneConfig, Head
 from astbench.backbones.swap import WHERE, SwapHandle, Where, swap_attention
 from astbench.errors import CheckpointError, ConfigError, NumericError
+from astbench.runs.checkpoint_checks import check_content, check_weights
 from astbench.runs.checkpoints import read_checkpoint
 from astbench.training.averaging import final_weights
 from astbench.training.optim import OptimConfig
@@ -108,7 +109,7 @@ class TaskModule(pl.LightningModule):
     def _load_trained_backbone(self, folder: str) -> None:
         """Weights of another run; the attention's own parameters only when that run had the same attention."""
         assert self.model is not None and self.handle is not None
-        checkpoint = read_checkpoint(folder)
+        checkpoint = check_content(read_checkpoint(folder), folder)
         same_attention = checkpoint["hyper_parameters"]["attention"]["name"] == self.attention["name"]
         weights = {
             name.removeprefix("model."): value
@@ -126,6 +127,10 @@ class TaskModule(pl.LightningModule):
             self.handle.notes.append(f"{len(own - fitting)} of the attention's {len(own)} own tensors start anew")
         usable = {n: w for n, w in weights.items() if n in wanted | fitting}
         self.model.load_state_dict(usable, strict=False)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that do not fit, in one line."""
+        check_weights(checkpoint["state_dict"], self.state_dict(), "the checkpoint")
 
     def _compile_layers(self) -> None:
         """Layer by layer: one short compilation serves them all, and masks are made outside of it."""

@@ -45,4 +45,4 @@ def shard(module: pl.LightningModule, layers: list[nn.Module]) -> None:
 
 
 if NAME not in StrategyRegistry:
-    StrategyRegistry.register(NAME, FullyShardedStrategy, description=__doc__.split(":")[-1].strip())
+    StrategyRegistry.register(NAME, FullyShardedStrategy, description=(__doc__ or "").split(":")[-1].strip())

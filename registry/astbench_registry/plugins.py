@@ -6,12 +6,14 @@ astbench). They take from here what is alike. Imports no torch. Plugins are code
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import os.path
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +43,11 @@ def check_name(kind: str, name: str, source: str) -> None:
     """
     if not name or not name.replace("_", "").replace("-", "").isalnum() or name != name.lower():
         raise PluginError(f"{kind} name {name!r} from {source}: use lower-case letters, digits, _ and -")
+
+
+def plugin_key(target: str) -> str:
+    """What tells plugins apart: the file that a path leads to (`relu.py` and `./relu.py` are one), or the module."""
+    return os.path.realpath(os.path.expanduser(target)) if target.endswith(".py") else target
 
 
 def running_plugin() -> str | None:
@@ -120,9 +127,9 @@ def load_entry_point(kind: str, ep: metadata.EntryPoint) -> Any:
     try:
         with _running(entry_source(ep)):
             return ep.load()
-    except PluginError:
+    except (PluginError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # whatever a plugin raises is reported under its name
+    except BaseException as error:  # whatever a plugin raises is reported under its name
         raise PluginError(
             f"{kind} '{ep.name}' from {entry_source(ep)} ({ep.value}) does not load: "
             f"{type(error).__name__}: {one_line(error)}"
@@ -138,16 +145,16 @@ def import_plugin(target: str) -> ModuleType:
     try:
         with _running(target):
             return _import(target)
-    except PluginError:
+    except (PluginError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # whatever a plugin raises is reported under its name
+    except BaseException as error:  # whatever a plugin raises is reported under its name
         raise PluginError(f"plugin {target} does not load: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _import(target: str) -> ModuleType:
     if not target.endswith(".py"):
         return importlib.import_module(target)
-    path = Path(target).expanduser().resolve()
+    path = Path(plugin_key(target))
     if not path.is_file():
         raise PluginError(f"plugin file {target} does not exist")
     name = f"astbench_plugin_{path.stem}_{zlib.crc32(str(path).encode()):x}"
@@ -165,6 +172,24 @@ def _import(target: str) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def code_facts(source: str, module: str) -> dict[str, str]:
+    """What tells one version of a plugin's code from another: its file's sha256, and its package's version.
+
+    Args:
+        source: File, module or installed package.
+        module: Name of the module that was loaded from it.
+    """
+    facts = {"plugin": source}
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file:
+        facts["sha256"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    if not source.endswith(".py"):
+        package = metadata.packages_distributions().get(module.partition(".")[0], [source])[0]
+        with suppress(metadata.PackageNotFoundError):  # a module beside the current folder is of no package
+            facts |= {"package": package, "version": metadata.version(package)}
+    return facts
 
 
 def one_line(error: BaseException) -> str:

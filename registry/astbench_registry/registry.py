@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import ModuleType, UnionType
@@ -67,7 +68,7 @@ class Registered:
     @property
     def summary(self) -> str:
         """First line of the options' docstring."""
-        return (self.config.__doc__ or "").strip().splitlines()[0] if self.config else "(not loaded)"
+        return (self.config.__doc__ or "").strip().partition("\n")[0] if self.config else "(not loaded)"
 
 
 _decorated: dict[str, Registered] = {}
@@ -217,6 +218,8 @@ def make_config(name: str, options: Mapping[str, Any]) -> AttentionConfig:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ";"
             raise ValueError(f"attention '{name}' has no option '{option}'{hint} options: {', '.join(known) or 'none'}")
+        if not _finite(value):
+            raise ValueError(f"--attention.{option} must be a finite number, got {value}")
         if not _of_type(value, types.get(option, Any)):
             raise ValueError(f"--attention.{option} must be {type_name(types[option])}, got {value!r}")
     return cls(**options)
@@ -237,13 +240,20 @@ def option_types(cls: type[AttentionConfig]) -> dict[str, Any]:
         return {}
 
 
+def _finite(value: Any) -> bool:
+    """No infinity and no NaN among the numbers of a value."""
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _of_type(value: Any, hint: Any) -> bool:
     """Plain types, literals, unions and lists of them; what else a variant declares is its own to check."""
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
     if origin is Literal:
-        return value in parts
+        return any(value == part and type(value) is type(part) for part in parts)
     if origin in (Union, UnionType):
         return any(_of_type(value, part) for part in parts)
     if origin in (tuple, list):

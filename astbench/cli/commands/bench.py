@@ -8,6 +8,7 @@ from argparse import ArgumentError
 from pathlib import Path
 
 from astbench.bench.config import BenchConfig
+from astbench.cli.bounds import check_attention_sizes, check_numbers
 from astbench.cli.command_line import read_command_line
 from astbench.cli.config_files import config_arguments
 from astbench.cli.messages import explain
@@ -39,4 +40,7 @@ def _parse(words: list[str]) -> BenchConfig:
             given = parser.parse_args([*configs, *line.arguments(), *plugins]).as_dict()
         except ArgumentError as error:
             raise ConfigError(f"astbench bench: {explain(str(error))}") from error
+    check_numbers(given, "--")
+    for options in given["options"].values():
+        check_attention_sizes(options, max(given["lengths"], default=0))
     return BenchConfig(**{k: v for k, v in given.items() if k != "config"})

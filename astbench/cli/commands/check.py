@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from astbench.cli.bounds import check_attention_sizes
 from astbench.cli.names import current_options, name_of_class, read_names
 from astbench.console import say
 from astbench.errors import ConfigError
@@ -23,6 +24,7 @@ def run(words: list[str]) -> int:
         )
         return 0
     typed = line.attention_options("check", "--all")
+    from astbench_registry import PluginError
     from astbench_registry.registry import config_class, make_config, registered
 
     names = [name_of_class(name) if ":" in name else name for name in line.words]
@@ -31,15 +33,22 @@ def run(words: list[str]) -> int:
         raise ConfigError("astbench check needs a name, or --all; `astbench list` shows the names")
     if typed and len(names) > 1:
         raise ConfigError("options are of one attention: name just one, or leave --attention.OPTION out")
-    options = current_options(names[0], typed)
-    for name in names:
-        make_config(name, {**config_class(name).conformance_options, **options})  # mistakes end here, before any work
-
+    options = current_options(names[0], typed) if typed else {}
+    check_attention_sizes(options)
     from astbench_registry.conformance import buildable, check
 
+    broken: dict[str, str] = {}
     for name in names:
-        buildable(name, options)  # a backend that cannot run here is one line, not a page of failures
-
+        try:
+            make_config(name, {**config_class(name).conformance_options, **options})  # mistakes end before any work
+            buildable(name, options)  # a backend that cannot run here is one line, not a page of failures
+        except PluginError as error:
+            if line.words:
+                raise
+            broken[name] = str(error)  # somebody's package, which is in nobody else's way
+    for name, why in broken.items():
+        say(f"{name} left out: {why}")
+    names = [name for name in names if name not in broken]
     failed = 0
     matrix: dict[str, list[Result]] = {}
     for name in names:

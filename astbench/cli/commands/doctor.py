@@ -23,9 +23,6 @@ _EXTRAS = {
     "flash_attn": ("cuda", "dense baseline"),
     "wandb": ("wandb", "--loggers+=wandb"),
     "mlflow": ("mlflow", "--loggers+=mlflow"),
-    "ray": ("ray", "sweeps on a cluster"),
-    "submitit": ("slurm", "sweeps on SLURM"),
-    "litserve": ("serve", "serving"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from astbench.cli.commands.names import LIGHTNING
 from astbench.cli.names import check_names, read_names
+from astbench.cli.processes import check_interpreter, drop_strays
 from astbench.tasks import registered_tasks
 from astbench_registry import registered
 
@@ -15,6 +16,8 @@ def run(command: str, words: list[str]) -> int:
         print(_overview(command))
         return 0
     check_names(line)
+    check_interpreter()
+    drop_strays()
     # The heavy imports start here, when everything that needs no torch has been checked.
     from astbench.cli.lightning import run as run_lightning
 

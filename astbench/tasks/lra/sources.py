@@ -5,12 +5,13 @@ Rows are (inputs, label) with one input, or the two of a pair, as bytes: charact
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from astbench.errors import DataError
 from astbench.files.paths import asked_path, file_inside, is_folder, shown
@@ -195,13 +196,22 @@ def _review(file: Path, length: int) -> bytes:
 
 def _grey_image(file: Path) -> bytes:
     """The 1,024 grey levels of an image, row by row."""
+    if not file.is_file():
+        raise DataError(f"{file} is no file")  # a pipe would be waited for
     try:
-        with Image.open(file) as image:
-            size, mode = image.size, image.mode
-            if size != (32, 32):  # before it is unpacked, which of a small file can be gigabytes
-                raise DataError(f"{file} is {size[0]} x {size[1]} pixels, expected 32 x 32")
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # nothing is unpacked before its size is known
+            image = Image.open(file)
+        with image:
+            if image.size != (32, 32):
+                raise DataError(f"{file} is {image.size[0]} x {image.size[1]} pixels, expected 32 x 32")
+            mode = image.mode
             data = image.tobytes() if mode in ("L", "RGB") else image.convert("RGB").tobytes()
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # what its many decoders raise on damaged files is anybody's guess
         raise DataError(f"{file} cannot be read as an image: {one_line(error)}") from error
     if mode == "L":
         return data

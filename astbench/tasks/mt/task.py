@@ -115,6 +115,7 @@ class Translation(TaskModule):
             checkpoint["state_dict"] = final_weights(checkpoint)
         elif self.average is not None:
             self.average.restore(checkpoint[KEY])
+        super().on_load_checkpoint(checkpoint)
 
     # -- evaluation -------------------------------------------------------------------------------------
 

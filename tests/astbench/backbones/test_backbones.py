@@ -1,6 +1,7 @@
 """Backbones: presets, pretrained folders, longer position tables, adapters."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -330,6 +331,61 @@ def test_damaged_adapters_are_refused(tmp_path):
     (tmp_path / adapters.DESCRIPTION).unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_adapter(tiny_model("bert"), tmp_path)
+
+
+def test_a_flipped_bit_anywhere_in_an_adapter_is_noticed(tmp_path):
+    _, handle = trained()
+    save_adapter(handle, tmp_path)
+    model = tiny_model("bert")
+    for name in (adapters.WEIGHTS, adapters.DESCRIPTION):
+        whole = (tmp_path / name).read_bytes()
+        for place in range(0, len(whole), max(1, len(whole) // 40)):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << place % 7
+            (tmp_path / name).write_bytes(damaged)
+            if name == adapters.DESCRIPTION and bytes(damaged).split() == whole.split():
+                continue  # one space became another
+            with pytest.raises(CheckpointError):
+                load_adapter(model, tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    assert not any("unverified" in note for note in load_adapter(model, tmp_path).notes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"options": None},
+        {"options": {"density": math.nan}},
+        {"options": {"density": math.inf}},
+        {"options": {"block_size": True}},
+        {"options": {"density": None}},
+        {"where": None},
+        {"where": [3]},
+        {"layers": [True]},
+        {"layers": True},
+        {"attention": None},
+        {"attention": "./evil.py:Evil"},
+        {"backbone": 3},
+        {"more": 1},
+    ],
+)
+def test_an_adapter_of_before_is_checked_as_far_as_it_can_be(tmp_path, change, monkeypatch):
+    _, handle = trained()
+    save_adapter(handle, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("open('trace', 'w')\n")
+    description = json.loads((tmp_path / adapters.DESCRIPTION).read_text())
+    del description["sha256"]
+    (tmp_path / adapters.DESCRIPTION).write_text(json.dumps(description))
+    loaded = load_adapter(tiny_model("bert"), tmp_path)
+    assert "is unverified" in loaded.notes[-1]
+    changed = {**description, **change}
+    if isinstance(changed["options"], dict) and "options" in change:
+        changed["options"] = {**description["options"], **change["options"]}
+    (tmp_path / adapters.DESCRIPTION).write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError):
+        load_adapter(tiny_model("bert"), tmp_path)
+    assert not (tmp_path / "trace").exists()
 
 
 def test_a_failing_save_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):

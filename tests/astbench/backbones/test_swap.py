@@ -297,6 +297,11 @@ def test_layers_that_share_their_attention_are_refused():
     assert "shares one attention module among its layers" in refused(albert)
 
 
+def test_a_layer_that_attends_twice_is_refused_for_that():
+    model = tiny_model("diffllama", AutoModelForCausalLM, **SETTINGS["llama"])
+    assert "DiffLlamaAttention of DiffLlamaForCausalLM attends 2 times in one pass" in refused(model)
+
+
 def test_what_is_no_text_model_is_refused():
     with pytest.raises(CapabilityError, match="Linear is no transformers model"):
         swap_attention(torch.nn.Linear(2, 2), "dense")

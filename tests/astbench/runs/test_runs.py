@@ -15,7 +15,18 @@ from astbench.errors import CheckpointError, ConfigError, Interrupted, NumericEr
 from astbench.files.writing import sha256, write_atomic, write_json, write_text
 from astbench.runs import checkpoints
 from astbench.runs.checkpoints import SafeCheckpointIO, read_checkpoint
-from astbench.runs.folder import DONE, LAST, MANIFEST, PREVIOUS, RECORD, RunFolder, checkpoint_file, default_run_dir
+from astbench.runs.folder import (
+    DONE,
+    LAST,
+    LOCK,
+    MANIFEST,
+    PREVIOUS,
+    RECORD,
+    RunFolder,
+    checkpoint_file,
+    default_run_dir,
+    doubts,
+)
 from astbench.runs.metrics_log import MetricsLogger
 from astbench.runs.picture import draw_pattern
 from astbench.runs.record import SCHEMA, config_hash, new_record
@@ -66,9 +77,27 @@ def begin(path, resume=False):
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path):
-    begin(tmp_path / "run")
+    write_text(begin(tmp_path / "run") / "config.yaml", "")
     with pytest.raises(ConfigError, match=r"holds a run already.*--resume="):
         RunFolder(tmp_path / "run").open_for_writing(resume=False)
+
+
+def test_what_a_kill_leaves_is_no_run(tmp_path):
+    for name in (LOCK, ".config.yaml.x.tmp"):
+        (tmp_path / name).touch()
+    begin(tmp_path)
+
+
+def test_a_claimed_folder_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("astbench.runs.folder.default_run_dir", lambda *_: next(names))
+    names = (tmp_path / "runs" / name for name in ("a", "a", "b"))  # both see that the first is free
+    one, two = RunFolder.claim("t", "x"), RunFolder.claim("t", "x")
+    assert (one.path.name, two.path.name) == ("a", "b")
+    (one / "something").touch()
+    one.abandon()
+    two.abandon()
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["a"]
 
 
 def test_two_processes_cannot_write_in_one_folder(tmp_path):
@@ -244,6 +273,21 @@ def test_a_full_disk_is_a_checkpoint_error(folder, monkeypatch, error):
     with pytest.raises(CheckpointError, match=r"could not be written: No space left"):
         save(folder, 3)
     assert step_of(folder.path) == 2
+
+
+def test_without_a_manifest_a_checkpoint_is_unverified(folder):
+    assert doubts(folder.path, checkpoint_file(folder.path)) == ""
+    (folder / MANIFEST).unlink()
+    for asked in (folder.path, folder / LAST):
+        assert "is unverified" in doubts(asked, checkpoint_file(asked))
+
+
+@pytest.mark.parametrize(("damage", "why"), [(truncate, "is damaged"), (lambda f: f.unlink(), "is missing")])
+def test_taking_the_checkpoint_before_is_said(folder, damage, why):
+    damage(folder / LAST)
+    said = doubts(folder.path, checkpoint_file(folder.path))
+    assert f"{LAST} {why}" in said and said.endswith("of step 1")
+    assert doubts(folder / PREVIOUS, checkpoint_file(folder / PREVIOUS)) == ""  # it was asked for
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):

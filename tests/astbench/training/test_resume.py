@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from astbench.runs.checkpoints import read_checkpoint
-from astbench.runs.folder import CONFIG, DONE, LAST, METRICS, RECORD
+from astbench.runs.folder import DONE, LAST, METRICS, RECORD
 from tests.astbench.conftest import DEMO, NAMES
 
 STEPS, EVERY = 12, 3
@@ -101,7 +101,8 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_143(run, whole, tmp_path):
     record = json.loads((folder / RECORD).read_text())
     (earlier,) = record["earlier"]
     assert earlier["state"] == "terminated" and earlier["argv"][2:] == [*FIT[1:], f"--run_dir={folder}"]
-    assert record["argv"] == ["astbench", "fit", f"--resume={folder}"]
+    assert record["argv"] == earlier["argv"] and record["started"] == earlier["started"]
+    assert [again["argv"] for again in record["resumed"]] == [["astbench", "fit", f"--resume={folder}"]]
     assert record["train"]["wall_seconds"] > earlier["train"]["wall_seconds"] > 0
     assert (earlier["train"]["steps"], record["train"]["steps"]) == (4, STEPS)
 
@@ -119,14 +120,13 @@ def test_a_resume_that_fails_says_so_and_loses_no_time(run, tmp_path):
     folder = tmp_path / "run"
     run([*FIT, f"--run_dir={folder}"], ("on_train_batch_start", 7, signal.SIGTERM))
     stopped = json.loads((folder / RECORD).read_text())
-    config = (folder / CONFIG).read_text()
-    (folder / CONFIG).write_text(config.replace("source: demo", "source: local").replace("path: ''", "path: /gone"))
+    (folder / "tokenizer").rename(folder / "gone")
     code, out = run(["fit", f"--resume={folder}"])
     assert code == 3, out
     failed = json.loads((folder / RECORD).read_text())
-    assert failed["state"] == "failed" and "/gone" in failed["error"]
+    assert failed["state"] == "failed" and "holds no tokenizer" in failed["error"]
     assert failed["train"] == stopped["train"] and failed["train"]["wall_seconds"] > 0
-    (folder / CONFIG).write_text(config)
+    (folder / "gone").rename(folder / "tokenizer")
     # Killed before its first checkpoint, it loses nothing of the time before either.
     run(["fit", f"--resume={folder}"], ("on_train_batch_start", 1, signal.SIGKILL))
     assert run(["fit", f"--resume={folder}"])[0] == 0

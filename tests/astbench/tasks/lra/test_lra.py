@@ -2,9 +2,12 @@
 
 import gzip
 import json
+import os
 import random
 import re
 import statistics
+import struct
+import zlib
 
 import pytest
 import torch
@@ -415,6 +418,14 @@ def test_bad_images(astbench, tmp_path):
     assert_refused(astbench, tmp_path, "lra_image", "data_batch_4.bin cannot be read")
 
 
+def huge_png(side):
+    """The beginning of a grey picture."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    check = struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + check + struct.pack(">I", 9) + b"IDAT"
+
+
 def test_bad_image_folders(astbench, tmp_path):
     image_folders(tmp_path, "png")
     file = tmp_path / "train" / "deer" / "1.png"
@@ -425,6 +436,11 @@ def test_bad_image_folders(astbench, tmp_path):
     assert_refused(astbench, tmp_path, "lra_image", "deer/1.png cannot be read as an image")
     Image.new("RGB", (32, 31)).save(file)
     assert_refused(astbench, tmp_path, "lra_image", "deer/1.png is 32 x 31 pixels, expected 32 x 32")
+    file.write_bytes(huge_png(13_000))  # half a gigabyte of pixels
+    assert_refused(astbench, tmp_path, "lra_image", "deer/1.png is 13000 x 13000 pixels, expected 32 x 32")
+    file.unlink()
+    os.mkfifo(file)
+    assert_refused(astbench, tmp_path, "lra_image", "deer/1.png is no file")
 
 
 def test_pickles_are_refused_unread(astbench, tmp_path):
@@ -443,6 +459,8 @@ def test_bad_pathfinder_files(astbench, tmp_path):
     for wrong, part in (
         (whole.replace("sample_2.png 2 0", "sample_2.png 2 3"), "0.npy:3: expected folder, image"),
         (whole.replace("sample_2.png", "../../../../secret.png"), "0.npy:3: image"),
+        (whole.replace("sample_2.png", "a" * 5000 + ".png"), "0.npy:3: image"),
+        (whole.replace("sample_2.png", "a\0.png"), "0.npy:3: image"),
         ("\x80NUMPY", "0.npy:1: expected folder, image, number and label"),
     ):
         file.write_text(wrong)

@@ -1,0 +1,28 @@
+"""Which code that is not astbench's own takes part in a run: files by their sha256, packages by their version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from astbench.tasks import registered_tasks
+from astbench_registry.plugins import code_facts, import_plugin
+from astbench_registry.registry import registered
+
+
+def foreign_code(attention: str, task: str, plugins: Sequence[str]) -> list[dict[str, str]]:
+    """One entry a plugin that was loaded, or an installed package that brings the attention or the task.
+
+    Args:
+        attention: Registered name.
+        task: Registered name.
+        plugins: Files and modules, as they were named.
+    """
+    modules = {plugin: import_plugin(plugin).__name__ for plugin in plugins}
+    cls, row = registered()[attention].cls, registered_tasks()[task].row
+    for source, module in (
+        (registered()[attention].source, cls.__module__ if cls else ""),
+        (registered_tasks()[task].source, row.module.partition(":")[0] if row else ""),
+    ):
+        if source != "astbench" and module not in modules.values():
+            modules[source] = module
+    return [code_facts(source, module) for source, module in modules.items()]
