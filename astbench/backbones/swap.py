@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -12,14 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from astbench.backbones.cache_watch import watch_cache
+from astbench.backbones.families import FAMILIES
 from astbench.backbones.hooks import (
     IMPLEMENTATION,
     LEFT_OUT,
-    PROBE_LENGTHS,
     AttentionSlot,
     RecordedCall,
-    recorded_calls,
 )
+from astbench.backbones.probe import max_positions, probe_attention
 from astbench.backbones.saved_weights import restore
 from astbench_registry import Capabilities, CapabilityError, Pattern, build_attention
 from astbench_registry.interface import Attention, AttentionShape
@@ -32,12 +31,6 @@ WHERE: dict[Pattern, Where] = {
     "bidirectional_cross": "cross",
     "causal_cross": "cross",
 }
-
-FAMILIES = (
-    "bart bert distilbert electra esm gpt2 gpt_neox llama marian mbart mistral modernbert opt pegasus qwen3 roberta"
-).split()
-"""Model types known to call the attention interface (where windows are an option, configured without); others may
-too, and are probed."""
 
 
 class SwapHandle:
@@ -159,7 +152,7 @@ def swap_attention(
     handle = SwapHandle(model, name, config.as_dict(), where, None if layers is None else tuple(layers))
     _enter(model, handle)
     try:
-        calls, widths = _probe_attention(model)
+        calls, widths = probe_attention(model)
         chosen = _choose(calls, handle)
         taken = {call.module for call, _, _ in chosen}
         for module in (call.module for call in calls if call.module not in taken):
@@ -174,7 +167,7 @@ def swap_attention(
                 layer_index=index,
                 num_layers=count,
                 hidden_size=widths.get(call.module, 0),
-                max_positions=_max_positions(model, call.module),
+                max_positions=max_positions(model, call.module),
             )
             _attach(model, call, build_attention(name, config, shape), config.can, handle)
         _no_dropout([call.module for call in calls], handle)
@@ -239,68 +232,6 @@ def _enter(model: PreTrainedModel, handle: SwapHandle) -> None:
         if config._attn_implementation != IMPLEMENTATION:
             handle._undo.append(lambda c=config, b=config._attn_implementation: setattr(c, "_attn_implementation", b))
             config._attn_implementation = IMPLEMENTATION
-
-
-@torch.no_grad()
-def _probe_attention(model: PreTrainedModel) -> tuple[list[RecordedCall], dict[nn.Module, int]]:
-    """One tiny forward pass that writes down which modules call the interface, how, and the width of their input."""
-    encoder, decoder = PROBE_LENGTHS
-    inputs = {"input_ids": torch.ones(1, encoder, dtype=torch.long, device=model.device)}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.ones(1, decoder, dtype=torch.long, device=model.device)
-    widths: dict[nn.Module, int] = {}
-    passes: Counter[nn.Module] = Counter()
-
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        passes.update([module])
-        given = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(given, Tensor) and given.dim() == 3:
-            widths[module] = given.shape[-1]
-
-    # What the layers are really given: a configuration may be nested, or of a model of two widths.
-    hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in model.modules()]
-    training, cpu_state = [m for m in model.modules() if m.training], torch.get_rng_state()
-    model.eval()
-    try:
-        with recorded_calls() as calls:
-            model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
-    except (AttributeError, TypeError) as error:
-        raise CapabilityError(
-            f"{type(model).__name__} cannot be probed with token ids ({type(error).__name__}: {error}); models of text "
-            f"are served: {', '.join(FAMILIES)}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in training:
-            module.training = True
-        torch.set_rng_state(cpu_state)
-    per_module = Counter(call.module for call in calls)
-    if several := [module for module, count in per_module.items() if count > passes[module]]:
-        raise CapabilityError(
-            f"{type(several[0]).__name__} of {type(model).__name__} attends {per_module[several[0]]} times in one pass "
-            "(differential attention does); an attention that is put in its place is called once a layer"
-        )
-    if len(per_module) < len(calls):
-        raise CapabilityError(
-            f"{type(model).__name__} shares one attention module among its layers; each layer needs its own"
-        )
-    return calls, widths
-
-
-def _max_positions(model: PreTrainedModel, module: nn.Module) -> int:
-    """Longest input of the stack that a module stands in; 0 when its configuration does not say."""
-    own = getattr(module, "config", None)
-    name = next(name for name, m in model.named_modules() if m is module)
-    above = [model.get_submodule(name.rsplit(".", n)[0]) for n in range(1, name.count(".") + 1)]
-    configs = [own, *(m.config for m in above if isinstance(m, PreTrainedModel)), model.config]
-    found = (getattr(config, "max_position_embeddings", None) for config in configs if config is not None)
-    return next((int(n) for n in found if n), 0)
-
-
-def _takes_cache(model: PreTrainedModel) -> bool:
-    return bool(getattr(model.config, "use_cache", False))
 
 
 def _choose(calls: list[RecordedCall], handle: SwapHandle) -> list[tuple[RecordedCall, int, int]]:

@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from astbench.backbones.swap import FAMILIES, swap_attention
+from astbench.backbones.families import FAMILIES
+from astbench.backbones.swap import swap_attention
 from astbench_registry import (
     Attention,
     AttentionConfig,

@@ -1,0 +1,7 @@
+"""Model families whose attention can be swapped. Imports nothing."""
+
+FAMILIES = (
+    "bart bert distilbert electra esm gpt2 gpt_neox llama marian mbart mistral modernbert opt pegasus qwen3 roberta"
+).split()
+"""Model types known to call the attention interface (where windows are an option, configured without); others may
+too, and are probed."""
