@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -77,13 +78,14 @@ class TaskModule(pl.LightningModule):
         """Build the backbone and swap its attention, once; the data module knows the tokenizer by now."""
         if self.model is not None:
             return
-        torch.manual_seed(self.seed)
-        self.model = self.build_model()
-        self.trainer.datamodule.check_model(self.model)  # type: ignore[attr-defined]
-        options = {key: value for key, value in self.attention.items() if key != "name"}
-        # A generator of its own for the variant's parameters: the backbone's are the same for every variant.
-        torch.manual_seed(self.seed + 1)
-        self.handle = swap_attention(self.model, self.attention["name"], options, where=self.where)
+        with _float32():
+            torch.manual_seed(self.seed)
+            self.model = self.build_model()
+            self.trainer.datamodule.check_model(self.model)  # type: ignore[attr-defined]
+            options = {key: value for key, value in self.attention.items() if key != "name"}
+            # A generator of its own for the variant's parameters: the backbone's are the same for every variant.
+            torch.manual_seed(self.seed + 1)
+            self.handle = swap_attention(self.model, self.attention["name"], options, where=self.where)
         if self.backbone.gradient_checkpointing:
             # transformers 5.23 calls it by another name and warns of the old one.
             name = "activation_checkpointing_enable"
@@ -253,6 +255,20 @@ class TaskModule(pl.LightningModule):
             "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
             "attention": own,
         }
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Weights are drawn in float32 whatever --trainer.precision says: the same ones, and some draws know no half.
+
+    Lightning makes half precision the default dtype, and turns the module into it afterwards.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def policy_loss(each: Tensor, log_prob: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from astbench_registry.block_selection.dense_weights import dense_weights, rows_
 from astbench_registry.configs.dsa import DSAConfig
 from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
 from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.widening import widened
 
 
 class TokenSelector(BlockSelector):
@@ -120,7 +121,7 @@ class DeepSeekSparseAttention(Attention):
         if valid is not None:
             hidden = hidden.masked_fill(~valid[:, :, None], 0.0)
         layers = (self.index_query, self.index_key, self.index_weight)
-        query, key, weight = (linear(hidden, layer.weight.to(hidden.dtype)) for layer in layers)
+        query, key, weight = (linear(hidden, widened(layer.weight, hidden.dtype)) for layer in layers)
         heads, width = self.config.index_heads, self.config.index_dim
         query = query.unflatten(-1, (heads, width)).transpose(1, 2)
         return query, key.unsqueeze(1), weight.transpose(1, 2).unsqueeze(-1) * (heads * width) ** -0.5

@@ -21,6 +21,7 @@ from astbench_registry.configs.nsa import NSAConfig
 from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
 from astbench_registry.mask import AttentionMask
 from astbench_registry.registry import build_attention
+from astbench_registry.toolbox.widening import widened
 
 
 class Compression(nn.Module):
@@ -186,7 +187,7 @@ class NativeSparseAttention(Attention):
         if valid is not None:
             hidden = hidden.masked_fill(~valid[:, :, None], 0.0)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        gates = linear(hidden.to(wide), self.gate.weight.to(wide), self.gate.bias.to(wide)).sigmoid()
+        gates = linear(hidden.to(wide), widened(self.gate.weight, wide), widened(self.gate.bias, wide)).sigmoid()
         return gates.unflatten(-1, (self.shape.num_heads, 3)).transpose(1, 2)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:

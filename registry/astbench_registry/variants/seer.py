@@ -20,6 +20,7 @@ from astbench_registry.block_selection.pooling import (
 from astbench_registry.configs.seer import SeerConfig
 from astbench_registry.interface import AttentionContext, AttentionOutput, AttentionShape
 from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.widening import widened
 
 
 class SeerAttention(BlockSelectingAttention):
@@ -89,8 +90,8 @@ class SeerAttention(BlockSelectingAttention):
         """Logits of the gate. Time O(M) for the features, O(groups x blocks) for the scores."""
         query, k, mask = _pooled_queries(call, selection), call.k, call.mask
         key = torch.cat([*extremes_of_blocks(k, mask, selection), mean_of_blocks(k, mask, selection)], -1)
-        query = torch.matmul(query, self.query_gate.to(query.dtype))
-        key = torch.matmul(key, self.key_gate.to(key.dtype))
+        query = torch.matmul(query, widened(self.query_gate, query.dtype))
+        key = torch.matmul(key, widened(self.key_gate, key.dtype))
         return block_scores(query, key) * query.shape[-1] ** -0.5
 
     def choose(self, scores: Tensor, call: Call, selection: Selection) -> Tensor:

@@ -11,6 +11,7 @@ from astbench_registry.configs.sinkhorn import SinkhornConfig
 from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
 from astbench_registry.mask import AttentionMask
 from astbench_registry.toolbox.randomness import generator
+from astbench_registry.toolbox.widening import widened
 
 HIDDEN = -1e9
 """Logarithm of nothing, finite so that a row of nothing has gradients of zero."""
@@ -109,7 +110,7 @@ class SinkhornAttention(Attention):
             seen = torch.arange(k.shape[2], device=k.device)[:, None] * k.shape[3] + 1
             row = (total.cumsum(2) - total + k[:, :, :, 0]) / seen
         row, column = (rms_norm(x, x.shape[-1:], eps=1e-7) for x in (row, column))
-        scores = row @ self.sort_weight.to(k.dtype) @ column.transpose(-1, -2) * self.shape.head_dim**-0.5
+        scores = row @ widened(self.sort_weight, k.dtype) @ column.transpose(-1, -2) * self.shape.head_dim**-0.5
         if self.training:
             scores = scores + self._gumbel(scores, step)
         exists = count[..., 0] > 0

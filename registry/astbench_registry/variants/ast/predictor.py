@@ -14,6 +14,7 @@ from astbench_registry.block_selection.pooling import extremes_of_blocks, mean_o
 from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.interface import AttentionShape
 from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.widening import widened
 
 
 class LearnedBlockScores(FactoredBlockSelection):
@@ -54,7 +55,7 @@ class LearnedBlockScores(FactoredBlockSelection):
         # Of length 1, so that one learning rate serves every layer of every backbone: with features of size 1, a
         # step of Adam moved scores by several units, and the choice flickered.
         local = _unit(torch.cat([mean_key, max_key, min_key, mean_value], -1))
-        key_side = [mean_key, torch.matmul(local, self.key_weight.to(compute))]
+        key_side = [mean_key, torch.matmul(local, widened(self.key_weight, compute))]
         parts = self.config.sub_blocks
         if parts > 1:
             fine = replace(grid, block_size=grid.block_size // parts, num_blocks=grid.num_blocks * parts)
@@ -71,13 +72,13 @@ class LearnedBlockScores(FactoredBlockSelection):
         group_query = self.group_query(call, grid)
         context = self.global_context(features, call.mask, grid)
         described = pad(_unit(torch.cat([group_query, context], -1)), (0, 1), value=1.0)
-        u = torch.matmul(described, self.query_weight.to(compute)) * self.config.rank**-0.5
-        gain = call.scale * self.gain.to(compute).exp()[:, None, None]
+        u = torch.matmul(described, widened(self.query_weight, compute)) * self.config.rank**-0.5
+        gain = call.scale * widened(self.gain, compute).exp()[:, None, None]
         rows = [group_query * gain, u]
         if self.config.sub_blocks > 1:
             rows.append(torch.ones_like(u[..., :1]))
         if self.pattern_weight is not None:
-            waves, places = _distance_patterns(self.pattern_weight.to(compute), grid)
+            waves, places = _distance_patterns(widened(self.pattern_weight, compute), grid)
             rows.append(waves.expand(call.q.shape[0], -1, -1, -1))
             places = places.repeat_interleave(self.config.sub_blocks, 0)
             columns = torch.cat([columns, places.expand(*columns.shape[:2], -1, -1)], -1)
