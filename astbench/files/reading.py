@@ -117,17 +117,12 @@ def read_bytes(file: Path, most: int = MOST_BYTES, place: str = "") -> bytes:
     place = place or str(file)
     try:
         with open_bytes(file) as source:
-            return all_of(source, place, most)
+            return _all_of(source, place, most)
     except UNREADABLE as error:
         raise unreadable(place, error) from error
 
 
-def all_of(source: IO[bytes], place: str, most: int = MOST_BYTES) -> bytes:
-    """What is left of an open file.
-
-    Raises:
-        DataError: more bytes than `most`.
-    """
+def _all_of(source: IO[bytes], place: str, most: int) -> bytes:
     parts, count = [], 0
     while part := source.read(1 << 20):
         count += len(part)

@@ -48,20 +48,20 @@ def plain(text: str, place: str) -> str:
 def _clean(text: str, place: str) -> str:
     """What was decoded, without a NUL, its lines ended by newlines, its characters composed."""
     if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(f"{place} holds a NUL character in line {line}: no text, or UTF-16, or a damaged file")
+        before = text.count("\n", 0, text.index("\0"))
+        where = f" in line {before + 1}" if before else ""
+        raise DataError(f"{place} holds a NUL character{where}: no text, or UTF-16, or a damaged file")
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return unicodedata.normalize("NFC", text)
 
 
-def read_text(file: Path, *, most: int = MOST_BYTES, longest: int | None = LONGEST, place: str = "") -> str:
+def read_text(file: Path, *, most: int = MOST_BYTES, place: str = "") -> str:
     """The whole content, unpacked, as text.
 
     Args:
         file: Where it is.
         most: Refuse more bytes than these.
-        longest: Refuse lines of more characters than these.
         place: What to call the file in messages; its path if not given.
 
     Raises:
@@ -70,10 +70,10 @@ def read_text(file: Path, *, most: int = MOST_BYTES, longest: int | None = LONGE
     place = place or str(file)
     text = _clean(_decoded(read_bytes(file, most, place), place), place)
     begin = 0
-    while longest is not None and len(text) - begin > longest:
-        end = text.rfind("\n", begin, begin + longest + 1)
+    while len(text) - begin > LONGEST:
+        end = text.rfind("\n", begin, begin + LONGEST + 1)
         if end < 0:
-            raise _too_long(f"{place}:{text.count(chr(10), 0, begin) + 1}", longest)
+            raise _too_long(f"{place}:{text.count(chr(10), 0, begin) + 1}")
         begin = end + 1
     return text
 
@@ -118,7 +118,7 @@ def lines_of(source: IO[bytes], file: Path) -> Iterator[tuple[int, str]]:
                 if ended := line[-1] == "\n":
                     line = line[:-1]
                 if len(line) > LONGEST:
-                    raise _too_long(f"{file}:{number}", LONGEST)
+                    raise _too_long(f"{file}:{number}")
                 if not line.isascii() or "\0" in line:
                     _check_utf8(line, file, number)
                     line = _clean(line, f"{file}:{number}")
@@ -165,5 +165,5 @@ def _check_utf8(line: str, file: Path, number: int) -> None:
         ) from error
 
 
-def _too_long(place: str, longest: int) -> DataError:
-    return DataError(f"{place} is longer than {longest:,} characters, the most that is read as one piece; break it up")
+def _too_long(place: str) -> DataError:
+    return DataError(f"{place} is longer than {LONGEST:,} characters, the most that is read as one piece; break it up")

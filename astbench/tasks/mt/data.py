@@ -92,6 +92,8 @@ class TranslationData(TaskData):
         at_least(3, holdout=holdout)
         at_least(300, vocab_size=vocab_size)  # 256 bytes, three special tokens, and something to merge
         self.columns = None if columns is None else _columns(columns)
+        if columns is not None and source != "local":
+            raise ConfigError(f"--data.columns={columns} is of a local table; --data.source is {source}")
         self.direction, self.eval_split = direction, eval_split
         self.names = {"train": train_name, "validation": validation_name, "test": test_name}
         self.holdout, self.demo_train, self.demo_eval = holdout, demo_train, demo_eval
@@ -154,6 +156,8 @@ class TranslationData(TaskData):
             raise DataError("--data.source=local needs --data.path=FOLDER with train.en, train.de, ..., or a table")
         path = asked_path(self.path)
         if is_folder(path):
+            if self.columns is not None:
+                raise ConfigError(f"--data.columns is of one table, and --data.path={path} is a folder; name the table")
             pairs = sources.read_parallel(path, self.names[split], f"{split}_name")
             if swapped(pairs):
                 self.notes.append(f"the English side of {self.names[split]} looks like German, the German like English")

@@ -186,7 +186,7 @@ def test_strings_of_json_are_texts_too(tmp_path):
     assert [example.context[a:b] for a, b in find_mentions(example)] == ["Bram Oster"]
 
 
-@pytest.mark.parametrize(("text", "message"), [("a\0b", "NUL character in line 1"), ("\ud800", "not valid Unicode")])
+@pytest.mark.parametrize(("text", "message"), [("a\n\0b", "NUL character in line 2"), ("\ud800", "not valid Unicode")])
 def test_texts_that_are_none(text, message):
     with pytest.raises(DataError, match=f"^here.* {message}"):
         plain(text, "here")

@@ -66,7 +66,14 @@ def test_columns_are_an_option(tmp_path):
 @pytest.mark.parametrize("columns", ["", "1", "1,1", "0,1", "a,b", "1,2,3", "1;2", "-1,2"])
 def test_bad_columns(columns):
     with pytest.raises(ConfigError, match=r"--data\.columns must be two"):
-        TranslationData(columns=columns)
+        TranslationData("local", columns=columns)
+
+
+def test_columns_of_no_table(tmp_path):
+    with pytest.raises(ConfigError, match=r"--data\.columns=2,4 is of a local table; --data\.source is demo"):
+        TranslationData(columns="2,4")
+    with pytest.raises(ConfigError, match="is a folder; name the table"):
+        TranslationData("local", str(tmp_path), columns="2,4")._read("train")
 
 
 SWAPPED = "Hallo Welt.\tHello world.\n\t\nTschüss.\tBye.\n"
@@ -94,7 +101,7 @@ def test_languages_that_look_swapped_are_refused_unless_it_is_said(tmp_path, tex
         TranslationData("local", str(file))._read("train")
     assert name in str(caught.value) and "--data.columns=2,1" in str(caught.value)
     for columns in ("1,2", "2,1"):
-        pairs = read_table(file, TranslationData(columns=columns).columns)
+        pairs = read_table(file, TranslationData("local", columns=columns).columns)
         assert (pairs[0].en == text.split("\t")[0]) == (columns == "1,2")
 
 
