@@ -34,6 +34,8 @@ def draw(
     shapes = [(heads, length, dim), (kv_heads, keys, dim), (kv_heads, keys, dim), *([(length, hidden)] * bool(hidden))]
     tensors = [torch.randn(batch, *shape, generator=g, dtype=torch.float64) for shape in shapes]
     valid = torch.rand(batch, keys, generator=g) >= padding if padding else None
+    if valid is not None:
+        valid[:, 0] = True  # variants count from the first real token, oracles from row 0
     return [x.requires_grad_(grad) for x in tensors], valid
 
 

@@ -26,7 +26,7 @@ def gradients(name, options, scale):
     [
         ("ast", {"block_size": 4, "min_blocks": 2, "density": 0.3, "distill_fraction": 1.0}),
         ("seer", {"block_size": 4}),
-        ("dsa", {"top_k": 5, "block_size": 4}),
+        ("dsa", {"top_k": 5}),
         ("sinkhorn", {"block_size": 4}),
         ("dense", {}),
     ],

@@ -52,6 +52,7 @@ class ReformerConfig(AttentionConfig):
         return replace(
             self.capabilities,
             padding=False,
+            any_value_size=False,
             dtypes=("float64", "float32"),
             length_multiple=2 * self.bucket_size,
             remedy="set --attention.backend=auto",

@@ -87,10 +87,11 @@ def test_padding_is_part_of_what_is_kept(name):
     (module, counted), tensors, kept = layer(name), draw(TOKENS, dim=DIM, seed=1)[0], BlockSummaries()
     valid = torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(2)) < 0.7
     valid[:, 12:16] = False
+    valid[:, 0] = True  # blocks count from the first real token
     same(module, tensors, 0, 30, kept, valid=valid)
     same(module, tensors, 30, 31, kept, valid=valid)
     other = valid.clone()
-    other[1, :9] = ~other[1, :9]
+    other[1, 1:9] = ~other[1, 1:9]
     for changed in (other, None, valid):
         counted.clear()
         same(module, tensors, 31, 32, kept, valid=changed)

@@ -65,6 +65,7 @@ def test_one_token_stands_for_the_rest(pattern, options, padding):
     if padding:
         valid = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.7
         valid[:, 16:20] = False  # a block that is all padding
+        valid[:, 0] = True  # blocks count from the first real token
     mask = AttentionMask(pattern, 0, valid)
     module = ast(**options).eval()
     for parameter in module.parameters():

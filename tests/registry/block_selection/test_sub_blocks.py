@@ -27,6 +27,7 @@ def test_a_mean_a_token_chooses_as_the_oracle(pattern, padding):
     if padding:
         valid = torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.7
         valid[:, 16:24] = False  # a block that is all padding
+        valid[:, 0] = True  # blocks count from the first real token
     mask = AttentionMask(pattern, 0, valid)
     kept = []
     for module in (layer("ast", sub_blocks=8), layer("oracle_topk"), layer("ast")):

@@ -33,7 +33,8 @@ def draw_named(length, *, dim=DIM, padding=0.0):
         return tensors, None, named
     valid = torch.rand(BATCH, length, generator=g) >= padding
     valid[0, length - length // 4 :] = False
-    valid[1, : length // 4] = False
+    valid[1, 1 : length // 4] = False
+    valid[:, 0] = True  # blocks count from the first real token
     return tensors, valid, named
 
 
