@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,8 @@ from astbench.backbones.presets import BackboneConfig
 from astbench.errors import ConfigError, DataError
 from astbench.files.paths import asked_path, is_there
 from astbench.files.text import read_document
+
+Found = TypeVar("Found")
 
 
 class TaskData(pl.LightningDataModule):
@@ -131,11 +133,10 @@ def asked_text(option: str, file: str) -> str:
     return text
 
 
-def of_all_processes(trainer: pl.Trainer, mine: dict[int, Any]) -> list[dict[int, Any]]:
-    """Every process's results by the number of their example."""
-    parts = [mine]
+def of_all_processes(trainer: pl.Trainer, mine: Found) -> list[Found]:
+    """What every process found, such as its results by the number of their example."""
+    parts = [mine] * trainer.world_size
     if trainer.world_size > 1:
-        parts = [{} for _ in range(trainer.world_size)]
         torch.distributed.all_gather_object(parts, mine)
     return parts
 
