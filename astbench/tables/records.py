@@ -16,6 +16,7 @@ from astbench.errors import DataError
 from astbench.files.plain_yaml import plain_yaml
 from astbench.files.text import read_text
 from astbench.runs.record import SCHEMA
+from astbench.tables.integrity import check_options, check_scores
 from astbench_registry.registry import current_names
 
 Record = dict[str, Any]
@@ -146,6 +147,10 @@ def _group(folder: Path) -> Group:
         for name, record in records.items()
         if name not in left_out
     ]
+    for run in runs:
+        check_options(run.folder / RECORD, run.record)
+        if (run.name in entries and run.record.get("metrics")) or (run.folder / ITEMS).is_file():
+            check_scores(run.folder / RECORD, run.record, run.items())
     first = next(iter(records.values()), None)
     return Group(
         name=folder.name,
