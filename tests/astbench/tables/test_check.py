@@ -93,6 +93,17 @@ def test_edited_score_is_held_against_the_items(tree, name, field):
         write(book(tree))
 
 
+@pytest.mark.parametrize("name", ["mqar", "needle"])
+def test_probes_say_what_the_untrained_model_scores(name):
+    """Induction heads are built in: what training added is the difference."""
+    (table,) = book(ROOT).named(name)
+    assert table.head[-1] == "untrained, %"
+    for row in table.rows:
+        trained, untrained = row.runs
+        assert (trained.steps, untrained.steps) == (200, 1) and trained.attention["name"] == untrained.attention["name"]
+        assert row.cells[-1] == f"{untrained.metrics['accuracy']:.1f}"
+
+
 @pytest.mark.parametrize("name", ["needle/dense", "squad/minilm-dense", "decode/layers-cpu"])
 def test_edited_option_does_not_fit_its_hash(tree, name):
     """Of new records and of those whose hash was made another way, of runs and of benches."""
