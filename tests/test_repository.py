@@ -70,6 +70,17 @@ def test_python_torch_and_transformers_have_upper_bounds():
             assert not requirement.specifier.contains(f"{major}.{minor + 1}.0")
 
 
+def test_recipes_that_need_an_extra_say_so():
+    for file in sorted((ROOT / "recipes").rglob("*.yaml")):
+        text = file.read_text()
+        config = yaml.safe_load(text)
+        if (config.get("data") or {}).get("source") == "hub":
+            assert "astbench[hub]" in text, file
+        backbone = config.get("backbone")
+        if isinstance(backbone, dict) and backbone.get("gguf_file"):
+            assert "astbench[gguf]" in text, file
+
+
 def test_make_demo_says_how_to_type_the_command():
     assert "source $(BIN)/activate" in (ROOT / "Makefile").read_text()
     assert "source .venv/bin/activate" in (ROOT / "README.md").read_text()
