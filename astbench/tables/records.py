@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from astbench.errors import DataError
+from astbench.files.paths import other_kind
 from astbench.files.plain_yaml import plain_yaml
 from astbench.files.text import read_text
 from astbench.runs.record import SCHEMA
@@ -126,7 +127,7 @@ def read_groups(results: Path) -> dict[str, Group]:
         DataError: nothing there, an unreadable file, or a `table.yaml` that does not fit the records beside it.
     """
     if not results.is_dir():
-        raise DataError(f"--results={results} is not a folder")
+        raise DataError(f"--results={results} is not a folder{other_kind(results)}")
     found = {}
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         if (folder / SIDECAR).is_file() or any(folder.glob(f"*/{RECORD}")):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from astbench.backbones.presets import BackboneConfig
 from astbench.errors import ConfigError, DataError
-from astbench.files.paths import asked_path, is_there
+from astbench.files.paths import asked_path, is_folder, is_there, other_kind
 from astbench.files.text import read_document
 
 Found = TypeVar("Found")
@@ -127,6 +127,8 @@ def asked_text(option: str, file: str) -> str:
     path, place = asked_path(file), f"--data.{option}={file}"
     if not is_there(path):
         raise DataError(f"{place} does not exist")
+    if is_folder(path):
+        raise DataError(f"{place} is not a file{other_kind(path)}")
     text = read_document(path, place)
     if not text.strip():
         raise DataError(f"{place} is empty")
