@@ -10,6 +10,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 
 demo: $(VENV)/.installed  ## Train the Adaptive Sparse Transformer on generated questions, from scratch
 	$(BIN)/astbench fit --attention=ast --task=triviaqa
+	@echo "astbench is in $(VENV); to type it as a command:  source $(BIN)/activate"
 
 # One worker a core and one torch thread a worker; at most eight, for each takes about 1.5 GB.  make test JOBS=1: one.
 JOBS   ?= $(shell $(BIN)/python -c 'import os; print(min(8, len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))))')

@@ -235,6 +235,25 @@ def test_docs_show_every_command():
 # ----- the Python swap
 
 
+def test_training_loop_of_the_docs_runs(tmp_path, monkeypatch):
+    """Every line as it stands, on a tiny model and two batches."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=61, **sizes))
+    ids = torch.arange(2 * 200).view(2, 200) % 61
+    names = {"model": model, "batches": [{"input_ids": ids, "labels": ids}] * 2}
+    text = (ROOT / "docs" / "cli.md").read_text().partition("<!-- loop:begin -->")[2].partition("<!-- loop:end -->")[0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    exec(FENCE.findall(text)[0][1], names)
+    after = model.state_dict()
+    assert names["own"] and not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert all(torch.equal(after[name], value) for name, value in names["own"].items())
+    assert len(names["density"]) == 2 and all(0 < d <= 1 for row in names["density"].values() for d in row)
+
+
 def test_readme_swap_runs():
     """Every line as it stands, but for the download, in whose place a tiny model of the family is made."""
     code = next(body for kind, body in FENCE.findall(README.read_text()) if kind == "python")

@@ -54,6 +54,38 @@ def test_wheel_holds_exactly_the_three_packages(tmp_path):
     assert code <= set(names), "tracked code that the wheel leaves out"
 
 
+def test_python_torch_and_transformers_have_upper_bounds():
+    """Up to the version that constraints.txt pins, which is the one that was tested."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python = SpecifierSet(project["requires-python"])
+    assert "3.11.0" in python and "3.13.9" in python and "3.14.0" not in python
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for requirement in map(Requirement, project["dependencies"]):
+        if requirement.name in ("torch", "transformers"):
+            major, minor = map(int, pins[requirement.name].split(".")[:2])
+            assert requirement.specifier.contains(f"{major}.{minor}.9")
+            assert not requirement.specifier.contains(f"{major}.{minor + 1}.0")
+
+
+def test_recipes_that_need_an_extra_say_so():
+    for file in sorted((ROOT / "recipes").rglob("*.yaml")):
+        text = file.read_text()
+        config = yaml.safe_load(text)
+        if (config.get("data") or {}).get("source") == "hub":
+            assert "astbench[hub]" in text, file
+        backbone = config.get("backbone")
+        if isinstance(backbone, dict) and backbone.get("gguf_file"):
+            assert "astbench[gguf]" in text, file
+
+
+def test_make_demo_says_how_to_type_the_command():
+    assert "source $(BIN)/activate" in (ROOT / "Makefile").read_text()
+    assert "source .venv/bin/activate" in (ROOT / "README.md").read_text()
+
+
 def test_git_tracks_every_source_file():
     """An ignore rule once swallowed a package."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():

@@ -233,6 +233,8 @@ def _resumed(run: str, said: Sequence[Option]) -> str:
     """The config of the run to go on with; nothing else may be said about how it goes on."""
     config = Path(run) / CONFIG
     if not isfile(config):
+        if isfile(run):
+            raise CheckpointError(f"--resume={run} is not a run folder, it is a file; name the folder that it is in")
         raise CheckpointError(
             f"--resume={run} is not a run folder: it has no {CONFIG}; a run that was killed before it wrote one is "
             f"begun again with --run_dir={run}"

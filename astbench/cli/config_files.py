@@ -65,6 +65,10 @@ def read_options(path: str, option: str = "--config") -> dict[str, Any]:
             text = file.read(MOST_CHARACTERS + 1)
     except FileNotFoundError as error:
         raise ConfigError(f"{source} does not exist") from error
+    except IsADirectoryError as error:
+        raise ConfigError(
+            f"{source} is not a file, it is a folder; name the file in it: {source}/config.yaml"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source} cannot be read: {' '.join(str(error).split())[:200]}") from error
     data = parse_yaml(text, source)

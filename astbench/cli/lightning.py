@@ -160,6 +160,8 @@ class CLI(LightningCLI):
         if trainer["enable_progress_bar"]:
             callbacks.append(progress_bar())
         del trainer["threads"]  # ours, not Lightning's
+        if 0 < (steps := self.options.trainer.max_steps) < trainer["log_every_n_steps"]:
+            trainer["log_every_n_steps"] = steps  # else a short run would log no loss at all
         self.checkpoint_io = SafeCheckpointIO()
         plugins = [*(trainer.pop("plugins", None) or []), self.checkpoint_io]
         if trainer.get("logger") in (None, True) and self.command == "fit":

@@ -13,6 +13,15 @@ from astbench.errors import ConfigError
 ALLOWED = ["astbench", "astbench_registry", "torch.optim", "lightning.pytorch", "pytorch_lightning"]
 """What a config may name by `class_path`; naming a class imports and builds it."""
 
+FLAGS = """
+--trainer.*: everything of lightning.pytorch.Trainer
+--seed=N: weights, data order and every random draw; the same as --seed_everything
+--resume=FOLDER: go on with a run that was stopped (fit)
+--trust_config: let configs name code: plugins, classes of files, any callback
+--debug: show tracebacks
+"""
+"""What the help adds: options that are taken before this parser, or that stand for many."""
+
 
 class Parser(LightningArgumentParser):
     """Errors in one line with the nearest option; `--help` leaves the Trainer's hundred options out."""
@@ -48,6 +57,6 @@ class Parser(LightningArgumentParser):
         kept = [g for g in self._action_groups if not (g.title or "").startswith("Customize every aspect")]
         groups, self._action_groups = self._action_groups, kept
         try:
-            return super().format_help(*arguments) + "\n--trainer.*: everything of lightning.pytorch.Trainer\n"
+            return super().format_help(*arguments) + FLAGS
         finally:
             self._action_groups = groups

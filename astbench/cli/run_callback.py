@@ -8,8 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
-from astbench.cli.attended import measure_attended
+from astbench.cli.attended import AttendedPairs, draw_attended
 from astbench.cli.first_lines import run_facts, say_first_lines
 from astbench.cli.last_lines import say_last_lines
 from astbench.cli.provenance import foreign_code
@@ -45,6 +46,7 @@ class RunCallback(Callback):
         self.saved_step = -1
         self.goes = False
         self._first_batch: Any = None
+        self._attended = AttendedPairs()
         self._restored: dict[str, Any] | None = None
 
     # -- before -----------------------------------------------------------------------------------------
@@ -74,16 +76,20 @@ class RunCallback(Callback):
         self.goes = True
         if self.command == "validate":
             self._first_lines(trainer, pl_module)
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._attend(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what is about to run."""
         self.goes = True
         self._first_lines(trainer, pl_module)
+        self._attend(pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what is about to run."""
         self.goes = True
         self._first_lines(trainer, pl_module)
+        self._attend(pl_module)
 
     def _first_lines(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TaskModule)
@@ -190,18 +196,32 @@ class RunCallback(Callback):
 
     # -- evaluation -------------------------------------------------------------------------------------
 
-    def _remember(self, *arguments: Any, **_: Any) -> None:
-        """Keep the first batch for the statistics and the picture."""
+    def _attend(self, module: pl.LightningModule) -> None:
+        assert isinstance(module, TaskModule)
+        self._attended.start(module)
+
+    def _remember(self, trainer: pl.Trainer, *arguments: Any, **_: Any) -> None:
+        """Count the batch; keep the first one for the picture."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            return
+        self._attended.batches += 1
         if self._first_batch is None:
-            self._first_batch = arguments[3]
+            self._first_batch = arguments[2]
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _remember
+
+    def _attended_to(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Later calls are no part of the evaluation."""
+        self._attended.stop()
+
+    on_validation_end = on_test_end = on_predict_end = _attended_to
 
     def finish(self, module: pl.LightningModule) -> None:
         """Statistics, picture, record, `done.json`, last lines."""
         assert isinstance(module, TaskModule)
         record = self.record.data
-        record.update(measure_attended(module, self._first_batch, self.folder))
+        record.update(self._attended.record(module))
+        record.update(draw_attended(module, self._first_batch, self.folder))
         if not module.trainer.is_global_zero:
             return
         record.update(getattr(module, "results", {}))

@@ -44,6 +44,11 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def other_kind(path: Path) -> str:
+    """For a message on a path that should be the other of the two: `, it is a file`; empty where nothing is there."""
+    return ", it is a folder" if is_folder(path) else ", it is a file" if is_there(path) else ""
+
+
 def file_inside(folder: Path, name: str) -> Path | None:
     """The file of a name that stands in data: it may not lead out of the folder. None where there is none."""
     try:

@@ -15,15 +15,19 @@ from astbench.errors import MissingPackageError
 from astbench.runs.folder import METRICS, RunFolder
 from astbench.runs.metrics_log import MetricsLogger
 
+EVERY_SECONDS = 5.0
+"""Between two lines on an evaluation; a shorter one prints none."""
+
 
 class LineProgress(ProgressBar):
-    """Progress for logs: one line about every tenth of the training, none for evaluation."""
+    """Progress for logs: one line about every tenth of the training, and of an evaluation that takes long."""
 
     def __init__(self) -> None:
         super().__init__()
         self._next = 0.0
         self._started = time.monotonic()
         self._first = 0
+        self._said = 0.0
 
     def disable(self) -> None:
         """Nothing to do: only the first process prints."""
@@ -44,6 +48,30 @@ class LineProgress(ProgressBar):
             loss = trainer.callback_metrics.get("train/loss")
             shown = f", loss {float(loss):.3f}" if loss is not None else ""
             console.say(f"  step {step}/{trainer.max_steps}{shown}, {rate:.2f} steps/s")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of an evaluation."""
+        self._said = time.monotonic()
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *arguments: Any, **_: Any) -> None:
+        """Print how far an evaluation is, every few seconds."""
+        self._say_batch(trainer, arguments[3], trainer.num_val_batches)
+
+    def on_test_batch_end(self, trainer: pl.Trainer, *arguments: Any, **_: Any) -> None:
+        """As for validation."""
+        self._say_batch(trainer, arguments[3], trainer.num_test_batches)
+
+    def on_predict_batch_end(self, trainer: pl.Trainer, *arguments: Any, **_: Any) -> None:
+        """As for validation."""
+        self._say_batch(trainer, arguments[3], trainer.num_predict_batches)
+
+    def _say_batch(self, trainer: pl.Trainer, index: int, counts: Any) -> None:
+        now = time.monotonic()
+        if trainer.is_global_zero and now - self._said >= EVERY_SECONDS:
+            self._said = now
+            console.say(f"  batch {index + 1}/{sum(counts) if isinstance(counts, list) else counts}")
 
 
 def progress_bar() -> ProgressBar:

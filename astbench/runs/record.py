@@ -51,8 +51,16 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def config_hash(config: dict[str, Any]) -> str:
     """Short digest of everything that decides the result: not where or how often it is written."""
-    decides = {k: v for k, v in config.items() if k not in ("run_dir", "loggers", "checkpoint_every")}
-    text = json.dumps(decides, sort_keys=True, default=str)
+    return _digest(config, "run_dir", "loggers", "checkpoint_every")
+
+
+def former_config_hash(config: dict[str, Any]) -> str:
+    """What records from before 2026-11-24 12:00 hold as their `config_hash`."""
+    return _digest(config, "run_dir", "resume", "config")
+
+
+def _digest(config: dict[str, Any], *without: str) -> str:
+    text = json.dumps({k: v for k, v in config.items() if k not in without}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

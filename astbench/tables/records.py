@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from astbench.errors import DataError
+from astbench.files.paths import other_kind
 from astbench.files.plain_yaml import plain_yaml
 from astbench.files.text import read_text
 from astbench.runs.record import SCHEMA
+from astbench.tables.integrity import check_options, check_scores
 from astbench_registry.registry import current_names
 
 Record = dict[str, Any]
@@ -125,7 +127,7 @@ def read_groups(results: Path) -> dict[str, Group]:
         DataError: nothing there, an unreadable file, or a `table.yaml` that does not fit the records beside it.
     """
     if not results.is_dir():
-        raise DataError(f"--results={results} is not a folder")
+        raise DataError(f"--results={results} is not a folder{other_kind(results)}")
     found = {}
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         if (folder / SIDECAR).is_file() or any(folder.glob(f"*/{RECORD}")):
@@ -146,6 +148,10 @@ def _group(folder: Path) -> Group:
         for name, record in records.items()
         if name not in left_out
     ]
+    for run in runs:
+        check_options(run.folder / RECORD, run.record)
+        if (run.name in entries and run.record.get("metrics")) or (run.folder / ITEMS).is_file():
+            check_scores(run.folder / RECORD, run.record, run.items())
     first = next(iter(records.values()), None)
     return Group(
         name=folder.name,

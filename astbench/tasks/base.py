@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from astbench.backbones.presets import BackboneConfig
 from astbench.errors import ConfigError, DataError
-from astbench.files.paths import asked_path, is_there
+from astbench.files.paths import asked_path, is_folder, is_there, other_kind
 from astbench.files.text import read_document
+
+Found = TypeVar("Found")
 
 
 class TaskData(pl.LightningDataModule):
@@ -125,17 +127,18 @@ def asked_text(option: str, file: str) -> str:
     path, place = asked_path(file), f"--data.{option}={file}"
     if not is_there(path):
         raise DataError(f"{place} does not exist")
+    if is_folder(path):
+        raise DataError(f"{place} is not a file{other_kind(path)}")
     text = read_document(path, place)
     if not text.strip():
         raise DataError(f"{place} is empty")
     return text
 
 
-def of_all_processes(trainer: pl.Trainer, mine: dict[int, Any]) -> list[dict[int, Any]]:
-    """Every process's results by the number of their example."""
-    parts = [mine]
+def of_all_processes(trainer: pl.Trainer, mine: Found) -> list[Found]:
+    """What every process found, such as its results by the number of their example."""
+    parts = [mine] * trainer.world_size
     if trainer.world_size > 1:
-        parts = [{} for _ in range(trainer.world_size)]
         torch.distributed.all_gather_object(parts, mine)
     return parts
 

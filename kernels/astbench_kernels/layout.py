@@ -140,7 +140,7 @@ class BlockLayout:
     def attended_pairs(self, *, causal: bool, key_valid: Tensor | None = None) -> Tensor:
         """float64 `(batch, list_heads)`: how many (query, key) pairs are attended to.
 
-        Cost: O(query_length x width) time, no `N x M` tensor.
+        Cost: O(query_length x width) time, causal, else O(groups x width); no `N x M` tensor.
         """
         device = self.indices.device
         batch = self.indices.shape[0]
@@ -155,12 +155,16 @@ class BlockLayout:
         stop = (start + self.block_size).clamp(max=self.key_length)
         total = torch.zeros(self.counts.shape[:2], dtype=torch.float64, device=device)
         groups = self.row_groups()
+        if not causal:  # the rows of a group see the same keys
+            bounds = (edge.clamp(max=self.key_length) for edge in (start, stop))
+            first, end = (_look_up(seen, edge) for edge in bounds)
+            rows_of = groups.bincount(minlength=start.shape[2])
+            return (((end - first) * self.slots).sum(-1) * rows_of).sum(-1, dtype=torch.float64)
         last = last_key(torch.arange(self.query_length, device=device) + self.query_offset, self.key_stride)
         rows_per_step = max(1, 2**22 // max(1, start[:, :, 0].numel()))
         for rows in torch.arange(self.query_length, device=device).split(rows_per_step):
             begin, end = start[:, :, groups[rows]], stop[:, :, groups[rows]]
-            if causal:
-                end = torch.minimum(end, last[rows, None] + 1).maximum(begin)
+            end = torch.minimum(end, last[rows, None] + 1).maximum(begin)
             begin = begin.clamp(max=self.key_length)
             end = end.clamp(max=self.key_length)
             per_slot = _look_up(seen, end) - _look_up(seen, begin)

@@ -68,10 +68,14 @@ class AttentionStats:
     leading: Tensor | None = None
 
     @property
+    def computed(self) -> Tensor:
+        """float64 `(batch, heads)`: pairs attended to, and those in `coarse`."""
+        return self.attended if self.coarse is None else self.attended + self.coarse
+
+    @property
     def density(self) -> Tensor:
-        """float64 `(heads,)`: computed pairs, those in `coarse` included, over visible pairs, over the batch."""
-        computed = self.attended if self.coarse is None else self.attended + self.coarse
-        return computed.sum(0) / self.visible.sum().clamp(min=1)
+        """float64 `(heads,)`: computed pairs over visible pairs, over the batch."""
+        return self.computed.sum(0) / self.visible.sum().clamp(min=1)
 
 
 class AttentionOutput(NamedTuple):

@@ -168,7 +168,8 @@ class Attention(nn.Module):
             return None
         seen = mask.dense(q.shape[2], k.shape[2], q.device)
         pairs = pattern if seen is None else pattern & seen
-        attended = pairs.expand(*q.shape[:3], k.shape[2]).sum((2, 3), dtype=torch.float64)
+        pairs = pairs[(None,) * (4 - pairs.dim())].expand(-1, -1, q.shape[2], k.shape[2])
+        attended = pairs.count_nonzero((2, 3)).double().expand(q.shape[:2])
         return AttentionStats(attended, mask.visible_pairs(q, k), backend)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int | None:

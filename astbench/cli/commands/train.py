@@ -49,4 +49,6 @@ options, all of them with their help: astbench {command} --attention=NAME --task
   --ckpt_path=FOLDER      a run, or its checkpoint, to evaluate (validate, test, predict)
   --init_from=FOLDER      start from the trained weights of another run
   --plugins=FILE|MODULE   attentions and tasks of your own; also --attention=./mine.py:Mine
+  --print_config          print the resolved options and stop
+  --trust_config          let configs name code: plugins, classes of files, any callback
   --debug                 show tracebacks"""

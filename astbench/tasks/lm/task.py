@@ -142,7 +142,7 @@ class LanguageModel(TaskModule):
             "signature": self._signature(total, self.data.about[split]["file"]),
             "split": split,
             "strictly_causal": self.can.strictly_causal,
-            "items": {str(index): {"nll": w.nll / w.tokens} for index, w in windows.items()},
+            "items": {str(index): {"nll": w.nll / w.tokens, "tokens": w.tokens} for index, w in windows.items()},
         }
         for name, value in metrics.items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "perplexity", rank_zero_only=True)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from astbench.errors import DataError
-from astbench.files.paths import asked_path, file_inside, is_folder, shown
+from astbench.files.paths import asked_path, file_inside, is_folder, other_kind, shown
 from astbench.files.reading import one_line, read_bytes
 from astbench.files.text import lines, read_document
 from astbench.tasks.lra.base_data import Row
@@ -38,7 +38,7 @@ def local_folder(path: str) -> Path:
         raise DataError("--data.source=local needs --data.path=FOLDER")
     folder = asked_path(path)
     if not is_folder(folder):
-        raise DataError(f"--data.path={path[:200]} is not a folder")
+        raise DataError(f"--data.path={path[:200]} is not a folder{other_kind(folder)}")
     return folder
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from astbench.errors import DataError
 from astbench.files import fields
 from astbench.files.hub import hub_rows
-from astbench.files.paths import asked_path, is_file
+from astbench.files.paths import asked_path, is_file, is_folder, other_kind
 from astbench.files.reading import one_line, unpacked
 from astbench.files.text import lines, lines_of
 from astbench.tasks.mt.doubts import refuse_ids, refuse_swapped
@@ -134,6 +134,8 @@ def read_sentences(file: str | Path) -> list[str]:
         DataError: missing, unreadable or without any text.
     """
     path = asked_path(file)
+    if is_folder(path):
+        raise DataError(f"--data.file={file} is not a file{other_kind(path)}")
     if not is_file(path):
         raise DataError(f"--data.file={str(file)[:200]} does not exist")
     found = [line.strip() for _, line in (_zipped_lines(path) if path.suffix == ".zip" else lines(path))]

@@ -245,3 +245,18 @@ def test_plugins_added_by_a_config_need_trust_as_well(astbench, tmp_path):
     assert_refused(astbench("fit", f"--config={file}"), 2, "names the plugin ./evil.py")
     file.write_text("plugins+: ./evil.py\n")
     assert_refused(astbench("fit", f"--config={file}"), 2, "plugins+ must be a list")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["fit", "--config={folder}"], "is not a file, it is a folder; name the file in it"),
+        (["fit", "--resume={file}"], "is not a run folder, it is a file"),
+        (["table", "--results={file}"], "is not a folder, it is a file"),
+        (["fit", "--attention=dense", "--task=lra_text", "--data.path={file}"], "is not a folder, it is a file"),
+    ],
+)
+def test_a_file_for_a_folder_and_a_folder_for_a_file_are_told(astbench, tmp_path, words, said):
+    (tmp_path / "file").touch()
+    done = astbench(*(word.format(file=tmp_path / "file", folder=tmp_path) for word in words))
+    assert done.code and said in done.err

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from astbench.cli import main
+from astbench.errors import DataError
 from astbench.tables.documents import Book, first_difference, write
 
 ROOT = Path(__file__).parents[3]
@@ -56,19 +57,72 @@ def test_edited_cell(tree):
 def test_edited_number_of_a_record(tree):
     file = tree / "results" / "mqar" / "dense" / "record.json"
     record = json.loads(file.read_text())
-    record["metrics"]["accuracy"] += 0.2
+    record["density"]["mean"] -= 0.2
     file.write_text(json.dumps(record))
     assert "mqar.md, line" in first_difference(book(tree))
 
 
+@pytest.mark.parametrize(
+    "name, field",
+    [
+        ("mqar/dense", "metrics.accuracy"),
+        ("needle/ast", "accuracy_by_depth.100.accuracy"),
+        ("mqar/local", "accuracy_by_distance.4-7.accuracy"),
+        ("demo/ast-0", "metrics.f1"),
+        ("squad/minilm-dense", "metrics.em"),
+        ("smollm2/moba-tuned", "metrics.perplexity"),
+        ("smollm2/moba-tuned", "metrics.nll"),
+        ("wikitext2-scratch/ast-0", "metrics.word_perplexity"),
+    ],
+)
+def test_edited_score_is_held_against_the_items(tree, name, field):
+    """Writing the page anew would show it as if it had been measured."""
+    file = tree / "results" / name / "record.json"
+    record = json.loads(file.read_text())
+    *path, last = field.split(".")
+    place = record
+    for key in path:
+        place = place[key]
+    place[last] += 0.2
+    file.write_text(json.dumps(record))
+    shown = field if field.startswith("metrics") else path[0]
+    with pytest.raises(DataError, match=f"{name}/record.json: {shown} is .* items.json beside it gives"):
+        write(book(tree))
+    (file.parent / "items.json").unlink()
+    with pytest.raises(DataError, match=f"{name}/items.json"):
+        write(book(tree))
+
+
+@pytest.mark.parametrize("name", ["mqar", "needle"])
+def test_probes_say_what_the_untrained_model_scores(name):
+    """Induction heads are built in: what training added is the difference."""
+    (table,) = book(ROOT).named(name)
+    assert table.head[-1] == "untrained, %"
+    for row in table.rows:
+        trained, untrained = row.runs
+        assert (trained.steps, untrained.steps) == (200, 1) and trained.attention["name"] == untrained.attention["name"]
+        assert row.cells[-1] == f"{untrained.metrics['accuracy']:.1f}"
+
+
+@pytest.mark.parametrize("name", ["needle/dense", "squad/minilm-dense", "decode/layers-cpu"])
+def test_edited_option_does_not_fit_its_hash(tree, name):
+    """Of new records and of those whose hash was made another way, of runs and of benches."""
+    file = tree / "results" / name / "record.json"
+    record = json.loads(file.read_text())
+    record["config"]["seed" if "seed" in record["config"] else "seed_everything"] = 7
+    file.write_text(json.dumps(record))
+    with pytest.raises(DataError, match=f"{name}/record.json: config_hash is "):
+        write(book(tree))
+
+
 def test_edited_option_of_a_record(tree):
     edit(tree / "results" / "needle" / "dense" / "record.json", '"max_steps": 200', '"max_steps": 300')
-    assert "--trainer.max_steps=300" in first_difference(book(tree))
+    assert "needle/dense/record.json: config_hash is" in first_difference(book(tree))
 
 
 def test_edited_config_of_a_bench(tree):
     edit(tree / "results" / "decode" / "layers-cpu" / "record.json", '"repeats": 15', '"repeats": 16')
-    assert "--repeats=16" in first_difference(book(tree))
+    assert "layers-cpu/record.json: config_hash is" in first_difference(book(tree))
 
 
 def test_edited_items(tree):
@@ -76,7 +130,7 @@ def test_edited_items(tree):
     items = json.loads(file.read_text())
     items["0"]["nll"] += 1.0
     file.write_text(json.dumps(items))
-    assert "smollm2.md, line" in first_difference(book(tree))
+    assert "moba-tuned/record.json: metrics.nll is" in first_difference(book(tree))
 
 
 @pytest.mark.parametrize("name", ["needle/local", "multi30k/ast-1", "fox/ast-0", "demo/ast-0-make-demo"])

@@ -1,0 +1,78 @@
+"""Does a record say what its run left: its options fit their hash, its scores the items beside it.
+
+A corpus's BLEU and chrF, and bits per byte, cannot be computed from the items. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from astbench.errors import DataError
+from astbench.runs.record import config_hash, former_config_hash
+
+OF_A_CORPUS = ("bleu", "chrf")
+BY_PLACE = ("accuracy_by_distance", "accuracy_by_depth")
+_SCORED = re.compile(r"([\d,]+) tokens scored of .*?(?:the same nll over ([\d,]+) words|$)", re.DOTALL)
+
+
+def check_options(file: Path, record: Mapping[str, Any]) -> None:
+    """Refuse options that are not those of the run.
+
+    Raises:
+        DataError: naming the record and the field.
+    """
+    config, said = record["config"], record["config_hash"]
+    if said not in (found := (config_hash(config), former_config_hash(config))):
+        raise DataError(
+            f"{file}: config_hash is {said} and its config has {found[0]}: one of the two was edited; "
+            "take the record as the run wrote it"
+        )
+
+
+def check_scores(file: Path, record: Mapping[str, Any], items: Mapping[str, Any]) -> None:
+    """Refuse scores that the items do not give.
+
+    Raises:
+        DataError: naming the record and the field.
+    """
+    metrics = record.get("metrics") or {}
+    expected = {f"metrics.{name}": value for name, value in _of_items(record, metrics, items).items()}
+    said = {f"metrics.{name}": value for name, value in metrics.items()}
+    for name in BY_PLACE:
+        if name in record:
+            cells = record[name].values()
+            right = sum(cell["accuracy"] * cell["count"] for cell in cells)
+            said[name], expected[name] = right / sum(cell["count"] for cell in cells), expected["metrics.accuracy"]
+    for name, value in expected.items():
+        if not math.isclose(said[name], value, rel_tol=1e-6, abs_tol=1e-9):
+            raise DataError(
+                f"{file}: {name} is {said[name]:.6g} and items.json beside it gives {value:.6g}: one of the two was "
+                "edited; take both as the run wrote them"
+            )
+
+
+def _of_items(record: Mapping[str, Any], metrics: Mapping[str, Any], items: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that the items decide."""
+    rows = list(items.values())
+    means = {
+        name: fmean(row[name] for row in rows)
+        for name in metrics
+        if rows and name not in OF_A_CORPUS and all(isinstance(row, dict) and name in row for row in rows)
+    }
+    if "perplexity" not in metrics or "nll" not in metrics:
+        return means
+    scored = _SCORED.search(str(record.get("signature")))
+    tokens, words = (int((number or "0").replace(",", "")) for number in (scored.groups() if scored else ("", "")))
+    if all("tokens" in row for row in rows) and rows:
+        means["nll"] = sum(row["nll"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
+    elif tokens != len(rows) * (record["config"]["data"]["context"] - 1):
+        means["nll"] = metrics["nll"]  # windows of other lengths, in a record from before their tokens were kept
+    means["perplexity"] = math.exp(means["nll"])
+    if words and "word_perplexity" in metrics:
+        means["word_perplexity"] = math.exp(means["nll"] * tokens / words)
+    return means

@@ -1,0 +1,55 @@
+"""What the record says of density: pairs of the whole evaluation, however it is cut into batches and processes."""
+
+import json
+
+import pytest
+
+from tests.astbench.cli.commands import SMALL, command
+
+LOCAL = ["fit", "--attention=local", "--attention.window=8", "--task=triviaqa", *SMALL, "--trainer.accelerator=cpu"]
+
+
+def attended(folder):
+    record = json.loads((folder / "record.json").read_text())
+    return record["density"], record["backends"], record["picture"]
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """A run whose evaluation is one batch."""
+    folder = tmp_path_factory.mktemp("attended") / "whole"
+    code, said = run([*LOCAL, "--data.eval_batch_size=64", "--trainer.devices=1", f"--run_dir={folder}"])
+    assert code == 0, said
+    return folder
+
+
+def test_density_is_that_of_all_batches(astbench, whole, tmp_path):
+    """Nearly: queries that fill up a batch count."""
+    outcome = astbench("validate", f"--ckpt_path={whole}", "--data.eval_batch_size=1", f"--run_dir={tmp_path / 'v'}")
+    assert outcome.code == 0, outcome.err
+    (density, *rest), (expected, *others) = attended(tmp_path / "v"), attended(whole)
+    assert density["layers"].keys() == expected["layers"].keys()
+    assert density["mean"] == pytest.approx(expected["mean"], rel=0.02) and expected["mean"] < 1
+    assert rest == others
+    assert expected["measured_on"] == "every attention call of the whole evaluation, 1 batches"
+    assert int(density["measured_on"].split()[-2]) >= 4
+
+
+def test_density_is_that_of_all_processes(whole, tmp_path):
+    """An odd window is dealt twice to fill up, and counts twice."""
+    words = ["validate", f"--ckpt_path={whole}", "--data.eval_batch_size=1", "--trainer.devices=2"]
+    done = command(*words, f"--run_dir={tmp_path / 'v'}")
+    assert done.returncode == 0, done.stderr
+    density, expected = attended(tmp_path / "v")[0], attended(whole)[0]
+    assert density["mean"] == pytest.approx(expected["mean"], rel=0.1)
+    batches = int(density["measured_on"].split()[-2])
+    assert batches >= 4 and batches % 2 == 0
+
+
+def test_density_of_decoding_counts_every_step(astbench, tmp_path):
+    """A decoder that writes token by token sees no pair twice."""
+    words = ["--attention=dense", "--task=wmt14", "--data.demo_train=8", "--data.demo_eval=3", "--trainer.max_steps=1"]
+    outcome = astbench("fit", *words, "--data.batch_size=4", "--task.beams=2", f"--run_dir={tmp_path / 'r'}")
+    assert outcome.code == 0, outcome.err
+    density, backends, _ = attended(tmp_path / "r")
+    assert density["mean"] == 1 and backends
