@@ -11,7 +11,8 @@ from astbench_registry.conformance.cases import SHORT, SHORT_KEYS, Case, Subject
 from astbench_registry.conformance.checks import demand, holds_for
 from astbench_registry.interface import Attention
 
-DRAWS = 6
+DRAWS = 12
+"""Of inputs at most: half of a ReLU's pairs are zero in one draw, and one in 4,096 is in all."""
 
 
 @holds_for()
@@ -39,6 +40,8 @@ def density(subject: Subject) -> None:
                 demand(number <= reported, what)
         ever = moved if ever is None else ever | moved
         least = counted if least is None else torch.minimum(least, counted)
+        if seed >= 2 and bool((ever.sum((1, 2)) >= least).all()):
+            break
     assert ever is not None and least is not None, "there are draws"
     for head, (number, reported) in enumerate(zip(ever.sum((1, 2)).tolist(), least.tolist(), strict=True)):
         what = f"head {head} reports {reported:.0f} pairs attended to, but only {number} ever move its output"

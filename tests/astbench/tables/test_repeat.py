@@ -1,6 +1,7 @@
 """The command behind every row makes the options that its record holds."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,11 @@ RECIPES = read_recipes(ROOT / "recipes")
 LONG = {"seed": "seed_everything", "attention": "attention.name", "task": "task.name"}
 
 
+def value(text):
+    """A value as the command line reads it: YAML, whose floats need no dot (1e-12)."""
+    return float(text) if re.fullmatch(r"-?\d+(\.\d+)?e-?\d+", text) else yaml.safe_load(text)
+
+
 def typed(line):
     """(command, recipe's options, the other options) of a command line, read as a shell and YAML read it."""
     astbench, command, *words = shlex.split(line, comments=True)
@@ -28,7 +34,7 @@ def typed(line):
     given = dict(word.removeprefix("--").split("=", 1) for word in words)
     recipe = given.pop("config", None)
     config = yaml.safe_load((ROOT / recipe).read_text()) if recipe else {}
-    return command, config, {LONG.get(key, key): yaml.safe_load(value) for key, value in given.items()}
+    return command, config, {LONG.get(key, key): value(text) for key, text in given.items()}
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.group}/{run.name}")

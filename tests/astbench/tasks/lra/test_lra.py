@@ -460,7 +460,7 @@ def test_bad_pathfinder_files(astbench, tmp_path):
         (whole.replace("sample_2.png 2 0", "sample_2.png 2 3"), "0.npy:3: expected folder, image"),
         (whole.replace("sample_2.png", "../../../../secret.png"), "0.npy:3: image"),
         (whole.replace("sample_2.png", "a" * 5000 + ".png"), "0.npy:3: image"),
-        (whole.replace("sample_2.png", "a\0.png"), "0.npy:3: image"),
+        (whole.replace("sample_2.png", "a\0.png"), "0.npy:3 holds a NUL character"),
         ("\x80NUMPY", "0.npy:1: expected folder, image, number and label"),
     ):
         file.write_text(wrong)
