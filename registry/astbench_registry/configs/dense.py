@@ -33,7 +33,12 @@ class DenseConfig(AttentionConfig):
     @property
     def can(self) -> Capabilities:
         """What the backend leaves of it; torch's flash kernel can do more on the CPU than on CUDA."""
-        can, half, full = self.capabilities, ("bfloat16", "float16"), ("float32", "bfloat16", "float16")
+        can = (
+            self.capabilities
+            if self.backend in ("auto", "sdpa_math")
+            else replace(self.capabilities, any_value_size=False)
+        )
+        half, full = ("bfloat16", "float16"), ("float32", "bfloat16", "float16")
         if self.backend in ("sdpa_efficient", "xformers"):
             return replace(can, dtypes=full)
         if self.backend == "flash_attn":

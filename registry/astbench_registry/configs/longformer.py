@@ -62,6 +62,7 @@ class LongformerConfig(AttentionConfig):
             return can
         return replace(
             can,
+            any_value_size=False,
             gqa=False,
             decode=False,
             exact_at_full_density=False,

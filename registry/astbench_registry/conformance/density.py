@@ -33,7 +33,7 @@ def density(subject: Subject) -> None:
             stats = case.run(module, collect_stats=True).stats
         demand(stats is not None, "no statistics although they were asked for")
         assert stats is not None, "demanded above"
-        moved, counted = _moved(module, case), stats.attended[0]
+        moved, counted = _moved(module, case, hidden=subject.can.needs_hidden_states), stats.attended[0]
         if stats.coarse is None and not subject.can.soft_choice:
             for head, (number, reported) in enumerate(zip(moved.sum((1, 2)).tolist(), counted.tolist(), strict=True)):
                 what = f"head {head} reports {reported:.0f} pairs attended to, but {number} move its output"
@@ -48,16 +48,23 @@ def density(subject: Subject) -> None:
         demand(number >= 0.98 * reported, what)
 
 
-def _moved(module: Attention, case: Case) -> Tensor:
-    """Bool `(heads, queries, keys)`: row i of a head has a gradient to value j."""
+def _moved(module: Attention, case: Case, *, hidden: bool) -> Tensor:
+    """Bool `(heads, queries, keys)`: row i of a head has a gradient to value j.
+
+    With `hidden` also to token j of the layer's input, from which some variants make values of their own.
+    """
     rows, heads = case.q.shape[2], case.q.shape[1]
     copies = case.tensors(lambda x: x.expand(rows, *x.shape[1:]))  # copy i for row i
-    values = copies.v.clone().requires_grad_()
-    out = replace(copies, v=values).out(module)
+    values, states = copies.v.clone().requires_grad_(), copies.hidden.clone().requires_grad_(hidden)
+    out = replace(copies, v=values, hidden=states).out(module)
     own = out[torch.arange(rows), :, torch.arange(rows)].sum((0, 2))  # (heads,)
     each = heads // values.shape[1]
     found = []
     for head in range(heads):
-        (grad,) = torch.autograd.grad(own[head], values, retain_graph=head + 1 < heads)
-        found.append(grad[:, head // each].abs().amax(-1) > 1e-12)
+        inputs = (values, states) if hidden else (values,)
+        grads = torch.autograd.grad(own[head], inputs, retain_graph=head + 1 < heads, allow_unused=True)
+        moved = grads[0][:, head // each].abs().amax(-1) > 1e-12
+        if hidden and grads[1] is not None:
+            moved = moved | (grads[1].abs().amax(-1) > 1e-12)
+        found.append(moved)
     return torch.stack(found)

@@ -87,7 +87,7 @@ class SparseAttention(Attention):
         queries, keys, values = (in_rows(x.repeat_interleave(q.shape[1] // x.shape[1], 1), stride) for x in (q, k, v))
         valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=q.device)
         valid = in_rows((valid if mask.key_valid is None else mask.key_valid)[:, None, :, None], stride)[..., 0]
-        out = torch.empty_like(queries)
+        out = queries.new_empty(*queries.shape[:-1], v.shape[-1])
         for heads, parts in self.parts():
             query, key, value = queries[:, heads], keys[:, heads], values[:, heads]
             out[:, heads] = _attend(query, key, value, valid, parts, mask.causal, scale)
@@ -219,7 +219,7 @@ def _attend(
     every = torch.cat(logits, -1)
     weights = every.masked_fill(hidden, torch.finfo(every.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
     pieces = dict(zip(parts, weights.split([x.shape[-1] for x in logits], -1), strict=True))
-    out = torch.zeros_like(q)
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     if "local" in parts:
         out = out + pieces["local"] @ _neighbours(v, sides)
     if "strided" in parts:

@@ -80,7 +80,7 @@ def test_every_property_says_what_must_hold():
 
 
 def test_unknown_property_is_an_error():
-    with pytest.raises(ValueError, match="unknown property 'causalty'; there are: interface, causality"):
+    with pytest.raises(ValueError, match="unknown property 'causalty'; there are: interface, value_size, causality"):
         check("dense", properties=["causalty"])
 
 
