@@ -59,12 +59,12 @@ def _moved(module: Attention, case: Case, *, hidden: bool) -> Tensor:
     out = replace(copies, v=values, hidden=states).out(module)
     own = out[torch.arange(rows), :, torch.arange(rows)].sum((0, 2))  # (heads,)
     each = heads // values.shape[1]
+    if not hidden:  # heads of different key/value heads have their gradients apart: one pass for all of them
+        passes = (torch.autograd.grad(own[i::each].sum(), values, retain_graph=True)[0] for i in range(each))
+        return torch.stack([grad.abs().amax(-1) > 1e-12 for grad in passes], 2).flatten(1, 2).transpose(0, 1)
     found = []
     for head in range(heads):
-        inputs = (values, states) if hidden else (values,)
-        grads = torch.autograd.grad(own[head], inputs, retain_graph=head + 1 < heads, allow_unused=True)
-        moved = grads[0][:, head // each].abs().amax(-1) > 1e-12
-        if hidden and grads[1] is not None:
-            moved = moved | (grads[1].abs().amax(-1) > 1e-12)
-        found.append(moved)
+        grad, seen = torch.autograd.grad(own[head], (values, states), retain_graph=True, allow_unused=True)
+        moved = grad[:, head // each].abs().amax(-1) > 1e-12
+        found.append(moved if seen is None else moved | (seen.abs().amax(-1) > 1e-12))
     return torch.stack(found)
