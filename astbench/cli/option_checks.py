@@ -79,9 +79,9 @@ def check_options(command: str, options: Namespace, task: Task) -> None:
         CapabilityError: the attention cannot do what the task asks of it.
         MissingPackageError: an accelerator that is not there.
     """
+    _, data_class, task_config = task.load()
     check_data_sizes(vars(options.data))
-    check_attention_sizes(without_name(options.attention), options.data[task.load()[1].length_option])
-    _, _, task_config = task.load()
+    check_attention_sizes(without_name(options.attention), options.data[data_class.length_option])
     config = make_config(options.attention.name, without_name(options.attention))
     _check_attention(command, options, task, config, task_config(**without_name(options.task)))
     BackboneConfig(**vars(options.backbone))

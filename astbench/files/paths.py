@@ -1,11 +1,12 @@
 """Names of files from options and from data, among them names that the system refuses. Imports nothing heavy.
 
 A name may be too long, hold a NUL or half of a surrogate pair, or run in a circle of links. `pathlib` raises OSError,
-ValueError or RuntimeError for these; here there is simply no such file.
+ValueError or RuntimeError for these; here, and for `os.path`, there is simply no such file.
 """
 
 from __future__ import annotations
 
+from os.path import exists, isdir
 from pathlib import Path
 
 REFUSED = (OSError, ValueError, RuntimeError)
@@ -20,33 +21,9 @@ def asked_path(name: str | Path) -> Path:
         return Path(name)
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder."""
-    try:
-        return path.exists()
-    except REFUSED:
-        return False
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is such a file."""
-    try:
-        return path.is_file()
-    except REFUSED:
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Whether there is such a folder."""
-    try:
-        return path.is_dir()
-    except REFUSED:
-        return False
-
-
 def other_kind(path: Path) -> str:
     """For a message on a path that should be the other of the two: `, it is a file`; empty where nothing is there."""
-    return ", it is a folder" if is_folder(path) else ", it is a file" if is_there(path) else ""
+    return ", it is a folder" if isdir(path) else ", it is a file" if exists(path) else ""
 
 
 def file_inside(folder: Path, name: str) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from os.path import exists, isdir  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from astbench.backbones.presets import BackboneConfig
 from astbench.errors import ConfigError, DataError
-from astbench.files.paths import asked_path, is_folder, is_there, other_kind
+from astbench.files.paths import asked_path, other_kind
 from astbench.files.text import read_document
 
 Found = TypeVar("Found")
@@ -125,9 +126,9 @@ def asked_text(option: str, file: str) -> str:
         DataError: missing, not UTF-8, empty, or too long; names the option.
     """
     path, place = asked_path(file), f"--data.{option}={file}"
-    if not is_there(path):
+    if not exists(path):
         raise DataError(f"{place} does not exist")
-    if is_folder(path):
+    if isdir(path):
         raise DataError(f"{place} is not a file{other_kind(path)}")
     text = read_document(path, place)
     if not text.strip():

@@ -27,7 +27,8 @@ def check_arguments(
         )
     if k.dim() == 4 and key_valid is not None and key_valid.shape != (k.shape[0], k.shape[2]):
         problems.append(f"key_valid must be {(k.shape[0], k.shape[2])}, got {tuple(key_valid.shape)}")
-    if not problems and layout.indices.device.type == "cpu":  # a GPU would have to be waited for
+    # A GPU would have to be waited for; and lists by the hundred thousand are not read again for each call.
+    if not problems and layout.indices.device.type == "cpu" and not layout.sound:
         problems = _lists(layout)
     if problems:
         raise ValueError("; ".join(problems))

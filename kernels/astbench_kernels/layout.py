@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class BlockLayout:
     key_length: int
     query_offset: int = 0
     key_stride: int = 1
+    _sound: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (("key_stride", 1), ("block_size", 1), ("query_group", 1), ("query_offset", 0)):
@@ -64,6 +65,16 @@ class BlockLayout:
                 f"expected {self.num_groups} query groups of {self.query_group} for queries "
                 f"{self.query_offset}..{self.query_offset + self.query_length - 1}, got {self.indices.shape[2]}"
             )
+
+    @property
+    def sound(self) -> bool:
+        """The lists were made by this class and not written into since: each names blocks that there are, once."""
+        return self._sound is not None and self._sound == _versions(self.indices, self.counts)
+
+    def _made(self) -> BlockLayout:
+        """The same, its lists known to be sound; :func:`dataclasses.replace` forgets it."""
+        object.__setattr__(self, "_sound", _versions(self.indices, self.counts))
+        return self
 
     @property
     def num_blocks(self) -> int:
@@ -109,7 +120,8 @@ class BlockLayout:
         # Both masks are read row by row: the kept blocks fall into their row's first slots, in ascending order.
         slots = torch.arange(width, device=keep.device) < counts.unsqueeze(-1)
         indices.masked_scatter_(slots, (kept % blocks).to(torch.int32))
-        return BlockLayout(indices, counts, block_size, query_group, query_length, key_length, query_offset, key_stride)
+        shape = (block_size, query_group, query_length, key_length, query_offset, key_stride)
+        return BlockLayout(indices, counts, *shape)._made()
 
     def to_mask(self) -> Tensor:
         """Bool `(batch, list_heads, groups, key_blocks)`, the inverse of :meth:`from_mask`."""
@@ -189,11 +201,12 @@ class BlockLayout:
     def expand_heads(self, num_heads: int) -> BlockLayout:
         """Repeat each list for the consecutive heads that share it."""
         repeats = num_heads // self.indices.shape[1]
-        return replace(
+        expanded = replace(
             self,
             indices=self.indices.repeat_interleave(repeats, 1),
             counts=self.counts.repeat_interleave(repeats, 1),
         )
+        return expanded._made() if self.sound else expanded
 
 
 def visible_pairs(
@@ -216,6 +229,11 @@ def visible_pairs(
         return stop.sum(dtype=torch.float64).expand(batch)
     seen = torch.nn.functional.pad(key_valid.long().cumsum(1), (1, 0))
     return seen[:, stop].sum(1, dtype=torch.float64)
+
+
+def _versions(indices: Tensor, counts: Tensor) -> tuple[int, int] | None:
+    """How often each was written into; None in inference mode, where nobody counts."""
+    return None if indices.is_inference() or counts.is_inference() else (indices._version, counts._version)
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:

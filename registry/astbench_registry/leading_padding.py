@@ -211,8 +211,8 @@ def _layout(inputs: _Inputs, parts: list[tuple[Tensor, BlockLayout | None]]) -> 
     if not layouts or len(layouts) < len(parts) or any(layout.query_offset for layout in layouts):
         return None
     first = layouts[0]
-    lengths = {"query_length": inputs.q.shape[2], "key_length": inputs.k.shape[2]}
-    groups = -(-lengths["query_length"] // first.query_group)
+    queries, keys = inputs.q.shape[2], inputs.k.shape[2]
+    groups = -(-queries // first.query_group)
     width, heads = max(x.indices.shape[-1] for x in layouts), first.indices.shape[1]
     indices = first.indices.new_zeros(inputs.q.shape[0], heads, groups, width)
     counts = first.counts.new_zeros(indices.shape[:3])
@@ -220,7 +220,7 @@ def _layout(inputs: _Inputs, parts: list[tuple[Tensor, BlockLayout | None]]) -> 
         count, wide = layout.indices.shape[2:]
         indices[rows, :, :count, :wide] = layout.indices.expand(len(rows), -1, -1, -1)
         counts[rows, :, :count] = layout.counts.expand(len(rows), -1, -1)
-    return replace(first, indices=indices, counts=counts, **lengths)
+    return replace(first, indices=indices, counts=counts, query_length=queries, key_length=keys)
 
 
 def attended_tokens(stats: AttentionStats, mask: AttentionMask) -> Tensor:

@@ -52,6 +52,19 @@ def test_is_refused_by_name(backend, changes, reason):
         block_sparse_attention(**call(**changes), backend=backend)
 
 
+def test_lists_that_were_written_into_are_looked_at_again():
+    """Those that a layout made itself are not, as long as nobody changes them."""
+    layout = call()["layout"]
+    assert layout.sound and layout.expand_heads(2 * HEADS).sound and not replace(layout, query_offset=0).sound
+    for name, value in (("indices", 3), ("counts", 9)):
+        spoilt = call()["layout"]
+        getattr(spoilt, name).fill_(value)
+        with pytest.raises(ValueError, match=f"layout.{name} must"):
+            block_sparse_attention(**call(layout=spoilt))
+    with torch.inference_mode():
+        assert not call()["layout"].sound
+
+
 def test_padding_of_lists_is_never_looked_at():
     layout = lists(0, 2)
     padded = replace(layout, indices=torch.nn.functional.pad(layout.indices, (0, 1), value=-7))

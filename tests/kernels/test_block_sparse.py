@@ -232,7 +232,7 @@ def test_equal_runs_are_bitwise_equal(schedule):
         return out, lse, *torch.autograd.grad(out.sum(), (q, k, v, bias))
 
     first = run()
-    for _ in range(50):
+    for _ in range(250):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 
@@ -245,8 +245,7 @@ def test_gather_gradcheck(schedule):
         )
         return out, lse.masked_fill(lse == -torch.inf, 0.0)
 
-    # Random directions; every entry of every gradient is compared with the reference elsewhere.
-    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(run, inputs)
 
 
 @pytest.mark.parametrize("backend", ["reference", "gather", "flex"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import pairwise
+from os.path import exists, isfile  # of names that the system refuses pathlib's own raise
 from typing import Literal
 
 from astbench.errors import DataError
 from astbench.files.hub import hub_rows
-from astbench.files.paths import asked_path, is_file, is_there
+from astbench.files.paths import asked_path
 from astbench.files.text import plain, read_text
 from astbench.tasks.lm import demo
 
@@ -54,9 +55,9 @@ def read_local(path: str, split: str) -> Corpus:
     if not path:
         raise DataError("--data.source=local needs --data.path=FOLDER with wiki.test.raw")
     where = asked_path(path)
-    if not is_there(where):
+    if not exists(where):
         raise DataError(f"--data.path={str(where)[:200]} does not exist")
-    if is_file(where):
+    if isfile(where):
         if split == "train":
             raise DataError(
                 f"--data.path={where} is one file; training needs a folder with wiki.train.raw and wiki.valid.raw"
@@ -64,7 +65,7 @@ def read_local(path: str, split: str) -> Corpus:
         return Corpus(read_text(where), where.name)
     for name in _FILES[split]:
         for ending in ("", ".gz"):
-            if is_file(file := where / f"{name}{ending}"):
+            if isfile(file := where / f"{name}{ending}"):
                 return Corpus(read_text(file), file.name)
     raise DataError(f"--data.path={where} holds none of {', '.join(_FILES[split])} (also .gz)")
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import chain, zip_longest
+from os.path import isdir  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from astbench.errors import DataError
-from astbench.files.paths import asked_path, file_inside, is_folder, other_kind, shown
+from astbench.files.paths import asked_path, file_inside, other_kind, shown
 from astbench.files.reading import one_line, read_bytes
 from astbench.files.text import lines, read_document
 from astbench.tasks.lra.base_data import Row
@@ -37,7 +38,7 @@ def local_folder(path: str) -> Path:
     if not path:
         raise DataError("--data.source=local needs --data.path=FOLDER")
     folder = asked_path(path)
-    if not is_folder(folder):
+    if not isdir(folder):
         raise DataError(f"--data.path={path[:200]} is not a folder{other_kind(folder)}")
     return folder
 
@@ -200,9 +201,8 @@ def _grey_image(file: Path) -> bytes:
         raise DataError(f"{file} is no file")  # a pipe would be waited for
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # nothing is unpacked before its size is known
+            # Nothing is unpacked before its size is known.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file)
         with image:
             if image.size != (32, 32):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from os.path import exists, isdir  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +17,7 @@ from astbench.backbones.load import require_positions
 from astbench.backbones.presets import resolve_preset
 from astbench.backbones.tokenizers import load_tokenizer, saved_tokenizer, train_bpe
 from astbench.errors import ConfigError, DataError
-from astbench.files.paths import asked_path, is_folder, is_there
+from astbench.files.paths import asked_path
 from astbench.files.text import plain
 from astbench.tasks.base import TaskData, at_least
 from astbench.tasks.mt import demo, sources
@@ -155,14 +156,14 @@ class TranslationData(TaskData):
         if not self.path:
             raise DataError("--data.source=local needs --data.path=FOLDER with train.en, train.de, ..., or a table")
         path = asked_path(self.path)
-        if is_folder(path):
+        if isdir(path):
             if self.columns is not None:
                 raise ConfigError(f"--data.columns is of one table, and --data.path={path} is a folder; name the table")
             pairs = sources.read_parallel(path, self.names[split], f"{split}_name")
             if swapped(pairs):
                 self.notes.append(f"the English side of {self.names[split]} looks like German, the German like English")
             return pairs
-        if not is_there(path):
+        if not exists(path):
             raise DataError(f"--data.path={str(path)[:200]} does not exist")
         if self._table is None:
             self._table = {"train": [], "validation": [], "test": []}
@@ -286,7 +287,7 @@ class TranslationData(TaskData):
         name = {"demo": f"demo {split}", "hub": sources.HUB_TESTS.get(split, split)}.get(self.source)
         if name is None:
             path = asked_path(self.path)
-            name = Path(self.names[split]).name if is_folder(path) else f"{path.name}, {split}"
+            name = Path(self.names[split]).name if isdir(path) else f"{path.name}, {split}"
         lines = f"{total:,} lines"
         if "newstest2014" in name:
             lines += {3003: ", the full set", 2737: ", the filtered set that sacreBLEU calls wmt14"}.get(total, "")

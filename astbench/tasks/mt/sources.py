@@ -7,13 +7,14 @@ import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from os.path import isdir, isfile  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 from typing import NamedTuple
 
 from astbench.errors import DataError
 from astbench.files import fields
 from astbench.files.hub import hub_rows
-from astbench.files.paths import asked_path, is_file, is_folder, other_kind
+from astbench.files.paths import asked_path, other_kind
 from astbench.files.reading import one_line, unpacked
 from astbench.files.text import lines, lines_of
 from astbench.tasks.mt.doubts import refuse_ids, refuse_swapped
@@ -58,7 +59,7 @@ def read_parallel(folder: Path, name: str, option: str) -> list[Pair]:
 def _file(folder: Path, name: str, language: str, option: str) -> Path:
     tried = [folder / f"{name}.{ending}{packed}" for ending in ENDINGS[language] for packed in ("", ".gz")]
     for file in tried:
-        if is_file(file):
+        if isfile(file):
             return file
     tables = sorted(x.name for x in folder.iterdir() if x.name.endswith((".tsv", ".tsv.gz", ".zip")) and x.is_file())
     table = f"; a table of pairs is read as --data.path={folder / tables[0]}" if tables else ""
@@ -134,9 +135,9 @@ def read_sentences(file: str | Path) -> list[str]:
         DataError: missing, unreadable or without any text.
     """
     path = asked_path(file)
-    if is_folder(path):
+    if isdir(path):
         raise DataError(f"--data.file={file} is not a file{other_kind(path)}")
-    if not is_file(path):
+    if not isfile(path):
         raise DataError(f"--data.file={str(file)[:200]} does not exist")
     found = [line.strip() for _, line in (_zipped_lines(path) if path.suffix == ".zip" else lines(path))]
     if not any(found):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from os.path import exists, isfile  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 from typing import Any
 
 from astbench.errors import DataError, MissingPackageError
 from astbench.files import fields
 from astbench.files.hub import hub_rows
-from astbench.files.paths import asked_path, file_inside, is_file, is_there, shown
+from astbench.files.paths import asked_path, file_inside, shown
 from astbench.files.reading import check_unpacked, one_line
 from astbench.files.text import json_lines, read_document, read_json
-from astbench.tasks.qa import squad
 from astbench.tasks.qa.examples import QAExample, distinct_answers, document
 
 TRIVIAQA_HUB = ("mandarjoshi/trivia_qa", "rc.wikipedia", "0f7faf33a3908546c6fd5b73a660e0f8ff173c2f")
@@ -36,7 +36,7 @@ def read_triviaqa(path: str | Path, split: str) -> list[QAExample]:
     folder = existing(path)
     for name in _SPLIT_NAMES[split]:
         for official in (folder / "qa" / f"wikipedia-{name}.json", folder / f"wikipedia-{name}.json"):
-            if is_file(official):
+            if isfile(official):
                 return list(_official_triviaqa(official, folder / "evidence" / "wikipedia"))
     table = _table(folder, split)
     if table is None:
@@ -94,15 +94,6 @@ def _page(evidence: Path, name: str, where: str) -> str:
     return read_document(file)
 
 
-def read_squad(path: str | Path, whole_articles: bool = False) -> list[QAExample]:
-    """SQuAD's official JSON file, or the folder that holds it: a question and its paragraph each, or its whole article.
-
-    Raises:
-        DataError: missing or damaged file, or another format; names the file.
-    """
-    return squad.read_squad_file(squad.squad_file(existing(path), "validation")[0], whole_articles, [])
-
-
 def read_hub(split: str) -> list[QAExample]:
     """A split of TriviaQA from the Hugging Face hub at a pinned revision; its offline cache is honoured.
 
@@ -136,14 +127,14 @@ def existing(path: str | Path) -> Path:
     if not str(path):
         raise DataError("--data.source=local needs --data.path=FOLDER")
     path = asked_path(path)
-    if not is_there(path):
+    if not exists(path):
         raise DataError(f"--data.path={str(path)[:200]} does not exist")
     return path
 
 
 def _table(folder: Path, split: str) -> Path | None:
     tables = (folder / f"{name}{ending}" for name in _SPLIT_NAMES[split] for ending in _ENDINGS)
-    return next((table for table in tables if is_file(table)), None)
+    return next((table for table in tables if isfile(table)), None)
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:

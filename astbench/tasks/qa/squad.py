@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from os.path import isdir  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 from typing import Any
 
 from astbench.errors import DataError
 from astbench.files import fields
 from astbench.files.hub import hub_rows
-from astbench.files.paths import is_folder
 from astbench.files.text import plain, read_json
 from astbench.tasks.qa.examples import PARAGRAPH_BREAK, QAExample, distinct_answers, document
 
@@ -25,7 +25,7 @@ def squad_file(place: Path, split: str) -> tuple[Path, bool]:
     Raises:
         DataError: several files of which none, or more than one, is named after the split.
     """
-    if not is_folder(place):
+    if not isdir(place):
         return place, False
     found = sorted(file for ending in ("json", "json.gz") for file in place.glob(f"*.{ending}"))
     if len(found) == 1:

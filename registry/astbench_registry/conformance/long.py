@@ -57,9 +57,9 @@ def _settings(subject: Subject, *, full_density: bool = False) -> Iterator[tuple
             continue
         other = replace(subject, config=config)
         longest = other.can.max_length or LONGEST
+        # Room for the next multiple of what the variant takes.
+        module = other.build(full_density=full_density, max_positions=2 * LONGEST)
         for length in lengths_of(config):
-            # Room for the next multiple of what the variant takes.
-            module = other.build(full_density=full_density, max_positions=2 * LONGEST)
             yield module, other, min(length, longest)
 
 

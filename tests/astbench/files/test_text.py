@@ -14,8 +14,9 @@ from astbench.tasks.base import asked_text
 from astbench.tasks.lm.sources import read_local
 from astbench.tasks.lra import sources as lra
 from astbench.tasks.mt.sources import read_parallel, read_sentences, read_table
-from astbench.tasks.qa.sources import read_squad, read_triviaqa
+from astbench.tasks.qa.sources import read_triviaqa
 from astbench.tasks.qa.windows import find_mentions
+from tests.astbench.tasks.qa.reading import read_squad
 
 # -- every reader, its files as text (`@` is where a test puts a character), and what it makes of them ----------------
 

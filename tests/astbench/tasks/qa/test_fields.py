@@ -7,8 +7,9 @@ import pytest
 
 from astbench.errors import DataError
 from astbench.tasks.qa.data import SquadData, TriviaQAData
-from astbench.tasks.qa.sources import fingerprint, read_squad, read_triviaqa
+from astbench.tasks.qa.sources import fingerprint, read_triviaqa
 from astbench.tasks.qa.windows import find_mentions
+from tests.astbench.tasks.qa.reading import read_squad
 
 NESTED = json.loads("[" * 400 + "]" * 400)
 VALUES = [None, True, False, 0, -1, 7, 10**30, 1.0, 1.5, float("nan"), float("inf"), "", " ", "x", "\ud800", "a\0b"]

@@ -17,10 +17,11 @@ from astbench.tasks.qa import demo as qa_demo
 from astbench.tasks.qa.data import SquadData, TriviaQAData
 from astbench.tasks.qa.examples import QAExample
 from astbench.tasks.qa.metrics import exact_match, f1_score, mean, normalize_squad, normalize_triviaqa, score
-from astbench.tasks.qa.sources import fingerprint, read_squad, read_triviaqa
+from astbench.tasks.qa.sources import fingerprint, read_triviaqa
 from astbench.tasks.qa.task import best_spans, marginal_nll
 from astbench.tasks.qa.windows import Collate, QADataset, Windower, find_mentions
 from astbench.training.sampler import Draw
+from tests.astbench.tasks.qa.reading import read_squad
 
 # -- metrics ----------------------------------------------------------------------------------------------
 
