@@ -16,9 +16,10 @@ from astbench.files import reading
 from astbench.files.text import LONGEST, lines, read_document, read_text
 from astbench.tasks.lra import sources as lra
 from astbench.tasks.mt.sources import read_table
-from astbench.tasks.qa.sources import read_squad, read_triviaqa
+from astbench.tasks.qa.sources import read_triviaqa
 from tests.astbench.cli.test_cli import assert_refused
 from tests.astbench.files.test_text import READERS, read_back
+from tests.astbench.tasks.qa.reading import read_squad
 
 BLANKS = 16 << 20
 """More than a packed file may unpack to without asking."""
