@@ -23,7 +23,7 @@ from astbench.runs.checkpoint_checks import check_content, check_weights
 from astbench.runs.checkpoints import read_checkpoint
 from astbench.training.averaging import final_weights
 from astbench.training.optim import OptimConfig
-from astbench.training.seeds import derived_seed
+from astbench.training.seeds import derived_seed, seed_devices
 from astbench.training.sharding import FullyShardedStrategy, shard
 from astbench_registry import Pattern
 
@@ -192,7 +192,7 @@ class TaskModule(pl.LightningModule):
         """Randomness from (seed, batch number): a resumed run draws what the uninterrupted one would."""
         accumulate = self.trainer.accumulate_grad_batches
         count = self.global_step * accumulate + batch_idx % accumulate
-        torch.manual_seed(derived_seed(self.seed, count, self.global_rank))
+        seed_devices(derived_seed(self.seed, count, self.global_rank))
         self.swapped.set_step(self.global_step)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
