@@ -64,10 +64,21 @@ def _kinds(
         problems.append(f"block_bias must be floating-point, got {_short(block_bias.dtype)}")
     if key_valid is not None and key_valid.dtype != torch.bool:
         problems.append(f"key_valid must be bool, True for real keys, got {_short(key_valid.dtype)}")
-    for name, x in (("layout.indices", layout.indices), ("layout.counts", layout.counts)):
+    whole = {"layout.indices": layout.indices, "layout.counts": layout.counts, "layout.since": layout.since}
+    for name, x in whole.items():
+        if x is None:
+            continue
         if x.is_floating_point() or x.dtype == torch.bool:
             problems.append(f"{name} must be int32 or int64, got {_short(x.dtype)}")
-    given = {"q": q, "k": k, "v": v, "layout": layout.indices, "block_bias": block_bias, "key_valid": key_valid}
+    given = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "layout": layout.indices,
+        "layout.since": layout.since,
+        "block_bias": block_bias,
+        "key_valid": key_valid,
+    }
     where = {name: x.device for name, x in given.items() if x is not None}
     problems += [
         f"{name} is on the meta device: there is nothing to compute" for name in where if where[name].type == "meta"
@@ -90,6 +101,10 @@ def _lists(layout: BlockLayout) -> list[str]:
         problems.append(f"layout.counts must be within 0 and the width of the lists, {width}")
     if listed.numel() and not 0 <= int(listed.min()) <= int(listed.max()) < max(1, layout.num_blocks):
         problems.append(f"layout.indices must name blocks 0 to {layout.num_blocks - 1}")
+    if layout.since is not None and layout.since.numel():
+        since = layout.since.masked_fill(~slots, 0)
+        if not 0 <= int(since.min()) <= int(since.max()) <= layout.query_group:
+            problems.append(f"layout.since must be rows of a group, 0 to {layout.query_group}")
     if not problems and _repeats(layout.indices, slots):
         problems.append("layout.indices must name each block of a list once")
     return problems

@@ -39,6 +39,9 @@ class BlockLayout:
         key_length: Number of key rows.
         query_offset: Absolute position of query row 0.
         key_stride: Consecutive tokens that a key stands for; 1 unless keys are coarse.
+        since: Integers as `indices`, 0 to `query_group`: the first row of its group, counted from the group's first
+            position, that sees the entry's block; every later one does. A causal list that grows within its group is
+            *carried*: a block that one row chose is seen by that row and the rows behind it. None: all rows see all.
     """
 
     indices: Tensor
@@ -49,7 +52,8 @@ class BlockLayout:
     key_length: int
     query_offset: int = 0
     key_stride: int = 1
-    _sound: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
+    since: Tensor | None = None
+    _sound: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (("key_stride", 1), ("block_size", 1), ("query_group", 1), ("query_offset", 0)):
@@ -60,6 +64,8 @@ class BlockLayout:
                 "indices must be (batch, list_heads, groups, width) and counts (batch, list_heads, groups), "
                 f"got {tuple(self.indices.shape)} and {tuple(self.counts.shape)}"
             )
+        if self.since is not None and self.since.shape != self.indices.shape:
+            raise ValueError(f"since {tuple(self.since.shape)} must align with indices {tuple(self.indices.shape)}")
         if self.indices.shape[2] != self.num_groups:
             raise ValueError(
                 f"expected {self.num_groups} query groups of {self.query_group} for queries "
@@ -69,11 +75,11 @@ class BlockLayout:
     @property
     def sound(self) -> bool:
         """The lists were made by this class and not written into since: each names blocks that there are, once."""
-        return self._sound is not None and self._sound == _versions(self.indices, self.counts)
+        return self._sound is not None and self._sound == _versions(self.indices, self.counts, self.since)
 
     def _made(self) -> BlockLayout:
         """The same, its lists known to be sound; :func:`dataclasses.replace` forgets it."""
-        object.__setattr__(self, "_sound", _versions(self.indices, self.counts))
+        object.__setattr__(self, "_sound", _versions(self.indices, self.counts, self.since))
         return self
 
     @property
@@ -123,6 +129,65 @@ class BlockLayout:
         shape = (block_size, query_group, query_length, key_length, query_offset, key_stride)
         return BlockLayout(indices, counts, *shape)._made()
 
+    @staticmethod
+    def carried(
+        keep: Tensor,
+        *,
+        block_size: int,
+        query_group: int,
+        query_length: int,
+        key_length: int,
+        query_offset: int = 0,
+        before: Tensor | None = None,
+    ) -> BlockLayout:
+        """Carried lists from what each row keeps, bool `(batch, list_heads, query_length, key_blocks)`.
+
+        Args:
+            keep: Blocks that each query row chose.
+            block_size: As the attribute.
+            query_group: Consecutive positions that share and carry a list.
+            query_length: As the attribute.
+            key_length: As the attribute.
+            query_offset: As the attribute.
+            before: Integers `(batch, list_heads, key_blocks)`: the rows of the first group that chose each block in
+                front of row 0, as in :meth:`first_rows`; None where row 0 begins a group.
+
+        Cost: O(query_length x key_blocks) time; memory for as many bytes.
+        """
+        groups = ceil_div(query_offset + query_length, query_group) - query_offset // query_group
+        lead = query_offset % query_group
+        tail = groups * query_group - lead - query_length
+        rows = torch.nn.functional.pad(keep, (0, 0, lead, tail)).unflatten(2, (groups, query_group))
+        small = torch.uint8 if query_group < 2**8 else torch.int32
+        row = torch.arange(query_group, device=keep.device, dtype=small)[:, None]
+        first = torch.where(rows, row, query_group).to(small).amin(3) if rows.numel() else rows.new_zeros(0)
+        first = first.view(*keep.shape[:2], groups, keep.shape[-1]).to(torch.int32)
+        if before is not None and groups:
+            first[:, :, 0] = torch.minimum(first[:, :, 0], before)
+        layout = BlockLayout.from_mask(
+            first < query_group,
+            block_size=block_size,
+            query_group=query_group,
+            query_length=query_length,
+            key_length=key_length,
+            query_offset=query_offset,
+        )
+        listed = layout.indices.long().masked_fill(~layout.slots, 0)
+        since = first.gather(-1, listed).masked_fill_(~layout.slots, 0) if keep.shape[-1] else layout.indices
+        return replace(layout, since=since)._made()
+
+    def first_rows(self) -> Tensor:
+        """int32 `(batch, list_heads, groups, key_blocks)`: the first row of a group that sees each block.
+
+        `query_group` for blocks that are not listed.
+        """
+        table = torch.full(
+            (*self.counts.shape, self.num_blocks + 1), self.query_group, dtype=torch.int32, device=self.indices.device
+        )
+        index = torch.where(self.slots, self.indices, self.num_blocks).long()
+        since = torch.zeros_like(self.indices) if self.since is None else self.since
+        return table.scatter(-1, index, since.to(torch.int32))[..., :-1]
+
     def to_mask(self) -> Tensor:
         """Bool `(batch, list_heads, groups, key_blocks)`, the inverse of :meth:`from_mask`."""
         keep = torch.zeros(*self.counts.shape, self.num_blocks + 1, dtype=torch.bool, device=self.indices.device)
@@ -134,6 +199,10 @@ class BlockLayout:
         position = torch.arange(self.query_length, device=self.indices.device) + self.query_offset
         return position // self.query_group - self.first_group
 
+    def row_offsets(self) -> Tensor:
+        """int64 `(query_length,)`: each query row's place in its group, what `since` counts."""
+        return (torch.arange(self.query_length, device=self.indices.device) + self.query_offset) % self.query_group
+
     def token_mask(self, *, causal: bool, key_valid: Tensor | None = None) -> Tensor:
         """Bool `(batch, list_heads, query_length, key_length)`: the exact pairs this layout attends to.
 
@@ -141,7 +210,8 @@ class BlockLayout:
         """
         device = self.indices.device
         block_of_key = torch.arange(self.key_length, device=device) // self.block_size
-        keep = self.to_mask()[:, :, self.row_groups()][..., block_of_key]
+        first = self.first_rows()[:, :, self.row_groups()]
+        keep = (first <= self.row_offsets()[:, None])[..., block_of_key]
         if causal:
             position = torch.arange(self.query_length, device=device)[:, None] + self.query_offset
             keep = keep & (torch.arange(self.key_length, device=device) <= last_key(position, self.key_stride))
@@ -167,12 +237,15 @@ class BlockLayout:
         stop = (start + self.block_size).clamp(max=self.key_length)
         total = torch.zeros(self.counts.shape[:2], dtype=torch.float64, device=device)
         groups = self.row_groups()
-        if not causal:  # the rows of a group see the same keys
+        if not causal and self.since is None:  # the rows of a group see the same keys
             bounds = (edge.clamp(max=self.key_length) for edge in (start, stop))
             first, end = (_look_up(seen, edge) for edge in bounds)
             rows_of = groups.bincount(minlength=start.shape[2])
             return (((end - first) * self.slots).sum(-1) * rows_of).sum(-1, dtype=torch.float64)
-        last = last_key(torch.arange(self.query_length, device=device) + self.query_offset, self.key_stride)
+        last = torch.full_like(groups, self.key_length - 1)
+        if causal:
+            last = last_key(torch.arange(self.query_length, device=device) + self.query_offset, self.key_stride)
+        offsets = self.row_offsets()
         rows_per_step = max(1, 2**22 // max(1, start[:, :, 0].numel()))
         for rows in torch.arange(self.query_length, device=device).split(rows_per_step):
             begin, end = start[:, :, groups[rows]], stop[:, :, groups[rows]]
@@ -180,8 +253,26 @@ class BlockLayout:
             begin = begin.clamp(max=self.key_length)
             end = end.clamp(max=self.key_length)
             per_slot = _look_up(seen, end) - _look_up(seen, begin)
-            total += (per_slot * self.slots[:, :, groups[rows]]).sum((-1, -2), dtype=torch.float64)
+            slots = self.slots[:, :, groups[rows]]
+            if self.since is not None:
+                slots = slots & (self.since[:, :, groups[rows]] <= offsets[rows, None])
+            total += (per_slot * slots).sum((-1, -2), dtype=torch.float64)
         return total
+
+    def tiles(self, *, causal: bool) -> tuple[Tensor, int]:
+        """What a kernel that works tile by tile has to compute, and could at most.
+
+        Returns:
+            float64 `(batch, list_heads)`: listed tiles of `query_group` rows by one block that hold a pair which a
+            causal mask shows; and how many such tiles there are. Padding is not looked at.
+        """
+        start = torch.arange(self.num_blocks, device=self.indices.device) * self.block_size
+        group = torch.arange(self.num_groups, device=self.indices.device) + self.first_group
+        last = ((group + 1) * self.query_group - 1).clamp(max=self.query_offset + self.query_length - 1)
+        seen = torch.ones(self.num_groups, self.num_blocks, dtype=torch.bool, device=start.device)
+        if causal:
+            seen = start <= last_key(last, self.key_stride)[:, None]
+        return (self.to_mask() & seen).sum((-1, -2), dtype=torch.float64), int(seen.sum())
 
     def density(self, *, causal: bool, key_valid: Tensor | None = None) -> Tensor:
         """float64 `(batch, list_heads)`: attended pairs over visible pairs, 1.0 where nothing is visible."""
@@ -205,6 +296,7 @@ class BlockLayout:
             self,
             indices=self.indices.repeat_interleave(repeats, 1),
             counts=self.counts.repeat_interleave(repeats, 1),
+            since=None if self.since is None else self.since.repeat_interleave(repeats, 1),
         )
         return expanded._made() if self.sound else expanded
 
@@ -231,9 +323,10 @@ def visible_pairs(
     return seen[:, stop].sum(1, dtype=torch.float64)
 
 
-def _versions(indices: Tensor, counts: Tensor) -> tuple[int, int] | None:
+def _versions(*tensors: Tensor | None) -> tuple[int, ...] | None:
     """How often each was written into; None in inference mode, where nobody counts."""
-    return None if indices.is_inference() or counts.is_inference() else (indices._version, counts._version)
+    given = [x for x in tensors if x is not None]
+    return None if any(x.is_inference() for x in given) else tuple(x._version for x in given)
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Gather and FlexAttention against the float64 oracle; the oracle against masked softmax written out."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,7 +53,9 @@ def backend(request, monkeypatch):
     return name
 
 
-def random_case(query_length, key_length, block_size, query_group, offset, lists=HEADS, seed=0, dtype=torch.float64):
+def random_case(
+    query_length, key_length, block_size, query_group, offset, lists=HEADS, seed=0, dtype=torch.float64, carried=False
+):
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(BATCH, HEADS, query_length, DIM, generator=g, dtype=torch.float64)
     k = torch.randn(BATCH, KV_HEADS, key_length, DIM, generator=g, dtype=torch.float64)
@@ -64,6 +67,9 @@ def random_case(query_length, key_length, block_size, query_group, offset, lists
         key_length=key_length, query_offset=offset,
     )  # fmt: skip
     bias = torch.randn(layout.indices.shape, generator=g, dtype=torch.float64)
+    if carried:
+        since = torch.randint(-query_group // 2, query_group + 1, layout.indices.shape, generator=g, dtype=torch.int32)
+        layout = replace(layout, since=since.clamp(min=0))
     valid = torch.rand(BATCH, key_length, generator=g) < 0.8
     return [x.to(dtype).requires_grad_() for x in (q, k, v, bias)], layout, valid
 
@@ -80,6 +86,11 @@ def brute_force(q, k, v, bias, layout, causal, valid):
                 listing = h * lists // q.shape[1]
                 keys, biases = [], []
                 for slot in range(int(layout.counts[b, listing, group])):
+                    if (
+                        layout.since is not None
+                        and position % layout.query_group < layout.since[b, listing, group, slot]
+                    ):
+                        continue
                     block = int(layout.indices[b, listing, group, slot])
                     for j in range(block * layout.block_size, min((block + 1) * layout.block_size, k.shape[2])):
                         if valid[b, j] and (not causal or j <= position):
@@ -92,9 +103,10 @@ def brute_force(q, k, v, bias, layout, causal, valid):
     return out, lse
 
 
+@pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("lists", [1, KV_HEADS, HEADS])
-def test_reference_is_the_definition(lists):
-    (q, k, v, bias), layout, valid = random_case(13, 29, 4, 3, 2, lists)
+def test_reference_is_the_definition(lists, carried):
+    (q, k, v, bias), layout, valid = random_case(13, 29, 4, 3, 2, lists, carried=carried)
     with torch.no_grad():
         expected = brute_force(q, k, v, bias, layout, True, valid)
         got = block_sparse_attention(
@@ -124,6 +136,81 @@ def test_backends_match_reference_with_gradients(backend, monkeypatch, n, m, blo
         results[name] = (out, lse, *torch.autograd.grad(loss, inputs))
     for got, expected in zip(results[backend], results["reference"], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("way", ["query-major", "masked", "masked in slabs", "flex", "as chosen"])
+@pytest.mark.parametrize(("n", "m", "block", "group", "offset", "causal"), CASES)
+def test_carried_lists_match_reference_with_gradients(monkeypatch, way, n, m, block, group, offset, causal):
+    if way not in ("flex", "as chosen"):
+        take(monkeypatch, way)
+    results = {}
+    for name in ("reference", "flex" if way == "flex" else "gather"):
+        inputs, layout, valid = random_case(n, m, block, group, offset, KV_HEADS, carried=True)
+        q, k, v, bias = inputs
+        out, lse = block_sparse_attention(
+            q, k, v, layout, block_bias=bias, causal=causal, key_valid=valid, backend=name
+        )
+        g = torch.Generator().manual_seed(1)
+        loss = (out * torch.randn(out.shape, generator=g, dtype=out.dtype)).sum()
+        loss = loss + lse.masked_fill(lse == -torch.inf, 0).sum()
+        results[name] = (out, lse, *torch.autograd.grad(loss, inputs))
+    expected, got = results.values()
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def rows_that_choose(n, m, block, offset, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(BATCH, HEADS, n, -(-m // block), generator=g) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "block", "group", "offset"), [(64, 64, 8, 16, 0), (37, 50, 4, 16, 13), (5, 9, 3, 4, 2)]
+)
+def test_a_carried_list_is_what_a_row_and_the_rows_before_it_in_its_group_chose(n, m, block, group, offset):
+    keep = rows_that_choose(n, m, block, offset)
+    sizes = {"block_size": block, "query_length": n, "key_length": m, "query_offset": offset}
+    layout = BlockLayout.carried(keep, query_group=group, **sizes)
+    expected = torch.zeros(BATCH, HEADS, n, m, dtype=torch.bool)
+    for row in range(n):
+        first = max(0, row - (row + offset) % group)
+        blocks = keep[:, :, first : row + 1].any(2)
+        expected[:, :, row] = blocks.repeat_interleave(block, -1)[..., :m]
+    assert torch.equal(layout.token_mask(causal=False), expected)
+    causal = expected & (torch.arange(m) <= torch.arange(n)[:, None] + offset)
+    assert torch.equal(layout.token_mask(causal=True), causal)
+    for mask, name in ((expected, False), (causal, True)):
+        pairs = layout.attended_pairs(causal=name)
+        assert torch.equal(pairs, mask.sum((-1, -2)).double())
+    assert layout.sound
+
+
+def test_a_carried_list_goes_on_in_the_middle_of_a_group():
+    keep, sizes = rows_that_choose(40, 64, 8, 0), {"block_size": 8, "query_group": 16, "key_length": 64}
+    whole = BlockLayout.carried(keep, query_length=40, **sizes).token_mask(causal=True)
+    before = None
+    for start, stop in ((0, 11), (11, 12), (12, 16), (16, 30), (30, 40)):
+        part = BlockLayout.carried(
+            keep[:, :, start:stop], query_length=stop - start, query_offset=start, before=before, **sizes
+        )
+        assert torch.equal(part.token_mask(causal=True), whole[:, :, start:stop])
+        before = part.first_rows()[:, :, -1] if stop % 16 else None
+
+
+def test_tiles_are_those_that_hold_a_listed_pair():
+    keep = rows_that_choose(40, 64, 8, 0)
+    layout = BlockLayout.carried(keep, block_size=8, query_group=16, query_length=40, key_length=64)
+    seen = layout.token_mask(causal=True)
+    padded = torch.nn.functional.pad(seen, (0, 0, 0, 8)).unflatten(2, (3, 16)).unflatten(-1, (8, 8))
+    visible = torch.ones(40, 64, dtype=torch.bool).tril()
+    visible = torch.nn.functional.pad(visible, (0, 0, 0, 8)).unflatten(0, (3, 16)).unflatten(-1, (8, 8))
+    listed, most = layout.tiles(causal=True)
+    # A block that no row of the tile saw yet when the last one chose it is computed, too.
+    assert (listed >= padded.any(-1).any(3).sum((-1, -2))).all()
+    assert most == int(visible.any(-1).any(1).sum())
+    everything = BlockLayout.carried(
+        torch.ones_like(keep), block_size=8, query_group=16, query_length=40, key_length=64
+    )
+    assert torch.equal(everything.tiles(causal=True)[0], torch.full((BATCH, HEADS), float(most), dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("n", "group"), [(64, 1), (61, 4)], ids=["one-list-of-all-heads", "groups-stick-out"])

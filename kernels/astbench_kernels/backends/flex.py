@@ -117,17 +117,21 @@ def block_mask(
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    keep = layout.to_mask()
-    if keep.shape[1] not in (1, q.shape[1]):  # it finds a head's list by the remainder, not by the quotient
-        keep = keep.repeat_interleave(q.shape[1] // keep.shape[1], 1)
+    keep = _per_head(layout.to_mask(), q.shape[1])
     first = layout.first_group * layout.query_group
     # int32 (query rows,): the last key that causality lets each row see
     position = torch.arange(first, first + q.shape[2], dtype=torch.int32, device=q.device)
     last = last_key(position, layout.key_stride) if causal else None
     seen, whole = _visible(layout, last, key_valid, q.device)
+    first_rows = None
+    if layout.since is not None:
+        first_rows = _per_head(layout.first_rows(), q.shape[1])
+        whole = whole & (first_rows == 0)
     partial_counts, partial = _ordered(keep & seen & ~whole)
     full_counts, full = _ordered(keep & whole)
-    mask_mod = _mask_mod(layout, q.shape[1] // keep.shape[1], last, key_valid, keep if lists_in_mask else None)
+    mask_mod = _mask_mod(
+        layout, q.shape[1] // keep.shape[1], last, key_valid, keep if lists_in_mask else None, first_rows
+    )
     return BlockMask.from_kv_blocks(
         partial_counts,
         partial,
@@ -137,6 +141,11 @@ def block_mask(
         mask_mod=mask_mod,
         seq_lengths=(q.shape[2], layout.key_length),
     )
+
+
+def _per_head(table: Tensor, heads: int) -> Tensor:
+    """One list for all, or one for each: torch finds a head's list by the remainder, not by the quotient."""
+    return table if table.shape[1] in (1, heads) else table.repeat_interleave(heads // table.shape[1], 1)
 
 
 def _visible(
@@ -163,9 +172,14 @@ def _ordered(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mask_mod(
-    layout: BlockLayout, share: int, last: Tensor | None, key_valid: Tensor | None, keep: Tensor | None
+    layout: BlockLayout,
+    share: int,
+    last: Tensor | None,
+    key_valid: Tensor | None,
+    keep: Tensor | None,
+    first_rows: Tensor | None,
 ) -> Callable[..., Tensor]:
-    """Which pairs may be seen; `share` query heads have a list of `keep` together."""
+    """Which pairs may be seen; `share` query heads have a list of `keep` and `first_rows` together."""
     group, size = layout.query_group, layout.block_size
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -176,6 +190,8 @@ def _mask_mod(
             allowed = allowed & key_valid[batch, key]
         if keep is not None:
             allowed = allowed & keep[batch, head // share, query // group, key // size]
+        if first_rows is not None:
+            allowed = allowed & (first_rows[batch, head // share, query // group, key // size] <= query % group)
         return allowed
 
     return visible

@@ -215,8 +215,11 @@ def make_plan(
     Where none are wanted, up to DECODE_ROWS rows of a head group run by the decode schedule if they are one tile, for
     then it reads each listed block once and needs no lists made ready; or if their tiles would not fill the device.
 
+    Carried lists (`layout.since`) are never run key-major.
+
     Raises:
-        ValueError: more rows or entries than 32 bits count, or the decode schedule where gradients are wanted.
+        ValueError: more rows or entries than 32 bits count, or the decode schedule where gradients are wanted, or
+            the key-major one for carried lists.
     """
     lists, groups, width = layout.indices.shape[1:]
     if groups * width >= 2**31:
@@ -249,7 +252,13 @@ def make_plan(
         processors=_processors(q.device),
         one_pass=one_pass,
     )
-    return plan if schedule else replace(plan, schedule=_rule(plan, gradients))
+    if schedule is None:
+        schedule = _rule(plan, gradients)
+        if layout.since is not None and schedule == "key_major":  # it has no place for a row's first key blocks
+            schedule = "query_major"
+    elif layout.since is not None and schedule == "key_major":
+        raise ValueError("schedule 'key_major' takes no carried lists (layout.since); leave it out")
+    return replace(plan, schedule=schedule)
 
 
 def wants_gradients(*inputs: Tensor | None) -> bool:

@@ -46,6 +46,7 @@ class Case:
     schedule: str | None = None
     keep: float = 0.5
     stride: int = 1
+    carried: bool = False
 
 
 def make(case, seed=0):
@@ -66,13 +67,17 @@ def make(case, seed=0):
     k = torch.randn(case.batch, case.kv_heads, case.keys, case.dim, generator=g)
     v = torch.randn(case.batch, case.kv_heads, case.keys, case.value_dim, generator=g)
     bias = torch.randn(layout.indices.shape, generator=g)
+    if case.carried:
+        since = torch.randint(-case.group // 2, case.group + 1, layout.indices.shape, generator=g, dtype=torch.int32)
+        layout = replace(layout, since=since.clamp(min=0))
     valid = {
         "none": lambda: None,
         "tail": lambda: torch.arange(case.keys) < torch.tensor([[case.keys - 5], [case.keys // 2]])[: case.batch],
         "holes": lambda: torch.rand(case.batch, case.keys, generator=g) < 0.8,
     }[case.padding]()
     inputs = [x.to(DEVICE, case.dtype) for x in (q, k, v, bias)]
-    layout = replace(layout, indices=layout.indices.to(DEVICE), counts=layout.counts.to(DEVICE))
+    since = None if layout.since is None else layout.since.to(DEVICE)
+    layout = replace(layout, indices=layout.indices.to(DEVICE), counts=layout.counts.to(DEVICE), since=since)
     return inputs, layout, None if valid is None else valid.to(DEVICE)
 
 
@@ -149,6 +154,12 @@ CASES = {
     "stride-4-bidirectional": Case(29, 8, 4, 16, stride=4, causal=False),
     "groups-of-64-key-major": Case(67, 67, 16, 64, schedule="key_major"),
     "per-token-query-major": Case(13, 13, 8, 1, schedule="query_major", lists=2),
+    "carried-groups-of-16": Case(67, 67, 16, 16, carried=True, lists=2, padding="holes"),
+    "carried-groups-of-64": Case(127, 127, 64, 64, carried=True, lists=2, bias=False),
+    "carried-groups-of-4-tiny-blocks": Case(29, 29, 4, 4, carried=True, lists=1),
+    "carried-chunk-from-mid-group": Case(11, 97, 16, 16, carried=True, offset=85, lists=2, keep=0.8),
+    "carried-stride-4": Case(67, 17, 4, 16, carried=True, stride=4),
+    "carried-bidirectional": Case(29, 45, 8, 16, carried=True, causal=False),
 }
 
 
@@ -262,6 +273,11 @@ def test_full_blocks_first_and_hidden_ones_dropped(keys, stride):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="nothing is interpreted on a GPU")
+def test_key_major_refuses_carried_lists():
+    with pytest.raises(ValueError, match="schedule 'key_major' takes no carried lists"):
+        compare(Case(13, 13, 8, 4, carried=True, schedule="key_major"))
+
+
 def test_interpreter_refuses_bfloat16():
     (q, k, v, _), layout, _ = make(Case(dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="interpreter multiplies the bits of bfloat16"):

@@ -77,6 +77,7 @@ class _Listing(Units):
 
     blocks: Tensor  # int32 (n, groups, width): listed blocks; anything in empty slots
     counts: Tensor  # int32 (n, groups)
+    since: Tensor | None  # int (n, groups, width): the first place in a group that sees a block; None for 0
     limit: Tensor  # int64 (groups, 1 or rows): the last key that a row may see
     stops: list[int]  # of each group: keys that some row of it may see
     bias: Tensor | None  # (n, groups, width): anything in empty slots; None for none
@@ -95,6 +96,9 @@ class _Listing(Units):
         starts = (self.blocks[lists, groups, :width].long() * size).masked_fill_(empty, self.layout.key_length)
         index = (starts.unsqueeze(-1) + torch.arange(size, device=device)).flatten(2).unsqueeze(2)
         index = torch.where(index > self.limit[groups, :, None], keys, index)
+        if self.since is not None:
+            early = self.places(device)[:, None] < self.since[lists, groups, None, :width]
+            index = torch.where(early.repeat_interleave(size, -1), keys, index)
         table = self.table[lists]
         first, last = int(table[0]), int(table[-1])
         consecutive = last - first + 1 == len(table)  # each is its predecessor's, or the next one
@@ -290,6 +294,7 @@ def _listing(
         heads_per_list=units.heads_per_list,
         blocks=layout.indices.flatten(0, 1),
         counts=layout.counts.flatten(0, 1),
+        since=None if layout.since is None else layout.since.flatten(0, 1),
         limit=limit,
         stops=(limit.amax(-1) + 1).tolist(),
         bias=None if block_bias is None else block_bias.detach().flatten(0, 1),

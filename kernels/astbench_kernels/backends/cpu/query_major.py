@@ -60,7 +60,10 @@ def _schedule(
     seen = rules.keys_seen(
         layout.query_length, length, layout.query_offset, causal=causal, key_stride=layout.key_stride
     )
-    return rules.gather_schedule(rows, size, met, query_rows, length, seen)
+    schedule = rules.gather_schedule(rows, size, met, query_rows, length, seen)
+    # Key by key, a tile's rows are of many groups, and each would have its own first row: not written, for the groups
+    # of carried lists are wide.
+    return "query_major" if schedule == "key_major" and layout.since is not None else schedule
 
 
 def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, int]]:

@@ -31,6 +31,10 @@ class Units:
         """Query rows of a unit."""
         return self.heads_per_list * self.layout.query_group
 
+    def places(self, device: torch.device) -> Tensor:
+        """int64 `(rows,)`: each row's place in its query group."""
+        return torch.arange(self.layout.query_group, device=device).repeat(self.heads_per_list)
+
     def last_keys(self, device: torch.device) -> Tensor:
         """int64 `(groups, query_group)`: the last key that a causal mask shows to each query position."""
         layout = self.layout
@@ -48,6 +52,7 @@ class ListedUnits(Units):
     slots: Tensor  # bool (units, width): which of them are listed
     masked: Tensor  # bool (units, width): empty slots, and blocks that hold pairs that may not be seen
     starts: Tensor  # int32 (units, width): each listed block's first key
+    since: Tensor | None  # int (units, width): the first place of a row in its group that sees a block; None for 0
     last: Tensor  # int64 (groups, rows): the last key that a causal mask shows to each query row of a unit
     keys: Tensor  # int64 (block_size,): 0, 1, ...
     unseen: Tensor | None  # bool (block table, block_size): keys that nobody may see; None where there are none
@@ -60,6 +65,8 @@ class ListedUnits(Units):
         if self.causal:
             last = self.last[unit % self.layout.num_groups] - self.starts[unit, slot, None]
             hidden = hidden | (self.keys > last.unsqueeze(-1))
+        if self.since is not None:
+            hidden = hidden | (self.places(unit.device) < self.since[unit, slot, None]).unsqueeze(-1)
         return hidden
 
 
@@ -95,9 +102,16 @@ def listed_units(
     slots = layout.slots.reshape(-1, width)
     if causal:  # blocks that nobody sees yet are not there
         slots = slots & (starts <= last[:, -1].repeat(batch * lists)[:, None])
+    since = None if layout.since is None else layout.since.reshape(-1, width)
+    if since is not None:
+        group = torch.arange(layout.num_groups, device=q.device) + layout.first_group
+        rows = (layout.query_offset + layout.query_length - group * layout.query_group).clamp(max=layout.query_group)
+        slots = slots & (since < rows.repeat(batch * lists)[:, None])
     masked = ~slots
     if causal:
         masked = masked | (starts + size - 1 > last[:, 0].repeat(batch * lists)[:, None])
+    if since is not None:
+        masked = masked | (since > 0)
     unseen = unseen_keys(layout, batch, kv_heads, key_valid)
     if unseen is not None:
         masked = masked | unseen.any(-1).index_select(0, blocks.flatten()).view_as(masked)
@@ -111,6 +125,7 @@ def listed_units(
         slots=slots,
         masked=masked,
         starts=starts,
+        since=since,
         last=last.repeat(1, num_heads // lists),
         keys=torch.arange(size, device=q.device),
         unseen=unseen,

@@ -19,7 +19,7 @@ def _rows_of_tile(
     CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr,
     TILES_PER_GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """(head in the head group, query row, whether that row exists, how many of the first keys it may see).
+    """(head in the head group, query row, whether it exists, how many of the first keys it may see, place in group).
 
     A step in the middle of a group has few of the group's rows; only those that exist are counted.
     """
@@ -32,7 +32,7 @@ def _rows_of_tile(
     visible = tl.zeros([ROWS], tl.int32) + key_length
     if CAUSAL:
         visible = tl.minimum(last_key(position, KEY_STRIDE) + 1, visible)
-    return (index % EACH).to(tl.int64), (position - query_offset).to(tl.int64), exists, visible
+    return (index % EACH).to(tl.int64), (position - query_offset).to(tl.int64), exists, visible, position % GROUP
 
 
 @triton.jit
@@ -68,12 +68,12 @@ def _hide(logits, key, live, visible):
 @triton.jit(do_not_specialize=["splits", "groups", "width", "first_group", "query_offset", "query_length",
                                "key_length"])  # fmt: skip
 def forward(
-    q, k, v, bias, key_valid, indices, counts, out, lse,
+    q, k, v, bias, since, key_valid, indices, counts, out, lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, splits, groups, width, first_group, query_offset, query_length, key_length,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, HEAD_GROUPS: tl.constexpr,
-    CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
-    WHOLE: tl.constexpr,
+    CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINCE: tl.constexpr,
+    HAS_VALID: tl.constexpr, WHOLE: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, TILES_PER_GROUP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
@@ -88,7 +88,7 @@ def forward(
     batch, head_group = (head_group // HEAD_GROUPS).to(tl.int64), (head_group % HEAD_GROUPS).to(tl.int64)
     kv_head = head_group * KV_HEADS // HEAD_GROUPS
     listing = (batch * LISTS + head_group * LISTS // HEAD_GROUPS) * groups + tile // TILES_PER_GROUP
-    head, row, exists, visible = _rows_of_tile(
+    head, row, exists, visible, rank = _rows_of_tile(
         tile,
         first_group,
         query_offset,
@@ -107,10 +107,12 @@ def forward(
     v += batch * stride_vb + kv_head * stride_vh
     indices += listing * width
     bias += listing * width
+    since += listing * width
     key_valid += batch * key_length
     # Keys from `limit` on are seen by no row and never read, keys before `common` are seen by each.
     limit = tl.max(tl.where(exists, visible, 0), 0)
     common = tl.min(tl.where(exists, visible, key_length), 0)
+    latest = tl.max(tl.where(exists, rank, 0), 0)
 
     listed = tl.load(counts + listing)
     if PADDED >= KEYS:
@@ -124,6 +126,14 @@ def forward(
         first, key, place, live = _keys_of_step(step, indices, listed, limit, BLOCK_SIZE, PADDED, KEYS)
         if HAS_VALID:
             live = live & (tl.load(key_valid + first + key, mask=live, other=0) != 0)
+        if HAS_SINCE:
+            if PADDED >= KEYS:
+                begin = tl.load(since + place)
+                early = (rank < begin)[:, None]
+            else:
+                begin = tl.load(since + place, mask=place < listed, other=0)
+                early = rank[:, None] < begin[None, :]
+            live = live & (begin <= latest)
         keys = load_keys(k, first, key, stride_kn, live, DIM, BLOCK_DIM, True, PADDED >= KEYS)
         logits = matmul(queries, tl.trans(keys), PRECISE) * scale
         if HAS_BIAS:
@@ -137,6 +147,8 @@ def forward(
                 logits = _hide(logits, first + key, live, visible)
         else:
             logits = _hide(logits, first + key, live, visible)
+        if HAS_SINCE:
+            logits = tl.where(early, -float("inf"), logits)
         higher = tl.maximum(highest, tl.max(logits, 1))
         # Rows that have seen nothing yet: -inf - 0 and not -inf - -inf.
         pivot = tl.where(higher == -float("inf"), 0.0, higher)

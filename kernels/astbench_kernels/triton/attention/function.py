@@ -75,7 +75,7 @@ class _TritonAttention(torch.autograd.Function):
         valid = None if key_valid is None else key_valid.contiguous()
         out = torch.empty(*q.shape[:3], plan.value_dim, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        inputs = _inputs(plan, q, k, v, bias, valid, scale)
+        inputs = _inputs(plan, layout, q, k, v, bias, valid, scale)
         if plan.schedule == "decode":  # make_plan sees to it that no backward pass follows
             _forward_decode(plan, layout, inputs, out, lse)
             return out, lse
@@ -105,7 +105,7 @@ class _TritonAttention(torch.autograd.Function):
             # The two key-major tiles may differ in what they call full.
             if transposed is None or even != plan.key_major_even():
                 transposed = transpose_lists(plan, layout, states, even=even)
-            inputs = _inputs(plan, q, k, v, bias, valid, ctx.scale).with_gradients(d_out, lse, delta, ctx.scale)
+            inputs = _inputs(plan, layout, q, k, v, bias, valid, ctx.scale).with_gradients(d_out, lse, delta, ctx.scale)
             d_q: Tensor | None
             if plan.adds_up_queries:
                 d_q, d_k, d_v, d_bias = _backward_key_major(plan, transposed, inputs, both=True)
@@ -122,16 +122,23 @@ class _Inputs:
 
     Attributes:
         arguments: By the kernels' parameter names. Pointers that a kernel does not read are any tensor's.
+        since: Of carried lists, for the kernels that take them.
         has_bias: Whether `bias` is read.
         has_valid: Whether `key_valid` is read.
     """
 
     arguments: _Arguments
+    since: Tensor | None
     has_bias: bool
     has_valid: bool
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
+
+    @property
+    def carried(self) -> _Arguments:
+        """What kernels that take carried lists are given besides."""
+        return {"since": self["q"] if self.since is None else self.since}
 
     def with_gradients(self, d_out: Tensor, lse: Tensor, delta: Tensor, scale: float) -> _Inputs:
         """What the backward kernels are given besides; `scale` is the caller's, in base e."""
@@ -140,7 +147,7 @@ class _Inputs:
         return replace(self, arguments=self.arguments | more)
 
     def constants(self, plan: Plan, tile: Tile) -> _Arguments:
-        """What the kernels are compiled for."""
+        """What all kernels are compiled for."""
         return {
             "HEADS": plan.heads,
             "KV_HEADS": plan.kv_heads,
@@ -163,7 +170,14 @@ class _Inputs:
 
 
 def _inputs(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, valid: Tensor | None, scale: float
+    plan: Plan,
+    layout: BlockLayout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    valid: Tensor | None,
+    scale: float,
 ) -> _Inputs:
     arguments: _Arguments = {
         "q": q,
@@ -181,7 +195,8 @@ def _inputs(
     }
     for name, x in (("q", q), ("k", k), ("v", v)):
         arguments |= dict(zip((f"stride_{name}b", f"stride_{name}h", f"stride_{name}n"), x.stride(), strict=False))
-    return _Inputs(arguments, has_bias=bias is not None, has_valid=valid is not None)
+    since = None if layout.since is None else layout.since.contiguous()
+    return _Inputs(arguments, since, has_bias=bias is not None, has_valid=valid is not None)
 
 
 def _query_major_grid(plan: Plan, tile: Tile) -> tuple[int, int]:
@@ -199,8 +214,9 @@ def _forward_query_major(
     launch(
         query_major.forward,
         plan.batch * plan.head_groups * tiles,
-        {**inputs.arguments, **vars(lists), "out": out, "lse": lse, "num_tiles": tiles},
-        {**inputs.constants(plan, tile), "PADDED": plan.padded_block, "TILES_PER_GROUP": per_group},
+        {**inputs.arguments, **inputs.carried, **vars(lists), "out": out, "lse": lse, "num_tiles": tiles},
+        {**inputs.constants(plan, tile), "HAS_SINCE": inputs.since is not None}
+        | {"PADDED": plan.padded_block, "TILES_PER_GROUP": per_group},
         tile,
     )
 
@@ -220,8 +236,16 @@ def _backward_query_major(
     launch(
         query_major.backward,
         plan.batch * plan.head_groups * tiles,
-        {**inputs.arguments, **vars(lists), "d_q": d_q, "d_bias": q if d_bias is None else d_bias, "num_tiles": tiles},
-        {**inputs.constants(plan, tile), "PADDED": plan.padded_block, "TILES_PER_GROUP": per_group},
+        {
+            **inputs.arguments,
+            **inputs.carried,
+            **vars(lists),
+            "d_q": d_q,
+            "d_bias": q if d_bias is None else d_bias,
+            "num_tiles": tiles,
+        },
+        {**inputs.constants(plan, tile), "HAS_SINCE": inputs.since is not None}
+        | {"PADDED": plan.padded_block, "TILES_PER_GROUP": per_group},
         tile,
     )
     if d_bias is None:
@@ -279,9 +303,9 @@ def _forward_decode(plan: Plan, layout: BlockLayout, inputs: _Inputs, out: Tenso
     launch(
         decode.forward,
         plan.decode_tiles * splits,
-        {**inputs.arguments, "indices": layout.indices.contiguous(), "counts": layout.counts.contiguous()}
-        | {"out": partial, "lse": partial_lse, "splits": splits},
-        {**constants, "PADDED": plan.padded_block, "WHOLE": splits == 1}
+        {**inputs.arguments, **inputs.carried, "indices": layout.indices.contiguous()}
+        | {"counts": layout.counts.contiguous(), "out": partial, "lse": partial_lse, "splits": splits},
+        {**constants, "HAS_SINCE": inputs.since is not None, "PADDED": plan.padded_block, "WHOLE": splits == 1}
         | {"TILES_PER_GROUP": ceil_div(plan.rows_per_group, tile.rows)},
         tile,
     )
@@ -311,9 +335,9 @@ def _backward_key_major(
     launch(
         key_major.backward,
         plan.batch * plan.kv_heads * tiles,
-        {**inputs.arguments, **_transposed(plan, lists), "d_k": d_k, "d_v": d_v, "num_tiles": tiles}
+        {**inputs.arguments, **inputs.carried, **_transposed(plan, lists), "d_k": d_k, "d_v": d_v, "num_tiles": tiles}
         | {"d_q": q if d_q is None else d_q, "d_bias": q if d_bias is None else d_bias},
-        {**inputs.constants(plan, tile), "ALL": both},
+        {**inputs.constants(plan, tile), "HAS_SINCE": inputs.since is not None, "ALL": both},
         tile,
     )
     return None if d_q is None else d_q.to(q.dtype), d_k, d_v, d_bias

@@ -163,10 +163,11 @@ def merge(
 @triton.jit
 def _backward_steps(
     d_k, d_v, start, stop,
-    keys, values, key_position, live, q, d_out, lse, delta, bias, d_q, d_bias, entries,
+    keys, values, key_position, live, q, d_out, lse, delta, bias, since, d_q, d_bias, entries,
     stride_qh, stride_qn, stride_oh, stride_on, scale, softmax_scale,
     width, first_group, query_offset, query_length,
-    EACH: tl.constexpr, CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, ALL: tl.constexpr, MASKED: tl.constexpr,
+    EACH: tl.constexpr, CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINCE: tl.constexpr,
+    ALL: tl.constexpr, MASKED: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -188,6 +189,8 @@ def _backward_steps(
             allowed = live[:, None]
             if CAUSAL:
                 allowed = allowed & (key_position[:, None] <= position[None, :])
+            if HAS_SINCE:
+                allowed = allowed & (position % GROUP >= tl.load(since + code))[None, :]
             weights = tl.where(allowed, weights, 0.0)
         d_v += matmul(weights.to(d_rows.dtype), d_rows, PRECISE)
         d_logits = weights * (matmul(values, tl.trans(d_rows), PRECISE) - shift[None, :])
@@ -208,13 +211,14 @@ def _backward_steps(
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward(
-    q, k, v, bias, key_valid, entries, starts, turns, d_out, lse, delta, d_q, d_k, d_v, d_bias,
+    q, k, v, bias, since, key_valid, entries, starts, turns, d_out, lse, delta, d_q, d_k, d_v, d_bias,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
     scale, softmax_scale,
     num_tiles, num_blocks, num_chunks, groups, width, first_group, query_offset, query_length, key_length,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, HEAD_GROUPS: tl.constexpr,
-    CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr, ALL: tl.constexpr,
+    CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINCE: tl.constexpr,
+    HAS_VALID: tl.constexpr, ALL: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -251,19 +255,19 @@ def backward(
         grad_k, grad_v = _backward_steps(
             grad_k, grad_v, begin * size, middle * size,
             keys, values, key_position, live, q_rows, o_rows, lse + scalars, delta + scalars, bias + table,
-            d_q + scalars * DIM, d_bias + table, entries + table,
+            since + table, d_q + scalars * DIM, d_bias + table, entries + table,
             stride_qh, stride_qn, stride_oh, stride_on, scale, softmax_scale,
             width, first_group, query_offset, query_length,
-            each, CAUSAL, HAS_BIAS, ALL, False,
+            each, CAUSAL, HAS_BIAS, HAS_SINCE, ALL, False,
             DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, GROUP, ROWS, PRECISE,
         )  # fmt: skip
         grad_k, grad_v = _backward_steps(
             grad_k, grad_v, middle * size, end * size,
             keys, values, key_position, live, q_rows, o_rows, lse + scalars, delta + scalars, bias + table,
-            d_q + scalars * DIM, d_bias + table, entries + table,
+            since + table, d_q + scalars * DIM, d_bias + table, entries + table,
             stride_qh, stride_qn, stride_oh, stride_on, scale, softmax_scale,
             width, first_group, query_offset, query_length,
-            each, CAUSAL, HAS_BIAS, ALL, True,
+            each, CAUSAL, HAS_BIAS, HAS_SINCE, ALL, True,
             DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, GROUP, ROWS, PRECISE,
         )  # fmt: skip
     inside = (key - block * BLOCK_SIZE < BLOCK_SIZE) & (key < key_length)

@@ -84,7 +84,7 @@ def order_lists(plan: Plan, layout: BlockLayout, states: Tensor, *, even: bool) 
         plan.batch * plan.lists * plan.groups,
         {**_list_arguments(plan, layout, states), "blocks": blocks, "slots": slots}
         | {"num_full": num_full, "num_seen": num_seen},
-        {**_list_constants(plan, even), "BLOCK": min(1024, next_power_of_two(plan.width))},
+        {**_list_constants(plan, layout, even), "BLOCK": min(1024, next_power_of_two(plan.width))},
         _SCAN,
     )
     return OrderedLists(blocks, slots, num_full, num_seen, _largest_first(num_seen))
@@ -108,7 +108,7 @@ def transpose_lists(plan: Plan, layout: BlockLayout, states: Tensor, *, even: bo
     arguments = {**_list_arguments(plan, layout, states), "num_cells": cells, "num_chunks": chunks}
     arguments["groups_per_chunk"] = plan.groups_per_chunk if plan.schedule == "key_major" else plan.groups
     programs = plan.batch * plan.lists * ceil_div(plan.groups * plan.width, _ENTRIES_PER_PROGRAM)
-    constants = {**_list_constants(plan, even), "BLOCK": _ENTRIES_PER_PROGRAM}
+    constants = {**_list_constants(plan, layout, even), "BLOCK": _ENTRIES_PER_PROGRAM}
     launch(_count, programs, {**arguments, "counts_of_cells": counts}, constants, _BLOCKWISE)
     starts = torch.nn.functional.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))
     ordered = torch.are_deterministic_algorithms_enabled()
@@ -128,6 +128,7 @@ def _list_arguments(plan: Plan, layout: BlockLayout, states: Tensor) -> dict[str
     return {
         "indices": layout.indices.contiguous(),
         "counts": layout.counts.contiguous(),
+        "since": layout.indices if layout.since is None else layout.since.contiguous(),
         "states": states,
         "lists": plan.lists,
         "groups": plan.groups,
@@ -139,9 +140,10 @@ def _list_arguments(plan: Plan, layout: BlockLayout, states: Tensor) -> dict[str
     }
 
 
-def _list_constants(plan: Plan, even: bool) -> dict[str, object]:
+def _list_constants(plan: Plan, layout: BlockLayout, even: bool) -> dict[str, object]:
     return {
         "CAUSAL": plan.causal,
+        "HAS_SINCE": layout.since is not None,
         "KEY_STRIDE": plan.key_stride,
         "EVEN": even,
         "BLOCK_SIZE": plan.block_size,
@@ -157,11 +159,13 @@ def _classify(
     block,
     live,
     group,
+    since,
     states,
     first_group,
     query_offset,
     query_length,
     CAUSAL: tl.constexpr,
+    HAS_SINCE: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -176,6 +180,12 @@ def _classify(
         last = tl.minimum((first_group + group + 1) * GROUP, query_offset + query_length) - 1
         seen = seen & (block * BLOCK_SIZE <= last_key(last, KEY_STRIDE))
         full = full & (block * BLOCK_SIZE + (BLOCK_SIZE - 1) <= last_key(first, KEY_STRIDE))
+    if HAS_SINCE:
+        begin = (first_group + group) * GROUP
+        stop = tl.minimum(begin + GROUP, query_offset + query_length)
+        rank = tl.load(since, mask=live, other=0)
+        seen = seen & (begin + rank < stop)
+        full = full & (rank == 0)
     if not EVEN:
         full = full & (state > 2)
     return seen, full
@@ -185,6 +195,7 @@ def _classify(
 def _order(
     indices,
     counts,
+    since,
     states,
     blocks,
     slots,
@@ -198,6 +209,7 @@ def _order(
     query_offset,
     query_length,
     CAUSAL: tl.constexpr,
+    HAS_SINCE: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -216,8 +228,8 @@ def _order(
         live = place < count
         block = tl.load(indices + base + place, mask=live, other=0)
         seen, full = _classify(
-            block, live, group, states, first_group, query_offset, query_length,
-            CAUSAL, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP,
+            block, live, group, since + base + place, states, first_group, query_offset, query_length,
+            CAUSAL, HAS_SINCE, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP,
         )  # fmt: skip
         fulls += tl.sum(full.to(tl.int32), 0)
     done_full, done_partial = 0, fulls
@@ -226,8 +238,8 @@ def _order(
         live = place < count
         block = tl.load(indices + base + place, mask=live, other=0)
         seen, full = _classify(
-            block, live, group, states, first_group, query_offset, query_length,
-            CAUSAL, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP,
+            block, live, group, since + base + place, states, first_group, query_offset, query_length,
+            CAUSAL, HAS_SINCE, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP,
         )  # fmt: skip
         is_full, is_partial = full.to(tl.int32), (seen & (full == 0)).to(tl.int32)
         target = tl.where(full, done_full + tl.cumsum(is_full, 0) - 1, done_partial + tl.cumsum(is_partial, 0) - 1)
@@ -243,6 +255,7 @@ def _order(
 def _cells_of_entries(
     indices,
     counts,
+    since,
     states,
     lists,
     groups,
@@ -254,6 +267,7 @@ def _cells_of_entries(
     query_offset,
     query_length,
     CAUSAL: tl.constexpr,
+    HAS_SINCE: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -271,8 +285,9 @@ def _cells_of_entries(
     block = tl.load(indices + unit.to(tl.int64) * groups * width + entry, mask=live, other=0)
     states += (unit // lists) * num_blocks
     seen, full = _classify(
-        block, live, group, states, first_group, query_offset, query_length, CAUSAL, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP
-    )
+        block, live, group, since + unit.to(tl.int64) * groups * width + entry, states,
+        first_group, query_offset, query_length, CAUSAL, HAS_SINCE, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP,
+    )  # fmt: skip
     cell = (block * 2 + tl.where(full, 0, 1)) * num_chunks + group // groups_per_chunk
     return unit.to(tl.int64), entry, cell, seen, exists
 
@@ -281,6 +296,7 @@ def _cells_of_entries(
 def _count(
     indices,
     counts,
+    since,
     states,
     counts_of_cells,
     lists,
@@ -294,6 +310,7 @@ def _count(
     query_offset,
     query_length,
     CAUSAL: tl.constexpr,
+    HAS_SINCE: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -301,8 +318,8 @@ def _count(
     BLOCK: tl.constexpr,
 ):
     unit, _entry, cell, seen, _exists = _cells_of_entries(
-        indices, counts, states, lists, groups, width, num_blocks, num_chunks, groups_per_chunk,
-        first_group, query_offset, query_length, CAUSAL, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP, BLOCK,
+        indices, counts, since, states, lists, groups, width, num_blocks, num_chunks, groups_per_chunk,
+        first_group, query_offset, query_length, CAUSAL, HAS_SINCE, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP, BLOCK,
     )  # fmt: skip
     tl.atomic_add(counts_of_cells + unit * num_cells + cell, 1, mask=seen)
 
@@ -311,6 +328,7 @@ def _count(
 def _scatter(
     indices,
     counts,
+    since,
     states,
     cursors,
     entries,
@@ -325,6 +343,7 @@ def _scatter(
     query_offset,
     query_length,
     CAUSAL: tl.constexpr,
+    HAS_SINCE: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -334,8 +353,8 @@ def _scatter(
 ):
     """Each entry goes where its cell's cursor stands; CELLS_ONLY writes the cells themselves, for a stable sort."""
     unit, entry, cell, seen, exists = _cells_of_entries(
-        indices, counts, states, lists, groups, width, num_blocks, num_chunks, groups_per_chunk,
-        first_group, query_offset, query_length, CAUSAL, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP, BLOCK,
+        indices, counts, since, states, lists, groups, width, num_blocks, num_chunks, groups_per_chunk,
+        first_group, query_offset, query_length, CAUSAL, HAS_SINCE, KEY_STRIDE, EVEN, BLOCK_SIZE, GROUP, BLOCK,
     )  # fmt: skip
     entries += unit * groups * width
     if CELLS_ONLY:

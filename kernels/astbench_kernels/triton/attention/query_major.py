@@ -71,6 +71,15 @@ def _live_keys(key, inside, key_valid, key_length, HAS_VALID: tl.constexpr):
 
 
 @triton.jit
+def _since(since, slot, rank, ADJACENT: tl.constexpr):
+    """Which rows, at these places in their group, see each key of a step by a carried list."""
+    first = tl.load(since + slot)
+    if ADJACENT:
+        return (rank >= first)[:, None]
+    return rank[:, None] >= first[None, :]
+
+
+@triton.jit
 def _steps(fulls, seen, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr):
     """(steps that need no mask, steps): a step that holds full and partial blocks counts as one that does."""
     if PADDED >= KEYS:
@@ -83,8 +92,9 @@ def _steps(fulls, seen, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, KEYS: tl
 @triton.jit
 def _forward_steps(
     acc, highest, total, start, stop,
-    q, k, v, bias, key_valid, blocks, slots, seen, last, stride_kn, stride_vn, scale, key_length,
-    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr, MASKED: tl.constexpr,
+    q, k, v, bias, since, key_valid, blocks, slots, seen, last, rank, stride_kn, stride_vn, scale, key_length,
+    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINCE: tl.constexpr, HAS_VALID: tl.constexpr,
+    MASKED: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -105,6 +115,8 @@ def _forward_steps(
             allowed = live[None, :]
             if CAUSAL:
                 allowed = allowed & ((first + key)[None, :] <= last[:, None])
+            if HAS_SINCE:
+                allowed = allowed & _since(since, slot, rank, PADDED >= KEYS)
             logits = tl.where(allowed, logits, -float("inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
         # Rows that have seen nothing yet: -inf - 0 and not -inf - -inf.
@@ -120,11 +132,12 @@ def _forward_steps(
 
 @triton.jit(do_not_specialize=_SIZES)
 def forward(
-    q, k, v, bias, key_valid, blocks, slots, num_full, num_seen, turns, out, lse,
+    q, k, v, bias, since, key_valid, blocks, slots, num_full, num_seen, turns, out, lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, num_tiles, groups, width, first_group, query_offset, query_length, key_length,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, HEAD_GROUPS: tl.constexpr,
-    CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
+    CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINCE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, TILES_PER_GROUP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
@@ -140,12 +153,13 @@ def forward(
     head, position, row, exists = rows_of_group(
         part * ROWS + tl.arange(0, ROWS), group, first_group, query_offset, query_length, GROUP, each
     )
-    last = last_key(position, KEY_STRIDE)
+    last, rank = last_key(position, KEY_STRIDE), position % GROUP
     head = head_group * each + head
     queries = load_tile(q + batch * stride_qb, head * stride_qh + row * stride_qn, exists, DIM, BLOCK_DIM, True)
     k += batch * stride_kb + kv_head * stride_kh
     v += batch * stride_vb + kv_head * stride_vh
     bias += unit * width
+    since += unit * width
     key_valid += batch * key_length
     fulls, seen = tl.load(num_full + unit), tl.load(num_seen + unit)
     unmasked, steps = _steps(fulls, seen, BLOCK_SIZE, PADDED, KEYS)
@@ -154,13 +168,15 @@ def forward(
     total = tl.zeros([ROWS], tl.float32)
     acc, highest, total = _forward_steps(
         acc, highest, total, 0, unmasked,
-        queries, k, v, bias, key_valid, blocks, slots, seen, last, stride_kn, stride_vn, scale, key_length,
-        CAUSAL, HAS_BIAS, HAS_VALID, False, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, BLOCK_SIZE, PADDED, KEYS, PRECISE,
+        queries, k, v, bias, since, key_valid, blocks, slots, seen, last, rank,
+        stride_kn, stride_vn, scale, key_length, CAUSAL, HAS_BIAS, HAS_SINCE, HAS_VALID, False,
+        DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, BLOCK_SIZE, PADDED, KEYS, PRECISE,
     )  # fmt: skip
     acc, highest, total = _forward_steps(
         acc, highest, total, unmasked, steps,
-        queries, k, v, bias, key_valid, blocks, slots, seen, last, stride_kn, stride_vn, scale, key_length,
-        CAUSAL, HAS_BIAS, HAS_VALID, True, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, BLOCK_SIZE, PADDED, KEYS, PRECISE,
+        queries, k, v, bias, since, key_valid, blocks, slots, seen, last, rank,
+        stride_kn, stride_vn, scale, key_length, CAUSAL, HAS_BIAS, HAS_SINCE, HAS_VALID, True,
+        DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, BLOCK_SIZE, PADDED, KEYS, PRECISE,
     )  # fmt: skip
     # Rows that see nothing have total 0: their output is 0 / 1, their log-sum-exp -inf.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -172,9 +188,10 @@ def forward(
 @triton.jit
 def _backward_steps(
     d_q, start, stop,
-    q, d_out, lse, delta, k, v, bias, d_bias, key_valid, blocks, slots, seen, last, stride_kn, stride_vn, scale,
-    key_length,
-    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr, MASKED: tl.constexpr,
+    q, d_out, lse, delta, k, v, bias, d_bias, since, key_valid, blocks, slots, seen, last, rank,
+    stride_kn, stride_vn, scale, key_length,
+    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINCE: tl.constexpr, HAS_VALID: tl.constexpr,
+    MASKED: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -197,6 +214,8 @@ def _backward_steps(
             allowed = live[None, :]
             if CAUSAL:
                 allowed = allowed & ((first + key)[None, :] <= last[:, None])
+            if HAS_SINCE:
+                allowed = allowed & _since(since, slot, rank, PADDED >= KEYS)
             weights = tl.where(allowed, weights, 0.0)
         d_logits = weights * (matmul(d_out, tl.trans(values), PRECISE) - delta[:, None])
         if HAS_BIAS:
@@ -217,12 +236,13 @@ def _backward_steps(
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward(
-    q, k, v, bias, key_valid, blocks, slots, num_full, num_seen, turns, d_out, lse, delta, d_q, d_bias,
+    q, k, v, bias, since, key_valid, blocks, slots, num_full, num_seen, turns, d_out, lse, delta, d_q, d_bias,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
     scale, softmax_scale, num_tiles, groups, width, first_group, query_offset, query_length, key_length,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, HEAD_GROUPS: tl.constexpr,
-    CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
+    CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINCE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, TILES_PER_GROUP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
@@ -241,7 +261,7 @@ def backward(
     head, position, row, exists = rows_of_group(
         part * ROWS + tl.arange(0, ROWS), group, first_group, query_offset, query_length, GROUP, each
     )
-    last = last_key(position, KEY_STRIDE)
+    last, rank = last_key(position, KEY_STRIDE), position % GROUP
     head = head_group * each + head
     queries = load_tile(q + batch * stride_qb, head * stride_qh + row * stride_qn, exists, DIM, BLOCK_DIM, True)
     d_rows = load_tile(
@@ -255,6 +275,7 @@ def backward(
     k += batch * stride_kb + kv_head * stride_kh
     v += batch * stride_vb + kv_head * stride_vh
     bias += unit * width
+    since += unit * width
     d_bias += (((batch * HEAD_GROUPS + head_group) * groups + group) * TILES_PER_GROUP + part) * width
     key_valid += batch * key_length
     fulls, seen = tl.load(num_full + unit), tl.load(num_seen + unit)
@@ -262,14 +283,14 @@ def backward(
     grad = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     grad = _backward_steps(
         grad, 0, unmasked,
-        queries, d_rows, known, shift, k, v, bias, d_bias, key_valid, blocks, slots, seen, last,
-        stride_kn, stride_vn, scale, key_length,
-        CAUSAL, HAS_BIAS, HAS_VALID, False, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, BLOCK_SIZE, PADDED, KEYS, PRECISE,
+        queries, d_rows, known, shift, k, v, bias, d_bias, since, key_valid, blocks, slots, seen, last, rank,
+        stride_kn, stride_vn, scale, key_length, CAUSAL, HAS_BIAS, HAS_SINCE, HAS_VALID, False,
+        DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, BLOCK_SIZE, PADDED, KEYS, PRECISE,
     )  # fmt: skip
     grad = _backward_steps(
         grad, unmasked, steps,
-        queries, d_rows, known, shift, k, v, bias, d_bias, key_valid, blocks, slots, seen, last,
-        stride_kn, stride_vn, scale, key_length,
-        CAUSAL, HAS_BIAS, HAS_VALID, True, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, BLOCK_SIZE, PADDED, KEYS, PRECISE,
+        queries, d_rows, known, shift, k, v, bias, d_bias, since, key_valid, blocks, slots, seen, last, rank,
+        stride_kn, stride_vn, scale, key_length, CAUSAL, HAS_BIAS, HAS_SINCE, HAS_VALID, True,
+        DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, BLOCK_SIZE, PADDED, KEYS, PRECISE,
     )  # fmt: skip
     store_tile(d_q, source * DIM, grad * softmax_scale, exists, DIM, BLOCK_DIM)
