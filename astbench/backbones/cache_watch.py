@@ -35,13 +35,19 @@ class _Kept:
     def __init__(self, summaries: CacheState, slot: nn.Module, dtype: torch.dtype, cached: list[Tensor]) -> None:
         self.summaries, self.dtype = summaries, dtype
         self._slot = weakref.ref(slot)
-        self._marks = [_Mark(x) for x in (*cached, *slot.parameters())]
+        self._cached, self._weights = ([_Mark(x) for x in xs] for xs in (cached, slot.parameters()))
 
-    def holds(self, slot: nn.Module, cached: list[Tensor]) -> bool:
-        """None of it has changed; the dtype shows later."""
-        now = [*cached, *slot.parameters()]
-        same = self._slot() is slot and len(now) == len(self._marks)
-        return same and all(mark.is_still(x) for mark, x in zip(self._marks, now, strict=True))
+    def made_by(self, slot: nn.Module) -> bool:
+        """The slot and its weights are what they were; the dtype shows later."""
+        return self._slot() is slot and _are_still(self._weights, [*slot.parameters()])
+
+    def holds(self, cached: list[Tensor]) -> bool:
+        """The cache is as it was."""
+        return _are_still(self._cached, cached)
+
+
+def _are_still(marks: list[_Mark], now: list[Tensor]) -> bool:
+    return len(now) == len(marks) and all(mark.is_still(x) for mark, x in zip(marks, now, strict=True))
 
 
 @dataclass
@@ -70,9 +76,10 @@ def watch_cache(
 
     A cache holds keys and values in tensors that beam search, selecting sequences, cropping and resetting replace. As
     long as they are the very tensors that the last call left, unchanged, the summaries made of them hold; otherwise
-    they are forgotten (so beam search makes them anew at every step). Only for the two kinds of layers whose tensors
-    are what attention reads, and without gradients. In inference mode nobody counts changes in place: there only a
-    cache that grows by new tensors is trusted, so whoever writes into such a cache by hand starts a new one.
+    they are told so (:meth:`CacheState.doubt`), and what they cannot verify is made anew, at every step of beam search.
+    Only for the two kinds of layers whose tensors are what attention reads, and without gradients. In inference mode
+    nobody counts changes in place: there only a cache that grows by new tensors is trusted, so whoever writes into such
+    a cache by hand starts a new one.
 
     Args:
         slot: Which will ask for the summaries.
@@ -92,7 +99,10 @@ def watch_cache(
         layer, found = _layer(cache, index), None
         if layer is not None:
             known = _kept.get(layer)
-            found = known if known and known.holds(slot, _tensors(layer)) else None
+            if known is not None and known.made_by(slot):
+                found = known
+                if not known.holds(_tensors(layer)):
+                    known.summaries.doubt()
         _current.call = _Append(slot, weakref.ref(cache), index, cross, found)
 
 

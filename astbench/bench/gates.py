@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -85,14 +86,14 @@ def _reference(
         outputs = []
         for row in rows.tolist():
             group = int(group_of[row])
-            here = BlockLayout(
-                layout.indices[:, own : own + 1, group : group + 1],
-                layout.counts[:, own : own + 1, group : group + 1],
-                layout.block_size,
-                layout.query_group,
-                1,
-                layout.key_length,
-                layout.query_offset + row,
+            place = slice(None), slice(own, own + 1), slice(group, group + 1)
+            here = replace(
+                layout,
+                indices=layout.indices[place],
+                counts=layout.counts[place],
+                since=None if layout.since is None else layout.since[place],
+                query_length=1,
+                query_offset=layout.query_offset + row,
             )
             with torch.set_grad_enabled(training):
                 one, _ = block_sparse_attention(

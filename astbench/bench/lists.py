@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astbench.errors import ConfigError
 from astbench_kernels import BlockLayout
 from astbench_registry.block_selection import BlockSelector, Call, Selection
 from astbench_registry.mask import AttentionMask
@@ -30,8 +31,13 @@ def random_lists(selector: BlockSelector, call: Call, *, uneven: bool) -> BlockL
             some ten times the mean, as far as so many blocks are visible) instead of evenly. What is always kept and
             what is visible bound every list, so that the total is another one: compare times for each pair.
 
+    Raises:
+        ConfigError: the attention's lists are carried: random choices of a tile's rows would have nearly all blocks.
+
     Cost: O(groups x blocks) memory for one head at a time, beside the lists.
     """
+    if selector.tile(call.mask) is not None:
+        raise ConfigError("--lists draws lists that are not carried; set --attention.lists=own, or leave --lists out")
     selection = selector.selection(call)
     (batch, heads), device = call.q.shape[:2], call.q.device
     lists = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,7 +28,7 @@ class AttendedPairs:
 
     def __init__(self) -> None:
         self.batches = 0
-        self._pairs: dict[str, tuple[Tensor, Tensor]] = {}  # computed (heads,) and visible (), by layer
+        self._pairs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # computed and tiles (heads,), visible (); by layer
         self._backends: set[str] = set()
         self._open = ExitStack()
 
@@ -46,22 +47,28 @@ class AttendedPairs:
             return
         # Tensors, not numbers: reading one would wait for the device at every call.
         computed, visible = stats.computed.sum(0), stats.visible.sum()
+        tiles = torch.full_like(computed, torch.nan) if stats.tiles is None else stats.tiles.sum(0)
         if slot.path in self._pairs:
             before = self._pairs[slot.path]
-            computed, visible = computed + before[0], visible + before[1]
-        self._pairs[slot.path] = computed, visible
+            computed, tiles, visible = computed + before[0], tiles + before[1], visible + before[2]
+        self._pairs[slot.path] = computed, tiles, visible
         self._backends.add(stats.backend)
 
     def record(self, module: TaskModule) -> dict[str, Any]:
-        """Density and backends over all processes; every one of them has to come here."""
-        pairs = {path: (computed.tolist(), float(visible)) for path, (computed, visible) in self._pairs.items()}
+        """Density and backends over all processes; every one of them has to come here.
+
+        Where all layers carry their lists, also the share of tiles that a kernel has to compute.
+        """
+        pairs = {path: (c.tolist(), t.tolist(), float(visible)) for path, (c, t, visible) in self._pairs.items()}
         parts = of_all_processes(module.trainer, (pairs, self._backends, self.batches))
         layers: dict[str, list[float]] = {}
+        tiles: list[float] = []
         for path in (slot.path for slot in module.swapped.slots):
             found = [part[path] for part, _, _ in parts if path in part]
             if found:
-                visible = max(1.0, sum(seen for _, seen in found))
-                layers[path] = [round(sum(head) / visible, 5) for head in zip(*(c for c, _ in found), strict=True)]
+                visible = max(1.0, sum(seen for _, _, seen in found))
+                layers[path] = [round(sum(head) / visible, 5) for head in zip(*(c for c, _, _ in found), strict=True)]
+                tiles += [sum(head) / visible for head in zip(*(t for _, t, _ in found), strict=True)]
         everything = [d for row in layers.values() for d in row]
         batches = sum(count for _, _, count in parts)
         density = {
@@ -69,6 +76,8 @@ class AttendedPairs:
             "layers": layers,
             "measured_on": f"every attention call of the whole evaluation, {batches} batches",
         }
+        if tiles and not any(map(math.isnan, tiles)):
+            density["tiles"] = sum(tiles) / len(tiles)
         return {"density": density, "backends": sorted(set().union(*(names for _, names, _ in parts)))}
 
 

@@ -18,7 +18,11 @@ def say_last_lines(task: Task, module: TaskModule, record: Mapping[str, Any], fo
     for name, value in record.get("metrics", {}).items():
         rows[name] = f"{value:.2f}" if isinstance(value, float) else value
     if (density := record.get("density", {}).get("mean")) is not None:
-        rows["density"] = f"{density:.3f} of the visible (query, key) pairs, on {', '.join(record['backends'])}"
+        tiles = record["density"].get("tiles")
+        computed = "" if tiles is None else f" ({tiles:.3f} of the tiles)"
+        rows["density"] = (
+            f"{density:.3f} of the visible (query, key) pairs{computed}, on {', '.join(record['backends'])}"
+        )
     if "train" in record:
         train = record["train"]
         wanted = module.trainer.max_steps

@@ -30,6 +30,8 @@ class Capabilities:
             method than the same heads repeated.
         padding: Honours a key padding mask.
         decode: One step at a time with a KV cache equals one full pass (query offset > 0).
+        decode_state: Such a step needs what the variant keeps beside the cache (`new_cache_state`) when it begins
+            elsewhere than at a multiple of some length; without it, it is refused.
         any_value_size: Takes values of another size than keys as they are. Without it, narrower ones come padded with
             zeros, which the output is cut from, and wider ones are refused.
         shift_invariant: Padding in front of a sequence changes nothing, whatever its length. Without it the variant is
@@ -53,6 +55,7 @@ class Capabilities:
     joint_choice: bool = False
     padding: bool = True
     decode: bool = False
+    decode_state: bool = False
     any_value_size: bool = False
     shift_invariant: bool = False
     soft_choice: bool = False

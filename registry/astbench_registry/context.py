@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -21,6 +21,35 @@ class CacheState:
         """What is kept of parts of the batch, where sequences behind different paddings are computed apart."""
         return {}
 
+    def part(self, front: int, rows: list[int], new: Callable[[], CacheState]) -> CacheState:
+        """What is kept of some sequences of the batch, those behind `front` padded rows.
+
+        Args:
+            front: Padded rows.
+            rows: Of the batch.
+            new: Makes an empty state, where nothing is kept of just these sequences yet. It begins with what is known
+                of them together with others: a sequence of which no token has come yet counts as one without padding.
+        """
+        key = (front, *rows)
+        if key not in self.parts:
+            kept = new()
+            together = [(x[1:], state) for x, state in self.parts.items() if x[0] == front and {*rows} <= {*x[1:]}]
+            if together:
+                others, state = together[-1]
+                kept.take(state, [others.index(row) for row in rows])
+            elif not front:
+                kept.take(self, rows)
+            self.parts[key] = kept
+        return self.parts[key]
+
+    def take(self, other: CacheState, rows: list[int]) -> None:
+        """Begin with what another state knows of some of its sequences and nobody else can tell; nothing by default."""
+
+    def doubt(self) -> None:
+        """The cache may hold other sequences than it did, or less of them: what is kept has to be verified or go."""
+        for part in self.parts.values():
+            part.doubt()
+
 
 @dataclass(frozen=True)
 class AttentionContext:
@@ -34,7 +63,8 @@ class AttentionContext:
         global_tokens: Bool `(batch, key_length)`: tokens that the task wants seen by all and seeing all (the
             question's, in question answering), for variants that know such tokens; None when it names none.
         summaries: What earlier calls on the same KV cache found out about its key blocks, and this one adds to; None
-            when nobody keeps it. It changes no result, only what has to be computed, without gradients.
+            when nobody keeps it. It changes no result, only what has to be computed, without gradients; but a variant
+            whose capability record says `decode_state` cannot go on without it.
     """
 
     step: int = 0
@@ -58,6 +88,8 @@ class AttentionStats:
             there are none.
         leading: int64 `(batch,)`: padded rows in front of each sequence, from behind which `layout` counts its keys
             (and, for self-attention, its queries); None: from row 0.
+        tiles: float64 `(batch, heads)`: pairs in the tiles that a kernel has to compute which works tile by tile, 64
+            rows or more by one block, for variants whose rows share lists; None for others.
     """
 
     attended: Tensor
@@ -66,6 +98,7 @@ class AttentionStats:
     layout: BlockLayout | None = None
     coarse: Tensor | None = None
     leading: Tensor | None = None
+    tiles: Tensor | None = None
 
     @property
     def computed(self) -> Tensor:

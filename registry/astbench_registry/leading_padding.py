@@ -134,7 +134,7 @@ def _causal(
             continue
         kept = None
         if state is not None:
-            kept = state.parts.setdefault((front, *rows.tolist()), new_cache_state() or CacheState())
+            kept = state.part(front, rows.tolist(), lambda: new_cache_state() or CacheState())
         part = _part(inputs, rows, front, skipped)
         part = replace(part, context=replace(part.context, summaries=kept))
         parts.append((rows, skipped, part.run(forward, scale)))
@@ -189,12 +189,15 @@ def _stats(inputs: _Inputs, leading: Tensor, parts: list[tuple[Tensor, int, Atte
         return None
     q, k = inputs.q, inputs.k
     attended = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
-    coarse = attended
+    coarse = tiles = attended
     for rows, stats in reported:
         attended = attended.index_copy(0, rows, stats.attended.to(attended.dtype))
         if stats.coarse is not None:
             coarse = coarse.index_copy(0, rows, stats.coarse.to(attended.dtype))
+        if stats.tiles is not None:
+            tiles = tiles.index_copy(0, rows, stats.tiles.to(attended.dtype))
     some = any(stats.coarse is not None for _, stats in reported)
+    tiled = any(stats.tiles is not None for _, stats in reported)
     return AttentionStats(
         attended,
         inputs.mask.visible_pairs(q, k),
@@ -202,6 +205,7 @@ def _stats(inputs: _Inputs, leading: Tensor, parts: list[tuple[Tensor, int, Atte
         _layout(inputs, [(rows, stats.layout) for rows, stats in reported]),
         coarse if some else None,
         leading,
+        tiles if tiled else None,
     )
 
 
@@ -216,11 +220,14 @@ def _layout(inputs: _Inputs, parts: list[tuple[Tensor, BlockLayout | None]]) -> 
     width, heads = max(x.indices.shape[-1] for x in layouts), first.indices.shape[1]
     indices = first.indices.new_zeros(inputs.q.shape[0], heads, groups, width)
     counts = first.counts.new_zeros(indices.shape[:3])
+    since = None if first.since is None else first.since.new_zeros(indices.shape)
     for (rows, _), layout in zip(parts, layouts, strict=True):
         count, wide = layout.indices.shape[2:]
         indices[rows, :, :count, :wide] = layout.indices.expand(len(rows), -1, -1, -1)
         counts[rows, :, :count] = layout.counts.expand(len(rows), -1, -1)
-    return replace(first, indices=indices, counts=counts, query_length=queries, key_length=keys)
+        if since is not None and layout.since is not None:
+            since[rows, :, :count, :wide] = layout.since.expand(len(rows), -1, -1, -1)
+    return replace(first, indices=indices, counts=counts, since=since, query_length=queries, key_length=keys)
 
 
 def attended_tokens(stats: AttentionStats, mask: AttentionMask) -> Tensor:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from astbench_kernels import BlockLayout, merge_attention
 from astbench_registry.block_selection.call import Call
+from astbench_registry.block_selection.carried import carried_layout
 from astbench_registry.block_selection.coarse_keys import CoarseAttention
 from astbench_registry.block_selection.grid import Selection
 from astbench_registry.block_selection.selector import BlockSelector
+from astbench_registry.block_selection.summaries import BlockSummaries
 from astbench_registry.configs.block_selection import BlockSelectionConfig
 from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
 from astbench_registry.mask import AttentionMask
@@ -61,6 +63,9 @@ class BlockSelectingAttention(Attention):
     group, compete; the blocks that the group itself stands in are always kept and masked per token. So no
     choice depends on later tokens (in groups of several only on how many of its own group there are). Pooling a causal
     group's queries would leak them. Without such a mask the group's mean query speaks.
+
+    With `lists="carried"` every token chooses, and what one chose all later tokens of its tile see too
+    (:mod:`astbench_registry.block_selection.carried`).
     """
 
     config: BlockSelectionConfig
@@ -115,12 +120,27 @@ class BlockSelectingAttention(Attention):
         selection = self.selection(call)
         scores = self.scores(call, selection)
         keep = self.choose(scores.detach(), call, selection)
-        layout = selection.layout(keep, call)
+        layout = self.layout(keep, call, selection)
         return Choice(layout, self.selector_losses(scores, keep, layout, call, selection))
 
     def selection(self, call: Call) -> Selection:
         """Groups, blocks and what each group may, must and need not see."""
         return self.selector.selection(call)
+
+    def layout(self, keep: Tensor, call: Call, selection: Selection) -> BlockLayout:
+        """The kept blocks as lists: of each group, or carried by tiles.
+
+        Raises:
+            ValueError: a step of decoding inside a tile, of whose rows before it nothing was kept.
+        """
+        tile, kept = self.selector.tile(call.mask), call.context.summaries
+        if tile is None:
+            return selection.layout(keep, call)
+        return carried_layout(keep, call, selection, tile, kept.running if isinstance(kept, BlockSummaries) else None)
+
+    def new_cache_state(self) -> BlockSummaries:
+        """See the base class: features of blocks, and the running list of the last tile."""
+        return BlockSummaries()
 
     def choose(self, scores: Tensor, call: Call, selection: Selection) -> Tensor:
         """Bool `(batch, num_heads, groups, blocks)`: the blocks to keep; `scores` come without gradient."""
@@ -159,7 +179,11 @@ class BlockSelectingAttention(Attention):
             one_a_row = (choice.rest[1] > -torch.inf).sum(-1).to(attended.dtype)
             beside = one_a_row if beside is None else beside + one_a_row
         ran = call.ran(choice.layout, backend, choice.learned_by.bias)
-        return AttentionStats(attended, mask.visible_pairs(call.q, call.k), ran, choice.layout, beside)
+        visible, tiles = mask.visible_pairs(call.q, call.k), None
+        if self.selector.tile(mask) is not None:
+            listed, most = choice.layout.tiles(causal=mask.causal)
+            tiles = listed / max(1, most) * visible[:, None]
+        return AttentionStats(attended, visible, ran, choice.layout, beside, tiles=tiles)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """The kept blocks' two matmuls (fixed budget), without the scores; variants add theirs."""

@@ -92,19 +92,15 @@ class FactoredBlockSelection(BlockSelectingAttention):
         """
         return not (self.training and torch.is_grad_enabled())
 
-    def new_cache_state(self) -> BlockSummaries:
-        """See the base class: the blocks' features."""
-        return BlockSummaries()
-
     def choice(self, call: Call, backend: str) -> Choice:
         """See the base class; by the fused kernels where they make the same choice."""
-        if backend == "triton" and self.fusible(call):
+        if backend == "triton" and self.selector.tile(call.mask) is None and self.fusible(call):
             return Choice(self.fused_layout(call))
         selection = self.selection(call)
         features = self._known_features(call, selection, fused=False)
         scores = self._products(call, features, selection)
         keep = self.choose(scores.detach(), call, selection)
-        layout = selection.layout(keep, call)
+        layout = self.layout(keep, call, selection)
         learned_by = self.selector_losses(scores, keep, layout, call, selection)
         return Choice(layout, learned_by, self.rest_token(scores, keep, call, selection, features))
 

@@ -27,6 +27,10 @@ class BlockSelector:
         """Consecutive queries that share a choice under this mask."""
         return self.config.query_group or (1 if mask.sequential else BIDIRECTIONAL_GROUP)
 
+    def tile(self, mask: AttentionMask) -> int | None:
+        """Rows that share a carried list under this mask; None where each group has its own."""
+        return self.config.query_tile if self.config.lists == "carried" and mask.causal else None
+
     def grid(self, call: Call) -> Grid:
         """Groups and blocks of a call.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from astbench_registry.block_selection.call import Call
+from astbench_registry.block_selection.carried import RunningList
 from astbench_registry.block_selection.features import BlockFeatures
 from astbench_registry.block_selection.grid import Grid
 from astbench_registry.interface import CacheState
@@ -24,13 +25,26 @@ class BlockSummaries(CacheState):
 
     Attributes:
         blocks: Number of blocks, from the first key on, that it knows.
+        running: What rows of the tile chose that the cache ends in, for carried lists.
     """
 
     def __init__(self) -> None:
         self.blocks = 0
+        self.running = RunningList()
         self._tensors: dict[str, Tensor] = {}  # by the features' names; with room behind the last block
         self._rows: dict[str, int] = {}  # of each tensor a block
         self._valid: Tensor | None = None
+
+    def take(self, other: CacheState, rows: list[int]) -> None:
+        """See the base class: the running list. Features of blocks can be made anew."""
+        if isinstance(other, BlockSummaries):
+            self.running.take(other.running, rows)
+
+    def doubt(self) -> None:
+        """See the base class: features are made anew, the running list is looked at."""
+        super().doubt()
+        self.blocks = 0
+        self.running.doubt()
 
     def completed(self, call: Call, grid: Grid, features_of: FeaturesOf) -> BlockFeatures:
         """`features_of(call, grid)`, called only for blocks that are not known yet.

@@ -115,6 +115,12 @@ class ASTConfig(BlockSelectionConfig):
         self.require(self.budget in ("fixed", "adaptive"), "budget", "fixed or adaptive")
         estimators = ("straight_through", "soft", "policy_gradient", "none")
         self.require(self.estimator in estimators, "estimator", f"one of {', '.join(estimators)}")
+        self.require(
+            self.lists == "own" or self.estimator != "soft",
+            "estimator",
+            "straight_through, policy_gradient or none with --attention.lists=carried: a tile's rows share one bias",
+        )
+        self.require(self.lists == "own" or not self.rest, "rest", "off with --attention.lists=carried")
         self.require(self.rank >= 1, "rank", "at least 1")
         self.require(
             self.sub_blocks >= 1 and self.block_size % self.sub_blocks == 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from astbench_registry.capabilities import PATTERNS, AttentionConfig, Capabilities, SparseBackend
 
@@ -16,7 +16,12 @@ class BlockSelectionConfig(AttentionConfig):
         block_size: Keys per block, in tokens.
         query_group: Consecutive queries that share a choice; default 1 under a causal mask (where only the
             group's first token may speak for it), 64 without.
-        density: Share of the visible blocks each row keeps, always-kept blocks included.
+        lists: Who sees a block that a row chose under a causal mask. "own": that row (or group of `query_group`).
+            "carried": it and all later rows of its tile. A kernel computes whole tiles anyway; so more is seen for
+            little more work, and nothing depends on later tokens.
+        query_tile: Consecutive rows of a tile that carries a list.
+        density: Share of the visible blocks each row chooses, always-kept blocks included; with carried lists a tile
+            sees the union of its rows' choices, two to three times as much.
         top_k: Blocks each row keeps, instead of `density`.
         min_blocks: Never fewer blocks than this (or than are visible).
         local_blocks: Blocks kept on each side of the query's own (causal: before it).
@@ -27,6 +32,8 @@ class BlockSelectionConfig(AttentionConfig):
 
     block_size: int = 16
     query_group: int | None = None
+    lists: Literal["own", "carried"] = "own"
+    query_tile: int = 64
     density: float = 0.25
     top_k: int | None = None
     min_blocks: int = 8
@@ -39,12 +46,19 @@ class BlockSelectionConfig(AttentionConfig):
     )
     renamed: ClassVar = {"first_block": "sink_block"}
     # Blocks of 16 and a floor of 8 of them would keep everything in the suite's inputs.
-    conformance_options: ClassVar = {"block_size": 4, "min_blocks": 2, "density": 0.3}
+    conformance_options: ClassVar = {"block_size": 4, "min_blocks": 2, "density": 0.3, "query_tile": 6}
     full_density_options: ClassVar = {"density": 1.0, "top_k": None}
 
     def __post_init__(self) -> None:
         self.require(self.block_size >= 1, "block_size", "at least 1 token")
         self.require(self.query_group is None or self.query_group >= 1, "query_group", "at least 1 token")
+        self.require(self.lists in ("own", "carried"), "lists", "own or carried")
+        self.require(self.query_tile >= 1, "query_tile", "at least 1 token")
+        self.require(
+            self.lists == "own" or self.query_group in (None, 1),
+            "query_group",
+            "1 or left out with --attention.lists=carried: every token chooses",
+        )
         self.require(0 < self.density <= 1, "density", "above 0 and at most 1")
         self.require(self.top_k is None or self.top_k >= 1, "top_k", "at least 1 block")
         self.require(self.min_blocks >= 1, "min_blocks", "at least 1 block")
@@ -60,6 +74,8 @@ class BlockSelectionConfig(AttentionConfig):
     @property
     def can(self) -> Capabilities:
         """Groups of several queries cannot decode yet: their first token's query is gone from the cache."""
+        if self.lists == "carried":
+            return replace(self.capabilities, decode_state=True)
         return self.capabilities if self.query_group in (None, 1) else replace(self.capabilities, decode=False)
 
 
@@ -116,6 +132,8 @@ class TokenTopKConfig(BlockSelectionConfig):
     top_k: int = 8
 
     query_group: ClassVar[int | None] = 1  # type: ignore[misc]
+    lists: ClassVar[Literal["own", "carried"]] = "own"  # type: ignore[misc]
+    query_tile: ClassVar[int] = 64  # type: ignore[misc]
     density: ClassVar[float] = 1.0  # type: ignore[misc]
     min_blocks: ClassVar[int] = 1  # type: ignore[misc]
     local_blocks: ClassVar[int] = 0  # type: ignore[misc]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from astbench_registry.capabilities import Capabilities
 from astbench_registry.configs.block_selection import BlockSelectionConfig
@@ -31,6 +31,8 @@ class MInferenceConfig(BlockSelectionConfig):
     first: int = 30
     recent: int = 100
 
+    lists: ClassVar[Literal["own", "carried"]] = "own"  # type: ignore[misc]
+    query_tile: ClassVar[int] = 64  # type: ignore[misc]
     density: ClassVar[float] = 1.0  # type: ignore[misc]
     top_k: ClassVar[int | None] = None  # type: ignore[misc]
     min_blocks: ClassVar[int] = 1  # type: ignore[misc]

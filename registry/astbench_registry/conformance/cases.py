@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from astbench_registry.block_selection.summaries import BlockSummaries
 from astbench_registry.capabilities import AttentionConfig, Capabilities, Pattern
-from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, CacheState
 from astbench_registry.mask import AttentionMask
 
 # Sizes differ and lengths are multiples of nothing, so that a swapped axis or a forgotten remainder shows.
@@ -55,7 +54,7 @@ class Case:
         scale: float | None = None,
         collect_stats: bool = False,
         step: int = 0,
-        summaries: BlockSummaries | None = None,
+        summaries: CacheState | None = None,
     ) -> AttentionOutput:
         """Call the module under a fixed seed, leaving the caller's random state alone."""
         context = AttentionContext(

@@ -12,7 +12,6 @@ from dataclasses import fields, replace
 
 import torch
 
-from astbench_registry.block_selection.summaries import BlockSummaries
 from astbench_registry.capabilities import AttentionConfig
 from astbench_registry.conformance.cases import Case, Subject, attend, change_after
 from astbench_registry.conformance.checks import holds_for, need, same
@@ -110,7 +109,9 @@ def long_decode(subject: Subject) -> None:
         length = case.q.shape[2]
         with torch.no_grad():
             whole = case.out(module)
-            for summaries in (None, BlockSummaries()):
+            for summaries in (None, module.new_cache_state()):
+                if summaries is None and subject.can.decode_state:
+                    continue
                 for start, stop in ((0, length - 4), (length - 4, length - 3), (length - 3, length - 1)):
                     step = case.queries(start, stop).out(module, summaries=summaries)
                     kept = "" if summaries is None else ", with summaries of blocks,"

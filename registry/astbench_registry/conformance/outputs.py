@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from astbench_registry.block_selection.summaries import BlockSummaries
 from astbench_registry.conformance.cases import (
     HEADS,
     KEY_LENGTH,
@@ -163,7 +162,8 @@ def decode(subject: Subject) -> None:
         if holes and subject.self_attention:  # and padding in front, as generation from a batch has it
             front = torch.arange(case.k.shape[2]) >= torch.tensor([[9], [0]])
             case = case.with_mask(key_valid=front if case.mask.key_valid is None else case.mask.key_valid & front)
-        length, summaries = case.q.shape[2], BlockSummaries() if kept else None
+        length = case.q.shape[2]
+        summaries = module.new_cache_state() if kept or subject.can.decode_state else None
         with torch.no_grad():
             whole = case.out(module)
             parts = (case.queries(start, min(start + chunk, length)) for start in range(0, length, chunk))

@@ -165,9 +165,14 @@ class AdaptiveSparseAttention(LearnedBlockScores):
             return SelectorLosses()
         bias, log_prob, losses = None, None, {}
         listed, free = layout.indices.long(), selection.free.expand_as(keep)
-        log_p = self._gate(scores, layout, selection, at=None if whole else listed)
+        carried = layout.since is not None
+        log_p = self._gate(scores, keep, layout, selection, at=None if whole or carried else listed)
         if wants_bias:
-            bias = (log_p.gather(-1, listed) if whole else log_p).masked_fill(~layout.slots, 0.0)
+            if carried:
+                bias = _of_first_rows(log_p, layout)
+            else:
+                bias = log_p.gather(-1, listed) if whole else log_p
+            bias = bias.masked_fill(~layout.slots, 0.0)
             if config.estimator == "straight_through":
                 bias = bias - bias.detach()
         if policy:
@@ -180,7 +185,9 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         """Whether this call keeps blocks by scores plus noise."""
         return self.training and (self.config.sample or self.config.estimator == "policy_gradient")
 
-    def _gate(self, scores: Tensor, layout: BlockLayout, selection: Selection, at: Tensor | None = None) -> Tensor:
+    def _gate(
+        self, scores: Tensor, keep: Tensor, layout: BlockLayout, selection: Selection, at: Tensor | None = None
+    ) -> Tensor:
         """Log-probabilities of the differentiable top-k, of all blocks or those `at`.
 
         It counts with the free blocks that were kept, but with no more than the schedule ends with. So steps at a
@@ -189,7 +196,7 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         probability of a choice, have to agree with what is kept.
         """
         always_kept = selection.always_kept.sum(-1)
-        kept = layout.counts - always_kept
+        kept = (layout.counts if layout.since is None else keep.sum(-1)) - always_kept
         if self.config.budget == "fixed" and self.config.estimator not in ("soft", "policy_gradient"):
             final = self.selector.budget(selection.visible.sum(-1), self.density_at(self.config.density_steps))
             kept = torch.minimum(kept, (final - always_kept).clamp(min=1))
@@ -219,3 +226,19 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         if self.coarse_keys is not None:
             coarse = self.coarse_keys.flops(batch, shape.num_heads, query_length, key_length, shape.head_dim, mask)
         return super().flops(batch, query_length, key_length, mask) + predictor + coarse
+
+
+def _of_first_rows(log_p: Tensor, layout: BlockLayout) -> Tensor:
+    """`(batch, heads, tiles, width)`: each carried block's log-probability in the row that chose it first.
+
+    So all rows of a tile that see a block tell that row what it was worth to them. 0 for a block that was chosen
+    before this call.
+    """
+    assert layout.since is not None
+    tile, blocks = layout.query_group, log_p.shape[-1]
+    first = torch.arange(layout.num_groups, device=log_p.device)[:, None] * tile - layout.query_offset % tile
+    row = first + layout.since.long()
+    there = (row >= 0) & (row < log_p.shape[2])
+    flat = row.clamp(0, log_p.shape[2] - 1) * blocks + layout.indices.long()
+    found = log_p.flatten(2).gather(-1, flat.flatten(2)).view(flat.shape)
+    return found.masked_fill(~there, 0.0)
