@@ -59,7 +59,10 @@ class CarriedMask(AttentionMask):
 
 
 class AttentionSlot(nn.Module):
-    """Sits on a Hugging Face attention module as its submodule `astbench` and holds the variant."""
+    """Sits on a Hugging Face attention module as its submodule `astbench` and holds the variant.
+
+    While `observing` is set, dense attention runs and the variant only looks on.
+    """
 
     def __init__(self, attention: Attention, pattern: Pattern, path: str) -> None:
         super().__init__()
@@ -73,6 +76,7 @@ class AttentionSlot(nn.Module):
         self.losses: Mapping[str, Tensor] = {}
         self.stats: AttentionStats | None = None
         self.log_prob: Tensor | None = None
+        self.observing = False
         self._ran_without_gradient = False
 
     def forward(
@@ -90,6 +94,10 @@ class AttentionSlot(nn.Module):
                 f"{self.path} was attached for {self.pattern} attention but is called with a "
                 f"{'causal' if mask.causal else 'non-causal'} mask"
             )
+        if self.observing:
+            seen = replace(mask, pattern=self.pattern)
+            self.attention.observe(q, k, seen)
+            return build_attention("dense", {}, self.attention.shape)(q, k, v, seen, scale=scale).out
         context = AttentionContext(self.step, self.collect_stats, self.hidden_states, self.global_tokens, summaries)
         try:
             output = self.attention(q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context)

@@ -27,6 +27,9 @@ class BackboneConfig:
             backward pass: less memory, about a third more time, the same gradients.
         compile: torch.compile every layer around its attention (which stays as it is) for `fit`. Needs a C++ compiler
             on a CPU, Triton on a GPU; the first step takes a minute, and results differ in the last digits.
+        calibrate: Batches of the training split that the model runs through densely before anything else, so that an
+            attention which can starts from its queries and keys (`ast` with `index_dim`). Not with `--resume`,
+            `--ckpt_path` or `--init_from`, whose weights come with it.
     """
 
     name: str = "tiny"
@@ -36,10 +39,13 @@ class BackboneConfig:
     trust_weights_only: bool = True
     gradient_checkpointing: bool = False
     compile: bool = False
+    calibrate: int = 0
 
     def __post_init__(self) -> None:
         if self.max_positions is not None and self.max_positions < 1:
             raise ValueError(f"--backbone.max_positions must be at least 1 token, got {self.max_positions}")
+        if self.calibrate < 0:
+            raise ValueError(f"--backbone.calibrate must be 0 or more batches, got {self.calibrate}")
 
 
 _ENCODER_SIZES = {

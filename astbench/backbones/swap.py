@@ -98,6 +98,26 @@ class SwapHandle:
                 slot.collect_stats = False
                 slot.stats = None
 
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """Inside, the model runs dense and the variants look on; then those that can start from what they saw.
+
+        Call the model a few times inside, on texts of the kind and the length that are to come. It changes nothing for
+        variants that do not start from the model's own queries and keys. In a note, how many layers started anew.
+
+        >>> with handle.calibrating(), torch.no_grad():  # doctest: +SKIP
+        ...     model(input_ids)
+        """
+        for slot in self.slots:
+            slot.observing = True
+        try:
+            yield
+        finally:
+            for slot in self.slots:
+                slot.observing = False
+        started = sum(slot.attention.start() for slot in self.slots)
+        self.notes.append(f"{started} of {len(self.slots)} layers start from the model's own queries and keys")
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The variants' own parameters."""
         for slot in self.slots:

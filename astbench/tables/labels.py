@@ -25,6 +25,8 @@ def described(run: Run) -> str:
     """Name and the options that tables of language models compare; some came later than some records."""
     options = run.attention
     said = [] if options.get("block_size", 16) == 16 else [f"blocks of {options['block_size']}"]
+    if options.get("lists", "own") == "carried":
+        said.append(f"carried in tiles of {options['query_tile']}")
     if options["name"] == "ast":
         said += _ast(run)
     return ", ".join([name(run), *said])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -60,6 +61,7 @@ class TaskModule(pl.LightningModule):
         self.optim = OptimConfig(**(optim or {}))
         self.seed = seed
         self.init_from = init_from
+        self._to_observe = self.backbone.calibrate
         self.model: PreTrainedModel | None = None
         self.handle: SwapHandle | None = None
         self.answers: dict[str, str] = {}
@@ -187,6 +189,38 @@ class TaskModule(pl.LightningModule):
         for name, value in auxiliary.items():
             self.log(f"train/{name}", value.detach())
         return total
+
+    def on_fit_start(self) -> None:
+        """Calibrate the attention, if that is asked for."""
+        self._calibrate()
+
+    def on_validation_start(self) -> None:
+        """As before training."""
+        self._calibrate()
+
+    def on_test_start(self) -> None:
+        """As before training."""
+        self._calibrate()
+
+    def _calibrate(self) -> None:
+        """Let the attention look at the dense model, once; weights of a checkpoint or another run have that in them."""
+        batches, self._to_observe = self._to_observe, 0
+        if not batches or self.init_from or self.trainer.ckpt_path:
+            return
+        if self.trainer.world_size > 1:
+            raise ConfigError(
+                "--backbone.calibrate takes one process: calibrate in a run of its own, and --init_from it"
+            )
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            data.setup("fit")
+        assert self.model is not None
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.swapped.calibrating():
+            for batch in islice(data.train_dataloader(), batches):
+                self(self.trainer.strategy.batch_to_device(batch))
+        self.model.train(training)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Randomness from (seed, batch number): a resumed run draws what the uninterrupted one would."""

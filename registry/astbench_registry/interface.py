@@ -118,6 +118,21 @@ class Attention(nn.Module):
             CapabilityError: the variant needs projections that this layer does not have.
         """
 
+    def observe(self, q: Tensor, k: Tensor, mask: AttentionMask) -> None:
+        """Look at the queries and keys of a dense call of the layer that it stands in, before :meth:`start`.
+
+        For variants that start from the model's own queries and keys; the others look away.
+
+        Args:
+            q: As for :meth:`forward`.
+            k: Likewise.
+            mask: Likewise.
+        """
+
+    def start(self) -> bool:
+        """Take what was observed as the start of the variant's own parameters; whether any of them start from it."""
+        return False
+
     def new_cache_state(self) -> CacheState | None:
         """What this variant keeps of one KV cache from call to call, still empty; None for nothing."""
         return None

@@ -18,6 +18,10 @@ class ASTConfig(BlockSelectionConfig):
         sub_blocks: Means that sum up a block's keys, each of `block_size / sub_blocks` tokens; its score is the
             logarithm of the summed exponentials of theirs. More of them see more of what one mean hides, and the
             predictor costs that many times as much; on a GPU it holds their scores, without the fused kernel's choice.
+        index_dim: Dimensions of an index of tokens: queries and keys are projected to so many, and a block's score is
+            the logarithm of its tokens' summed exponentials. It finds what a mean hides, and costs N M index_dim.
+            Random at first; `--backbone.calibrate` starts it from the model's own queries and keys. 0: a block is
+            scored by its mean key and the learned term of `rank`.
         patterns: Predefined patterns that each head may follow beside the content: cosines of the distance with periods
             of 4, 8, 16, ... blocks (long ones are windows, short ones strides), weighed per head, at first with zero.
         global_tokens: Always keep the blocks that hold a token which the task calls global (a question's), as part of
@@ -61,6 +65,7 @@ class ASTConfig(BlockSelectionConfig):
 
     rank: int = 32
     sub_blocks: int = 1
+    index_dim: int = 0
     patterns: int = 0
     global_tokens: bool = False
     budget: Literal["fixed", "adaptive"] = "fixed"
@@ -126,6 +131,12 @@ class ASTConfig(BlockSelectionConfig):
             self.sub_blocks >= 1 and self.block_size % self.sub_blocks == 0,
             "sub_blocks",
             f"a divisor of block_size ({self.block_size})",
+        )
+        self.require(self.index_dim >= 0, "index_dim", "0 or more")
+        self.require(
+            not self.index_dim or self.sub_blocks == 1,
+            "sub_blocks",
+            "1 with --attention.index_dim, which has every token",
         )
         self.require(0 <= self.patterns <= 16, "patterns", "0 to 16")
         self.require(0 < self.share <= 1, "share", "above 0 and at most 1")

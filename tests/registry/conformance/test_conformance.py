@@ -31,6 +31,9 @@ AST_OPTIONS = {
     "density-schedule": {"density_start": 0.9, "density_steps": 2},
     "reference-backend": {"backend": "reference"},
     "carried": {"lists": "carried"},
+    "index": {"index_dim": 3},
+    "index-with-patterns-and-rest": {"index_dim": 2, "patterns": 1, "rest": True},
+    "index-carried-adaptive": {"index_dim": 2, "lists": "carried", "budget": "adaptive", "share": 0.1},
     "carried-adaptive": {"lists": "carried", "budget": "adaptive", "share": 0.1, "block_size": 3, "sink_block": False},
     "carried-policy": {"lists": "carried", "estimator": "policy_gradient", "patterns": 1, "coarse_stride": 3},
 }  # fmt: skip

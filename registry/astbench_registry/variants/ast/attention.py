@@ -43,6 +43,10 @@ class AdaptiveSparseAttention(LearnedBlockScores):
     With `sub_blocks` m there are m means a block, and s_ij is the logarithm of their m exponentials' sum: at one token
     each it would be the block's true mass.
 
+    With `index_dim` r there is an index of tokens in place of means and learned term (:class:`TokenIndex`):
+
+        s_ij = log sum over the tokens t of block j of exp(exp(g) * scale * (q_i A) . (k_t B)),   A, B of rank r
+
     With `patterns`, each head adds its own weighted sum of cosines of the distance i - j. W_w, g and those weights
     start at zero, so the untrained predictor is `pooled_topk` exactly, and a pretrained dense model runs before any
     training. With estimator "straight_through" each kept block carries `log p - stop(log p)`
@@ -70,9 +74,10 @@ class AdaptiveSparseAttention(LearnedBlockScores):
     def fusible(self, call: Call) -> bool:
         """See the base class."""
         config = self.config
-        forward = config.estimator == "soft" or config.budget == "adaptive" or config.rest or config.sub_blocks > 1
+        forward = config.estimator == "soft" or config.budget == "adaptive" or config.rest
+        parts = config.sub_blocks > 1 or config.index_dim > 0
         more_kept = self._global_tokens(call) is not None
-        return super().fusible(call) and not (forward or self._draws() or more_kept)
+        return super().fusible(call) and not (forward or parts or self._draws() or more_kept)
 
     def selection(self, call: Call) -> Selection:
         """Blocks that hold a global token are kept by all; groups that do keep all, and the others as many as ever."""
@@ -107,7 +112,7 @@ class AdaptiveSparseAttention(LearnedBlockScores):
             scores = block_scores(*factors, selection.num_blocks)
         assert features.num_tokens is not None
         log_size = features.num_tokens.flatten(1).expand(scores.shape[0], -1).clamp(min=1).log()
-        if self.config.sub_blocks > 1:  # the scores of several means hold their sizes
+        if self.config.sub_blocks > 1 or self.config.index_dim:  # the scores of several rows hold their sizes
             log_size = torch.zeros_like(log_size)
         lse = log_mass(scores, selection.free & ~keep, log_size.to(scores.dtype))
         value = self.global_context(features, call.mask, selection)
@@ -219,8 +224,13 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         width = shape.head_dim + rank + 2 * self.config.patterns
         if self.config.sub_blocks > 1:
             blocks, width = blocks * self.config.sub_blocks, width + 1
-        per_head = 2 * groups * blocks * width + 2 * groups * (2 * shape.head_dim + 1) * rank
+        described = 2 * groups * (2 * shape.head_dim + 1) * rank
         features = 2 * -(-key_length // self.config.block_size) * 4 * shape.head_dim * rank
+        if self.config.index_dim:
+            blocks, width = key_length, self.config.index_dim + 1 + 2 * self.config.patterns
+            described = 2 * groups * shape.head_dim * self.config.index_dim
+            features = 2 * key_length * shape.head_dim * self.config.index_dim
+        per_head = 2 * groups * blocks * width + described
         predictor = batch * (shape.num_heads * per_head + shape.num_kv_heads * features)
         coarse = 0
         if self.coarse_keys is not None:

@@ -15,6 +15,10 @@ from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.interface import AttentionShape
 from astbench_registry.mask import AttentionMask
 from astbench_registry.toolbox.widening import widened
+from astbench_registry.variants.ast.index import TokenIndex
+
+NO_TOKEN = -1e4
+"""Logit of what is no token: its exponential is 0, where -inf would make NaN of blocks that are all padding."""
 
 
 class LearnedBlockScores(FactoredBlockSelection):
@@ -26,10 +30,21 @@ class LearnedBlockScores(FactoredBlockSelection):
         super().__init__(config, shape)
         dim, rank = shape.head_dim, config.rank
         self.gain = nn.Parameter(torch.zeros(shape.num_heads))
-        self.query_weight = nn.Parameter(torch.empty(shape.num_heads, 2 * dim + 1, rank))
-        self.key_weight = nn.Parameter(torch.zeros(shape.num_kv_heads, 4 * dim, rank))
-        nn.init.normal_(self.query_weight)
+        self.index = TokenIndex(shape, config.index_dim) if config.index_dim else None
+        if self.index is None:
+            self.query_weight = nn.Parameter(torch.empty(shape.num_heads, 2 * dim + 1, rank))
+            self.key_weight = nn.Parameter(torch.zeros(shape.num_kv_heads, 4 * dim, rank))
+            nn.init.normal_(self.query_weight)
         self.pattern_weight = nn.Parameter(torch.zeros(shape.num_heads, config.patterns)) if config.patterns else None
+
+    def observe(self, q: Tensor, k: Tensor, mask: AttentionMask) -> None:
+        """See the base class: for the index of tokens."""
+        if self.index is not None:
+            self.index.observe(q, k, mask.valid_queries(q.shape[2]), mask.key_valid)
+
+    def start(self) -> bool:
+        """See the base class: the index's projections."""
+        return self.index is not None and self.index.start()
 
     def block_features(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
         """See the base class: the rows that are scored, and for the global context mean values and sizes."""
@@ -46,6 +61,8 @@ class LearnedBlockScores(FactoredBlockSelection):
     def features_with_gradient(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
         """:meth:`block_features`, with a gradient to keys and values whatever `detach` says."""
         k, v, mask, compute = call.k, call.v, call.mask, call.compute_dtype
+        if self.index is not None:
+            return self._index_features(call, grid)
         if fused:
             mean_key, max_key, min_key, mean_value, counts = pool_blocks(k, v, mask.key_valid, grid.block_size)
         else:
@@ -60,27 +77,48 @@ class LearnedBlockScores(FactoredBlockSelection):
         if parts > 1:
             fine = replace(grid, block_size=grid.block_size // parts, num_blocks=grid.num_blocks * parts)
             size = real_in_blocks(k, mask, fine).sum(-1)
-            # Of no tokens, no weight: exp(-1e4) is 0, where -inf would make NaN of blocks that are all padding.
-            weight = size.clamp(min=1).to(compute).log().masked_fill(size == 0, -1e4)
+            weight = size.clamp(min=1).to(compute).log().masked_fill(size == 0, NO_TOKEN)
             key_side = [mean_of_blocks(k, mask, fine), key_side[1].repeat_interleave(parts, 2)]
             key_side.append(weight[:, None, :, None].expand(*k.shape[:2], -1, -1))
         return BlockFeatures(torch.cat(key_side, -1), mean_value, counts.to(compute)[:, None, :, None])
+
+    def _index_features(self, call: Call, grid: Grid) -> BlockFeatures:
+        """One row a token: its index key, and a column that takes what is no token out of the sum."""
+        assert self.index is not None
+        compute, length = call.compute_dtype, grid.num_blocks * grid.block_size
+        real = real_in_blocks(call.k, call.mask, grid)
+        keys = pad(self.index.keys(call.k, compute), (0, 0, 0, length - call.k.shape[2]))
+        weight = torch.where(real.flatten(1), 0.0, NO_TOKEN).to(compute)
+        keys = torch.cat([keys, weight[:, None, :, None].expand(*keys.shape[:3], 1)], -1)
+        if not self.config.rest:
+            return BlockFeatures(keys)
+        return BlockFeatures(keys, mean_of_blocks(call.v, call.mask, grid), real.sum(-1).to(compute)[:, None, :, None])
 
     def factors_with_gradient(self, call: Call, features: BlockFeatures, grid: Grid) -> tuple[Tensor, Tensor]:
         """:meth:`factors`, with a gradient to the queries whatever `detach` says."""
         compute, columns = call.compute_dtype, features.key
         group_query = self.group_query(call, grid)
+        gain = call.scale * widened(self.gain, compute).exp()[:, None, None]
+        if self.index is not None:
+            rows = [self.index.queries(group_query, compute) * gain]
+            rows.append(torch.ones_like(rows[0][..., :1]))
+            return self._with_patterns(call, rows, columns, grid, self.config.block_size)
         context = self.global_context(features, call.mask, grid)
         described = pad(_unit(torch.cat([group_query, context], -1)), (0, 1), value=1.0)
         u = torch.matmul(described, widened(self.query_weight, compute)) * self.config.rank**-0.5
-        gain = call.scale * widened(self.gain, compute).exp()[:, None, None]
         rows = [group_query * gain, u]
         if self.config.sub_blocks > 1:
             rows.append(torch.ones_like(u[..., :1]))
+        return self._with_patterns(call, rows, columns, grid, self.config.sub_blocks)
+
+    def _with_patterns(
+        self, call: Call, rows: list[Tensor], columns: Tensor, grid: Grid, each: int
+    ) -> tuple[Tensor, Tensor]:
+        """Both factors, patterns of the distance added; `columns` has `each` rows a block."""
         if self.pattern_weight is not None:
-            waves, places = _distance_patterns(widened(self.pattern_weight, compute), grid)
-            rows.append(waves.expand(call.q.shape[0], -1, -1, -1))
-            places = places.repeat_interleave(self.config.sub_blocks, 0)
+            waves, places = _distance_patterns(widened(self.pattern_weight, call.compute_dtype), grid)
+            rows = [*rows, waves.expand(call.q.shape[0], -1, -1, -1)]
+            places = places.repeat_interleave(each, 0)
             columns = torch.cat([columns, places.expand(*columns.shape[:2], -1, -1)], -1)
         return torch.cat(rows, -1), columns
 
