@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from astbench.cli.commands.names import LIGHTNING
 from astbench.cli.names import check_names, read_names
@@ -20,15 +23,28 @@ def run(command: str, words: list[str]) -> int:
     check_names(line)
     check_interpreter()
     drop_strays()
-    # The heavy imports start here, when everything that needs no torch has been checked. They leave a million objects
-    # that stay: the collector would look at all of them again and again (a quarter of the time that the imports take).
-    gc.disable()
-    from astbench.cli.lightning import run as run_lightning
-
-    gc.enable()
-    gc.freeze()
+    # The heavy imports start here, when everything that needs no torch has been checked.
+    with _no_collection():
+        from astbench.cli.lightning import run as run_lightning
 
     return run_lightning(command, line)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """The garbage collector stands still while modules are read, and leaves what they made alone afterwards.
+
+    They make a million objects that stay. To look at those again and again took a quarter of the imports' time.
+    """
+    if not gc.isenabled() or "astbench.cli.lightning" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+    gc.freeze()
 
 
 def _overview(command: str) -> str:

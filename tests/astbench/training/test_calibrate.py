@@ -1,0 +1,64 @@
+"""`--backbone.calibrate`: when the attention looks at the dense model, and when it does not."""
+
+import json
+
+import torch
+
+from astbench.runs.checkpoints import read_checkpoint
+from tests.astbench.conftest import DEMO, NAMES
+from tests.astbench.tasks.lm.test_lm import make_model, text
+from tests.astbench.tasks.mt import test_mt_cli
+
+INDEX = ["--attention.index_dim=2", "--attention.block_size=4", "--attention.min_blocks=1", "--attention.top_k=4"]
+STILL = ["--optim.lr=1.0e-30", "--optim.attention_lr=1.0e-30", "--trainer.max_steps=1"]
+"""One step that moves nothing."""
+
+
+def index_weights(folder):
+    state = read_checkpoint(str(folder))["state_dict"]
+    return {name: value for name, value in state.items() if ".index." in name}
+
+
+def test_an_evaluation_of_a_pretrained_model_begins_with_it(astbench, tmp_path):
+    folder, _, _ = make_model(tmp_path / "model")
+    data = tmp_path / "text"
+    data.mkdir()
+    for split in ("train", "valid"):
+        (data / f"wiki.{split}.raw").write_text(text() * 3, encoding="utf-8")
+    words = ["--task=wikitext103", "--data.source=local", f"--data.path={data}", f"--backbone.name={folder}"]
+    words += ["--data.context=128", "--data.windows=4"]
+    lost = {}
+    for name, more in (
+        ("random", ["--attention=ast", *INDEX]),
+        ("calibrated", ["--attention=ast", *INDEX, "--backbone.calibrate=2"]),
+    ):
+        outcome = astbench("validate", *words, *more, f"--run_dir={tmp_path / name}")
+        assert outcome.code == 0, outcome.err
+        lost[name] = json.loads((tmp_path / name / "record.json").read_text())["metrics"]["nll"]
+    assert lost["calibrated"] != lost["random"]
+
+
+def test_a_fit_starts_from_it_and_a_checkpoint_brings_it_along(astbench, tmp_path):
+    words = ["fit", *NAMES, *DEMO, *INDEX, *STILL]
+    for name, more in (("run", ["2"]), ("again", ["2"]), ("random", ["0"])):
+        outcome = astbench(*words, f"--backbone.calibrate={more[0]}", f"--run_dir={tmp_path / name}")
+        assert outcome.code == 0, outcome.err
+    mine, theirs, drawn = (index_weights(tmp_path / name) for name in ("run", "again", "random"))
+    assert mine and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert not any(torch.equal(mine[name], drawn[name]) for name in mine)
+    assert astbench("validate", f"--ckpt_path={tmp_path / 'run'}", f"--run_dir={tmp_path / 'loaded'}").code == 0
+    first, second = (json.loads((tmp_path / name / "record.json").read_text())["metrics"] for name in ("run", "loaded"))
+    assert first == second
+
+
+def test_less_than_no_batches_are_refused(astbench):
+    outcome = astbench("fit", *NAMES, *DEMO, "--backbone.calibrate=-1")
+    assert outcome.code == 2 and "--backbone.calibrate must be 0 or more batches, got -1" in outcome.err
+
+
+def test_an_encoder_decoder_is_calibrated_in_all_places(astbench, tmp_path):
+    outcome = astbench(
+        *test_mt_cli.FIT, *STILL, "--attention.index_dim=2", "--backbone.calibrate=1", f"--run_dir={tmp_path / 'run'}"
+    )
+    assert outcome.code == 0, outcome.err
+    assert len(index_weights(tmp_path / "run")) == 2 * 6
