@@ -12,7 +12,7 @@ _MOST_DATA = {"vocab_size": 1_000_000, "num_workers": 256, "batch_size": 1_000_0
 _MOST = 1_000_000_000
 """Of any other number of things."""
 
-_BLOCKS = ("block_size", "bucket_size", "query_group", "compress_size")
+_BLOCKS = ("block_size", "bucket_size", "query_group", "query_tile", "compress_size")
 """Options that inputs are padded to a multiple of."""
 _BLOCK = 8192
 """The largest block that is taken whatever the length of the inputs."""

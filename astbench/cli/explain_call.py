@@ -79,6 +79,11 @@ def explain_call(name: str, config: AttentionConfig, words: list[str]) -> str:
     sequential = layer.pattern in ("causal_self", "causal_cross")
     queries = 1 if layer.mode == "decode" else layer.N
     causal = layer.pattern == "causal_self"
+    if causal and config.lists == "carried":
+        raise ConfigError(
+            "--explain cannot say what carried lists hold, since it depends on the text: a run's last lines say the "
+            "share of tiles computed; leave --attention.lists out for lists of each token"
+        )
     kept, visible = kept_blocks(config, layer, queries, causal)
     shapes = Shapes(
         device=layer.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from astbench_kernels import BlockLayout
+from astbench_kernels.layout import ceil_div
 from astbench_kernels.triton import choose_blocks
 from astbench_kernels.triton.selection.rule import BlockRule
 from astbench_registry.block_selection.base import BlockSelectingAttention, Choice
@@ -128,7 +130,13 @@ class FactoredBlockSelection(BlockSelectingAttention):
         return choose_blocks(rows, columns, rule, budget, seen=seen)
 
     def _products(self, call: Call, features: BlockFeatures, grid: Grid) -> Tensor:
-        return block_scores(*self.factors(call, features, grid), grid.num_blocks)
+        return block_scores(*self.factors(call, features, grid), grid.num_blocks, self.reach(call, grid))
+
+    def reach(self, call: Call, grid: Grid) -> Callable[[int], int] | None:
+        """How many blocks the first n groups may see at most; None for all."""
+        if not call.mask.causal:
+            return None
+        return lambda groups: ceil_div(call.mask.query_offset + groups * grid.query_group, grid.block_size)
 
     def _known_features(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
         """:meth:`block_features` of all blocks, computed for those that the caller does not keep."""

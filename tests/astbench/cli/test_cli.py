@@ -125,6 +125,10 @@ def test_describe_explains_a_call(astbench):
             ["--attention.query_group=4", "to 1"],
         ),
         (["ast", "--explain", "N=9", "M=8", "pattern=causal_self"], ["M must be at least N=9"]),
+        (
+            ["ast", "--explain", "N=9", "pattern=causal_self", "--attention.lists=carried"],
+            ["--explain cannot say what carried lists hold", "leave --attention.lists out"],
+        ),
         (["ast", "--explain", "N=9", "--attention.backend=triton"], ["leave --attention.backend out"]),
         (["dense", "--explain", "N=9"], ["that pick key blocks (ast, ", ", pooled_topk, quest, random_topk, seer)"]),
         (["ast", "N=9"], ["takes N=9 only with --explain"]),

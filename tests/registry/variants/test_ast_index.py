@@ -64,6 +64,11 @@ def test_padding_is_not_observed():
     torch.testing.assert_close(other.key_weight.abs(), index.key_weight.abs(), rtol=1e-6, atol=1e-6)
 
 
+def test_more_dimensions_than_a_head_has_are_refused():
+    with pytest.raises(ValueError, match=r"--attention\.index_dim must be at most the heads' size, 8, got 9"):
+        build_attention("ast", {"index_dim": 9}, SHAPE)
+
+
 def test_nothing_observed_nothing_started():
     index = TokenIndex(SHAPE, 3)
     before = index.key_weight.clone()

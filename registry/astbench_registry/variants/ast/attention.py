@@ -109,7 +109,7 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         if torch.is_grad_enabled() and self.detaches():  # part of the forward pass, its gradient stops nowhere
             features = self.features_with_gradient(call, selection, fused=False)
             factors = self.factors_with_gradient(call, features, selection)
-            scores = block_scores(*factors, selection.num_blocks)
+            scores = block_scores(*factors, selection.num_blocks, self.reach(call, selection))
         assert features.num_tokens is not None
         log_size = features.num_tokens.flatten(1).expand(scores.shape[0], -1).clamp(min=1).log()
         if self.config.sub_blocks > 1 or self.config.index_dim:  # the scores of several rows hold their sizes

@@ -36,6 +36,8 @@ class TokenIndex(nn.Module):
     def __init__(self, shape: AttentionShape, dim: int) -> None:
         super().__init__()
         size, self.groups = shape.head_dim, shape.num_heads // shape.num_kv_heads
+        if dim > size:
+            raise ValueError(f"--attention.index_dim must be at most the heads' size, {size}, got {dim}")
         start = torch.randn(shape.num_kv_heads, size, dim) * dim**-0.5
         self.key_weight = nn.Parameter(start)
         self.query_weight = nn.Parameter(start.repeat_interleave(self.groups, 0))
