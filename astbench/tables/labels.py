@@ -39,6 +39,9 @@ def _ast(run: Run) -> list[str]:
         said.append("distillation moves all weights")
     if options.get("sub_blocks", 1) > 1:
         said.append(f"{options['sub_blocks']} means a block")
+    if options.get("index_dim"):
+        calibrated = run.record["config"]["backbone"].get("calibrate")
+        said.append(f"{'an index' if calibrated else 'a random index'} of {options['index_dim']} dimensions")
     if options["budget"] == "adaptive":
         said.append("as many as have their share")
     if options.get("patterns"):

@@ -19,6 +19,7 @@ KINDS: dict[str, Maker] = {
     "questions": questions.tables,
     "perplexity": perplexity.untrained,
     "over_dense": perplexity.over_dense,
+    "tiles": perplexity.tiles,
     "seeds": perplexity.seeds,
     "translation": translation.tables,
     "mqar": recall.mqar,

@@ -77,6 +77,12 @@ class Run:
         return float(self.record["density"]["mean"])
 
     @property
+    def tiles(self) -> float | None:
+        """Share of tiles that a kernel has to compute, of runs whose lists are carried."""
+        share = self.record["density"].get("tiles")
+        return None if share is None else float(share)
+
+    @property
     def steps(self) -> int:
         """Training steps; 0 for a run that only evaluates."""
         return int(self.record.get("train", {}).get("steps", 0))

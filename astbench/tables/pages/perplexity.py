@@ -63,6 +63,26 @@ def over_dense(group: Group, groups: Mapping[str, Group]) -> list[Table]:
     return [Table(group.name, group.title, head, 2, tuple(rows))]
 
 
+def tiles(group: Group, groups: Mapping[str, Group]) -> list[Table]:
+    """A pretrained model under attentions whose rows keep so many blocks, against dense; the best first.
+
+    Raises:
+        DataError: dense is missing, or scored other windows.
+    """
+    dense = next((run for run in group.runs if run.attention["name"] == "dense"), None)
+    if dense is None:
+        raise DataError(f"results of {group.name} hold no dense run to compare with")
+    rows = []
+    for run in sorted(group.runs, key=lambda r: (r is not dense, r.metrics["perplexity"])):
+        kept = run.attention.get("top_k")
+        name = labels.described(run) + (f", {kept} blocks a row" if kept else "")
+        computed = "" if run.tiles is None else f"{run.tiles:.3f}"
+        against = "" if run is dense else over(run, dense)
+        rows.append(Row((name, f"{run.density:.3f}", computed, f"{run.metrics['perplexity']:.2f}", against), (run,)))
+    head = ("attention", "density", "tiles", "perplexity a token", "over dense (95%, Student over the windows)")
+    return [Table(group.name, group.title, head, 1, tuple(rows))]
+
+
 def short(group: Group) -> Table:
     """The attentions that the table.yaml names, trained in all weights; of several settings best, default and worst.
 
