@@ -53,3 +53,17 @@ def test_density_of_decoding_counts_every_step(astbench, tmp_path):
     assert outcome.code == 0, outcome.err
     density, backends, _ = attended(tmp_path / "r")
     assert density["mean"] == 1 and backends
+
+
+def test_carried_lists_say_what_share_of_tiles_is_computed(astbench, tmp_path):
+    words = ["fit", "--attention=pooled_topk", "--task=wikitext103", "--data.context=64", "--data.batch_size=4"]
+    words += ["--data.windows=3", "--trainer.max_steps=1", "--attention.block_size=4", "--attention.top_k=3"]
+    words += ["--attention.min_blocks=1", "--attention.query_tile=8"]
+    found = {}
+    for lists in ("own", "carried"):
+        outcome = astbench(*words, f"--attention.lists={lists}", f"--run_dir={tmp_path / lists}")
+        assert outcome.code == 0, outcome.err
+        found[lists] = attended(tmp_path / lists)[0]
+        assert (" of the tiles), on gather" in outcome.out) == (lists == "carried")
+    assert "tiles" not in found["own"]
+    assert found["own"]["mean"] < found["carried"]["mean"] < found["carried"]["tiles"] < 1
