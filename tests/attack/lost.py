@@ -1,0 +1,1 @@
+def trial(rng, folder, shared): pass
