@@ -97,7 +97,7 @@ def answers(lines):
 def adapter(folder):
     """An adapter of a tiny model; the model, the folder, and what loading it says."""
     model = tiny_model("llama")
-    handle = swap_attention(model, "linformer" if False else "ast", {"block_size": 8})
+    handle = swap_attention(model, "ast", {"block_size": 8})
     save_adapter(handle, folder / "adapter")
     handle.undo()
     return model, folder / "adapter", Child(lambda: loaded(model, folder / "adapter"), folder).ended()
