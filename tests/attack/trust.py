@@ -232,14 +232,21 @@ def record(rng, folder, shared, at):
     if rng.random() < 0.5:
         (place.parent / "table.yaml").write_text(f"title: {rng.choice([at, TAGS[0]])}\nplugins: [{at}]\n")
     words = ["table", *rng.choice([["stranger"], [], ["--check"]]), "--results=results", "--docs=."]
-    asked(words, folder).must_be_clear()
+    ended = asked(words, folder)
+    if "--check" not in words:  # which ends with 1 where it finds something
+        ended.must_be_clear()
     return " ".join(words)
 
 
 def backbone(rng, folder, shared, at):
     """A pretrained model with code beside it, or pickled weights."""
     place = folder / "model"
-    tiny_model("bert").save_pretrained(place)
+
+    def saved(where):
+        Child(lambda: tiny_model("bert").save_pretrained(where / "model"), where).ended()
+        return where / "model"
+
+    shutil.copytree(shared.once("model", saved), place)
     shutil.copytree(shared.stopped(folder / "run") / "tokenizer", place, dirs_exist_ok=True)
     shutil.copy(folder / "evil.py", place)
     how = rng.choice(["code", "code", "pickle"])
