@@ -78,15 +78,15 @@ def preload():
 class Child:
     """A forked child that runs a function; what it wrote is read when it has ended."""
 
-    def __init__(self, function, folder, *, cwd=None, env=None, limits=(), room=ROOM):
+    def __init__(self, function, folder, *, cwd=None, env=None, limits=(), room=ROOM, redirect=None):
         self.files = [Path(folder) / f".{name}.txt" for name in ("out", "err")]
         self.began = time.monotonic()
         sys.stdout.flush()
         self.pid = os.fork()
         if not self.pid:
-            self._run(function, cwd, env or {}, limits, room)
+            self._run(function, cwd, env or {}, limits, room, redirect)
 
-    def _run(self, function, cwd, env, limits, room):
+    def _run(self, function, cwd, env, limits, room, redirect):
         code = 99
         try:
             os.setpgid(0, 0)
@@ -94,7 +94,9 @@ class Child:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for stream, file in enumerate(self.files, start=1):
                 os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666), stream)
-            sys.stdout, sys.stderr = (open(n, "w", buffering=1, errors="backslashreplace") for n in (1, 2))  # noqa: SIM115
+            if redirect is not None:
+                redirect()
+            sys.stdout, sys.stderr = stream_of(1), stream_of(2)
             for name, value in env.items():
                 os.environ.pop(name, None)
                 if value is not None:
@@ -137,6 +139,14 @@ class Child:
         code = os.waitstatus_to_exitcode(status)
         demand(code != CUT_OFF, f"it asks for a network: {texts[1].strip()[-200:]}")
         return Ended(code, *texts, spent, usage.ru_maxrss * 1024)
+
+
+def stream_of(number):
+    """A standard stream as Python opens it at its start; None where it is closed."""
+    try:
+        return open(number, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    except OSError:
+        return None
 
 
 def stay_here():

@@ -1,4 +1,4 @@
-"""C: bits flipped in a file, and files cut, emptied, exchanged or missing, are refused or said, or nobody reads them."""
+"""C: files with flipped bits, and files cut, emptied, exchanged or missing, are refused or said, or not read."""
 
 import shutil
 import sys

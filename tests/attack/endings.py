@@ -52,7 +52,7 @@ def full_output(rng, folder, shared):
     words = rng.choice([*COMMANDS, WORDS])
     streams = rng.choice([[1], [1], [2], [1, 2]])
 
-    def before():
+    def redirect():
         for stream in streams:
             if how == "closed":
                 os.close(stream)
@@ -63,7 +63,7 @@ def full_output(rng, folder, shared):
                 os.close(out)
                 os.dup2(into, stream)
 
-    ended = run(words, folder, cwd=folder, before=before)
+    ended = run(words, folder, cwd=folder, redirect=redirect)
     what = f"{' '.join(words[:3])} with {how} streams {streams}"
     demand(ended.code in (0, 7) and "Traceback" not in ended.err, f"{what}: {ended.last}")
     demand(2 in streams or ended.err.count("\n") <= 1, f"{what}: {ended.err.count(chr(10))} lines of errors")
@@ -140,12 +140,13 @@ def little_memory(rng, folder, shared):
 
 
 ODD = ["", "0", "-1", "x", "1", "2", "4", "a\nb", "/nonexistent", "\udcff", "é", "9" * 30, "," * 5, "C", "xx_YY"]
-NAMES_OF = ["LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS",
-            "SLURM_JOB_NAME", "SLURM_PROCID", "HOME", "TMPDIR", "LANG", "LC_ALL", "COLUMNS", "LINES", "TERM", "PATH", "USER",
-            "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_CACHE", "NO_COLOR",
-            "MPLBACKEND", "MPLCONFIGDIR", "TOKENIZERS_PARALLELISM", "PYTHONWARNINGS", "PYTHONHASHSEED", "TZ", "PL_GLOBAL_SEED",
-            "XDG_CACHE_HOME", "ASTBENCH_RUN_DIR", "JSONARGPARSE_DEBUG", "GROUP_RANK", "LOCAL_WORLD_SIZE", "TORCH_LOGS",
-            "TORCHELASTIC_RUN_ID", "KUBERNETES_PORT", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_RANK"]  # fmt: skip
+NAMES_OF = """
+    LOCAL_RANK RANK WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT SLURM_NTASKS SLURM_JOB_NAME SLURM_PROCID HOME TMPDIR
+    LANG LC_ALL COLUMNS LINES TERM PATH USER OMP_NUM_THREADS CUDA_VISIBLE_DEVICES HF_HOME HF_HUB_OFFLINE
+    TRANSFORMERS_CACHE NO_COLOR MPLBACKEND MPLCONFIGDIR TOKENIZERS_PARALLELISM PYTHONWARNINGS PYTHONHASHSEED TZ
+    PL_GLOBAL_SEED XDG_CACHE_HOME ASTBENCH_RUN_DIR JSONARGPARSE_DEBUG GROUP_RANK LOCAL_WORLD_SIZE TORCH_LOGS
+    TORCHELASTIC_RUN_ID KUBERNETES_PORT LSB_JOBID OMPI_COMM_WORLD_SIZE PMI_RANK
+""".split()
 
 
 def surroundings(rng, folder, shared):
@@ -160,28 +161,33 @@ def surroundings(rng, folder, shared):
     clear(ended, f"{' '.join(words[:3])} with {env}{', current folder gone' * gone}")
 
 
+TYPED = [
+    "", "-", "--", "--=", "=", "--a", "\0", "\udcff", "é" * 300, "a" * 5000, "../" * 2000, "{", "[", "}: [", "*a",
+    "&a", "!!python/name:os.system", "%", "@", "`", "null", "~", ".nan", "1e400", "-h=", "--help=x", "\n",
+    "--config=.", "--config=", "--run_dir=", "--run_dir=.", "--run_dir=/", "--run_dir=/proc/x",
+    "--run_dir=/dev/null/x", "--task=", "--attention=", "--attention=[a]", "--attention={}", "--task=null",
+    "--data.x=1", "--data=1", "--trainer={}", "--trainer=[]", "--optim.lr=", "--optim.lr=[]", "--optim.lr={}",
+    "--plugins=", "--plugins=/", "--plugins=[", "--loggers=x", "--loggers=", "--loggers=[]", "--seed=", "--seed=x",
+    "--backbone=", "--backbone=/", "--init_from=", "--ckpt_path=", "--resume=", "--resume=.", "--ckpt_path=/dev/zero",
+    "--config=/dev/null", "--trainer.max_steps=0", "--trainer.max_steps=-2", "--print_config=x",
+    "--data.path=/dev/zero",
+]  # fmt: skip
+
+
 def typed(rng, folder, shared):
     """A command line with words that nobody means."""
     words = list(rng.choice([*COMMANDS, WORDS, WORDS, ["validate", "--ckpt_path=run"], ["fit", "--resume=run"],
                              ["predict", "--ckpt_path=run"], ["bench", "--lengths=[32]", "--run_dir=run"],
                              ["table", "--check"]]))  # fmt: skip
-    odd = ["", "-", "--", "--=", "=", "--a", "\0", "\udcff", "é" * 300, "a" * 5000, "../" * 2000, "{", "[", "}: [", "*a",
-           "&a", "!!python/name:os.system", "%", "@", "`", "null", "~", ".nan", "1e400", "-h=", "--help=x", "\n", "--config=.",
-           "--config=", "--run_dir=", "--run_dir=.", "--run_dir=/", "--run_dir=/proc/x", "--run_dir=/dev/null/x",
-           "--task=", "--attention=", "--attention=[a]", "--attention={}", "--task=null", "--data.x=1", "--data=1",
-           "--trainer={}", "--trainer=[]", "--optim.lr=", "--optim.lr=[]", "--optim.lr={}", "--plugins=", "--plugins=/",
-           "--plugins=[", "--loggers=x", "--loggers=", "--loggers=[]", "--seed=", "--seed=x", "--backbone=", "--backbone=/",
-           "--init_from=", "--ckpt_path=", "--resume=", "--resume=.", "--ckpt_path=/dev/zero", "--config=/dev/null",
-           "--trainer.max_steps=0", "--trainer.max_steps=-2", "--print_config=x", "--data.path=/dev/zero"]  # fmt: skip
     for _ in range(rng.choice([1, 1, 2, 3])):
         how = rng.choice(["put", "put", "instead", "value", "less"])
         place = rng.randrange(len(words))
         if how == "put":
-            words.insert(place + 1, rng.choice(odd))
+            words.insert(place + 1, rng.choice(TYPED))
         elif how == "instead":
-            words[place] = rng.choice(odd)
+            words[place] = rng.choice(TYPED)
         elif how == "value":
-            words[place] = words[place].partition("=")[0] + "=" + rng.choice(odd)
+            words[place] = words[place].partition("=")[0] + "=" + rng.choice(TYPED)
         elif len(words) > 1:
             del words[place]
     ended = run(words, folder, cwd=folder)

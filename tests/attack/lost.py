@@ -25,6 +25,10 @@ RUNS = {
     "hashing": ["fit", "--attention=reformer", "--task=triviaqa", *QA, "--trainer.max_steps=8", "--checkpoint_every=2"],
 }  # fmt: skip
 
+EVENTS = [("rename", 14), ("fsync", 24), ("on_train_batch_start", 12), ("on_train_batch_end", 12), ("evaluate", 1),
+          ("finish", 1)]  # fmt: skip
+"""What happens in a run, and about how often."""
+
 
 def trial(rng, folder, shared):
     name = rng.choice(["plain", "plain", *RUNS])
@@ -48,9 +52,8 @@ def interrupted(rng, words, folder, place, seconds):
     """End a command by a signal, at a random time or event; says how."""
     number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
     if number == signal.SIGKILL and rng.random() < 0.5:
-        what, count = rng.choice([("rename", 14), ("fsync", 24), ("on_train_batch_start", 12), ("on_train_batch_end", 12),
-                                  ("evaluate", 1), ("finish", 1)])  # fmt: skip
-        count = rng.randrange(count)
+        what, most = rng.choice(EVENTS)
+        count = rng.randrange(most)
         ended = run(words, folder, before=lambda: at_event(what, count, number))
         demand(ended.code in (0, -number), f"{what} {count}: {ended.last}")
         return f"killed at {what} {count}"

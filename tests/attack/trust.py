@@ -1,4 +1,4 @@
-"""A: code that other people's files name is not run: configs, run folders, checkpoints, adapters, records, backbones."""
+"""A: code that other people's files name is not run: configs, run folders, checkpoints, adapters, records, models."""
 
 import json
 import os
