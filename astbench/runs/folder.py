@@ -117,7 +117,7 @@ class RunFolder:
             data = json.loads((self / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{self / MANIFEST} cannot be read: {error}") from error
         if not isinstance(data, dict):
             raise CheckpointError(f"{self / MANIFEST} cannot be read: it is no table of checkpoints")

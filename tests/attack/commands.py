@@ -58,13 +58,14 @@ class Ended:
         lines = (self.err.strip() or self.out.strip()).splitlines()
         return f"exit {self.code}: {lines[-1][:300] if lines else 'nothing said'}"
 
-    def must_be_clear(self, *codes):
+    def must_be_clear(self, *codes, what=""):
         """An exit code of these, or any documented one; one line of an error, or none after 0; no traceback."""
-        demand(self.seconds < SECONDS, f"no end within {SECONDS} s")
-        demand("Traceback (most recent call last)" not in self.out + self.err, f"a traceback; {self.last}")
-        demand(self.code in (codes or CODES), self.last)
+        said = f"{what}: {self.last}" if what else self.last
+        demand(self.seconds < SECONDS, f"no end within {SECONDS} s; {said}")
+        demand("Traceback (most recent call last)" not in self.out + self.err, f"a traceback; {said}")
+        demand(self.code in (codes or CODES), said)
         errors = [line for line in self.err.splitlines() if line.startswith("astbench: error: ")]
-        demand(len(errors) == (self.code != 0), f"{len(errors)} lines of errors; {self.last}")
+        demand(len(errors) == (self.code != 0), f"{len(errors)} lines of errors; {said}")
 
 
 def preload():
@@ -144,7 +145,7 @@ class Child:
 def stream_of(number):
     """A standard stream as Python opens it at its start; None where it is closed."""
     try:
-        return open(number, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+        return open(number, "w", buffering=1, errors="backslashreplace")
     except OSError:
         return None
 

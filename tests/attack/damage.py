@@ -16,6 +16,7 @@ from tests.attack.runs import FIT, differences
 USES = {
     "resume": ["fit", "--resume={run}"],
     "validate": ["validate", "--ckpt_path={run}", "--run_dir={out}"],
+    "validate a file": ["validate", "--ckpt_path={run}/last.ckpt", "--run_dir={out}"],
     "init_from": [*FIT, "--trainer.max_steps=1", "--init_from={run}", "--run_dir={out}"],
     "predict": ["predict", "--ckpt_path={run}", "--data.question=Who wrote it?", "--data.document={document}"],
 }

@@ -20,23 +20,14 @@ def trial(rng, folder, shared):
     rng.choice(kinds)(rng, folder, shared)
 
 
-def clear(ended, what, *codes):
-    """One line and a documented code, and these alone if any are given."""
-    try:
-        ended.must_be_clear(*codes)
-    except Exception as error:
-        error.args = (f"{what}: {error}",)
-        raise
-
-
 def full_disk(rng, folder, shared):
     """No file may get longer than so; with room again the run goes on to where it should end."""
     most = rng.randrange(4_000_000) if rng.random() < 0.7 else rng.randrange(20_000)
     ended = run(WORDS, folder, cwd=folder, limits=[(resource.RLIMIT_FSIZE, most)])
-    clear(ended, f"files of at most {most} bytes", 0, 2, 6, 7)
+    ended.must_be_clear(0, 2, 6, 7, what=f"files of at most {most} bytes")
     if ended.code and (folder / "run" / CONFIG).exists():
         again = run(["fit", "--resume=run"], folder, cwd=folder)
-        clear(again, f"files of at most {most} bytes, then resumed", 0)
+        again.must_be_clear(0, what=f"files of at most {most} bytes, then resumed")
         found = differences(folder / "run", shared.whole("stopped", STOPPED)[0])
         demand(not found, f"files of at most {most} bytes, then resumed: it ends elsewhere: {', '.join(found)}")
 
@@ -94,7 +85,7 @@ def no_rights(rng, folder, shared):
 
     what = f"{words} with mode {mode:o} of {', '.join(sorted(str(file.relative_to(folder)) for file in chosen)[:3])}"
     try:
-        clear(run(words, folder, cwd=folder, before=before, env={"HOME": str(folder)}), what)
+        run(words, folder, cwd=folder, before=before, env={"HOME": str(folder)}).must_be_clear(what=what)
     finally:
         for file in chosen:
             file.chmod(0o755)
@@ -120,7 +111,7 @@ def deleted(rng, folder, shared):
             file.unlink()
             if how != "file":
                 file.mkdir()
-    clear(child.ended(), f"{name} gone ({how}) after {moment:.2f} s")
+    child.ended().must_be_clear(what=f"{name} gone ({how}) after {moment:.2f} s")
 
 
 def few_files(rng, folder, shared):
@@ -128,7 +119,7 @@ def few_files(rng, folder, shared):
     most, workers = rng.randrange(4, 60), rng.choice([0, 0, 2])
     words = [*WORDS, f"--data.num_workers={workers}"]
     ended = run(words, folder, cwd=folder, limits=[(resource.RLIMIT_NOFILE, most)])
-    clear(ended, f"at most {most} open files, {workers} workers")
+    ended.must_be_clear(what=f"at most {most} open files, {workers} workers")
 
 
 def little_memory(rng, folder, shared):
@@ -136,7 +127,8 @@ def little_memory(rng, folder, shared):
     room = rng.randrange(1 << 20, 400 << 20)
     size = rng.choice([4, 512])
     words = [*WORDS, f"--data.batch_size={size}", "--data.demo_train=600", "--trainer.max_steps=2"]
-    clear(run(words, folder, cwd=folder, room=room), f"{room >> 20} MiB of memory, {size} examples a batch")
+    what = f"{room >> 20} MiB of memory, {size} examples a batch"
+    run(words, folder, cwd=folder, room=room).must_be_clear(what=what)
 
 
 ODD = ["", "0", "-1", "x", "1", "2", "4", "a\nb", "/nonexistent", "\udcff", "é", "9" * 30, "," * 5, "C", "xx_YY"]
@@ -158,7 +150,7 @@ def surroundings(rng, folder, shared):
     gone = rng.random() < 0.2
     words = [word.replace("=run", f"={folder / 'run'}") if word == "--run_dir=run" else word for word in words]
     ended = run(words, folder, cwd=here, env=env, before=here.rmdir if gone else None)
-    clear(ended, f"{' '.join(words[:3])} with {env}{', current folder gone' * gone}")
+    ended.must_be_clear(what=f"{' '.join(words[:3])} with {env}{', current folder gone' * gone}")
 
 
 TYPED = [
@@ -191,7 +183,5 @@ def typed(rng, folder, shared):
         elif len(words) > 1:
             del words[place]
     ended = run(words, folder, cwd=folder)
-    what = " ".join(ascii(word)[1:-1][:60] for word in words)
-    if "--check" in words:
-        return
-    clear(ended, what)
+    if words[:1] != ["table"]:  # whose --check ends with 1 where it finds something
+        ended.must_be_clear(what=" ".join(ascii(word)[1:-1][:60] for word in words))

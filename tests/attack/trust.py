@@ -105,6 +105,13 @@ def asked(words, folder):
     return run(words, folder, cwd=folder, env=env, before=lambda: exec(before))
 
 
+def tried(words, folder, how):
+    """A command that ends as documented; what it was."""
+    what = f"{' '.join(words)} {how}"
+    asked(words, folder).must_be_clear(what=what)
+    return what
+
+
 def written(rng, content):
     """As YAML, laid out one way or another."""
     return yaml.safe_dump(content, default_flow_style=rng.choice([None, False, True]))
@@ -133,9 +140,7 @@ def config(rng, folder, shared, at):
         words = [use, *names, "--config=c.yaml", "--data.source=local", "--run_dir=out"]
         if use == "fit" and names is NAMES and rng.random() < 0.5:
             words = [*FIT, "--config=c.yaml", "--run_dir=out", "--trainer.max_steps=1"]
-    ended = asked(words, folder)
-    ended.must_be_clear()
-    return f"{' '.join(words)} with {text.strip()!r}"
+    return tried(words, folder, f"with {text.strip()!r}")
 
 
 USES = [["validate", "--ckpt_path=run", "--run_dir=out"], ["fit", "--resume=run"],
@@ -163,8 +168,7 @@ def run_folder(rng, folder, shared, at):
         remote_code(place / "tokenizer" / "tokenizer_config.json")
         shutil.copy(folder / "evil.py", place / "tokenizer")
     words = rng.choice(USES)
-    asked(words, folder).must_be_clear()
-    return f"{' '.join(words)} of a config with {put}"
+    return tried(words, folder, f"of a config with {put}")
 
 
 def remote_code(file):
@@ -197,8 +201,7 @@ def checkpoint(rng, folder, shared, at):
         torch.save(evil if how == "whole" else content, place / LAST)
     (place / MANIFEST).write_text(json.dumps({sha256(place / LAST): {"step": 4, "epoch": 0}}))
     words = rng.choice(USES[:-1])
-    asked(words, folder).must_be_clear()
-    return f"{' '.join(words)} of a checkpoint ({how})"
+    return tried(words, folder, f"of a checkpoint ({how})")
 
 
 def an_adapter(rng, folder, shared, at):
@@ -256,5 +259,4 @@ def backbone(rng, folder, shared, at):
         (place / "model.safetensors").unlink()
         torch.save({"x": Touch(folder / "trace")}, place / "pytorch_model.bin")
     words = [*FIT, "--backbone=./model", "--run_dir=out", "--trainer.max_steps=1"]
-    asked(words, folder).must_be_clear()
-    return f"{' '.join(words)} with {how}"
+    return tried(words, folder, f"with {how}")
