@@ -25,6 +25,9 @@ from astbench.runs.step_clock import StepClock
 from astbench.tasks import Task
 from astbench.training.module import TaskModule
 
+_LOG = "metrics_log"
+"""Where a checkpoint holds the digest of the log."""
+
 
 class RunCallback(Callback):
     """Keeps the run folder: checkpoints while training, the record throughout.
@@ -48,6 +51,7 @@ class RunCallback(Callback):
         self._first_batch: Any = None
         self._attended = AttendedPairs()
         self._restored: dict[str, Any] | None = None
+        self._logged: dict[str, Any] | None = None
 
     # -- before -----------------------------------------------------------------------------------------
 
@@ -102,10 +106,19 @@ class RunCallback(Callback):
 
     # -- training ---------------------------------------------------------------------------------------
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint tells what the log held at its step."""
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsLogger):
+                checkpoint[_LOG] = logger.digest()
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Remember what was restored, to see that all of it is."""
+        self._logged = checkpoint.get(_LOG)
         self._restored = {
             "global_step": checkpoint["global_step"],
             **{name: [None] * len(checkpoint.get(name, [])) for name in ("optimizer_states", "lr_schedulers")},
@@ -129,7 +142,7 @@ class RunCallback(Callback):
         self.saved_step = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLogger):
-                logger.forget_after(trainer.global_step)
+                logger.forget_after(trainer.global_step, self._logged)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
