@@ -262,6 +262,7 @@ class CLI(LightningCLI):
         """The checkpoint of a run, with a note on what is not as it should be."""
         file = checkpoint_file(asked)
         self._note(doubts(asked, file))
+        RunFolder(file.parent).check_tokenizer()
         return file
 
     def _note(self, text: str) -> None:

@@ -18,7 +18,7 @@ from astbench.cli.stopping import SIGNALS
 from astbench.errors import Stopped
 from astbench.files.writing import write_json
 from astbench.runs.checkpoint_checks import check_restored
-from astbench.runs.folder import DONE, LAST, RunFolder
+from astbench.runs.folder import DONE, LAST, TOKENIZER, RunFolder
 from astbench.runs.metrics_log import MetricsLogger
 from astbench.runs.run_record import RunRecord
 from astbench.runs.step_clock import StepClock
@@ -68,8 +68,8 @@ class RunCallback(Callback):
         """The tokenizer goes beside the checkpoint, so that the run can be used later."""
         SIGNALS.check()
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        if trainer.is_global_zero and stage == "fit" and not (self.folder / "tokenizer").exists():
-            tokenizer.save_pretrained(str(self.folder / "tokenizer"))
+        if trainer.is_global_zero and stage == "fit" and not (self.folder / TOKENIZER).exists():
+            self.folder.save_tokenizer(tokenizer.save_pretrained)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what is about to run."""
