@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all lint gpu clean
+.PHONY: demo test test-all attack lint gpu clean
 
 demo: $(VENV)/.installed  ## Train the Adaptive Sparse Transformer on generated questions, from scratch
 	$(BIN)/astbench fit --attention=ast --task=triviaqa
@@ -21,6 +21,12 @@ test: $(VENV)/.installed-dev  ## Style, types, import rules and the fast tests
 
 test-all: $(VENV)/.installed-dev  ## The slow tests too
 	$(PYTEST) -n $(JOBS) --dist=worksteal -m "not gpu"
+
+# Random trials from a seed, on this machine alone.  make attack ATTACK="--seconds=60 --only=A,C --seed=2"
+ATTACK ?= --seconds=600
+
+attack: $(VENV)/.installed-dev  ## Ten minutes of damage, kills, bombs and odd numbers: what must hold whatever happens
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack $(ATTACK)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

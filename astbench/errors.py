@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 
 
 class AstbenchError(Exception):
@@ -100,6 +101,9 @@ _NO_MEMORY = (
 )
 _NO_FILES = ("too many open files", "received 0 items of ancdata")
 
+_OF_RUST = re.compile(r"\(os error (\d+)\)$")
+"""How the tokenizers package ends what the system told it, in a plain Exception."""
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out; torch says so in several ways."""
@@ -120,6 +124,8 @@ def refused_by_system(error: BaseException) -> AstbenchError | None:
         return SystemRefusal(f"out of memory on the {where}; lower --data.batch_size, or the length of the inputs")
     if isinstance(error, RuntimeError | ImportError) and any(text in str(error).lower() for text in _NO_FILES):
         return SystemRefusal(_ADVICE[errno.EMFILE])
+    if type(error) is Exception and (found := _OF_RUST.search(str(error))):
+        error = OSError(int(found[1]), "")
     if not isinstance(error, OSError) or error.errno is None:
         return None
     what = ascii(os.fsdecode(error.filename))[1:-1][:300] if isinstance(error.filename, str | bytes) else ""

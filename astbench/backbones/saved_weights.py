@@ -38,7 +38,7 @@ def restore(model: PreTrainedModel, name: str, own: dict[str, Tensor]) -> list[s
         return [f"this model was saved with attention '{saved.get('attention')}'; the weights of '{name}' start anew"]
     try:
         found = _read(Path(folder), own)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         return [
             f"the weights of '{name}' that {folder} was saved with cannot be read ({error}); they start anew; {again}"
         ]

@@ -14,6 +14,10 @@ LISTS = ("layer", "random", "uneven")
 CPU_MEMORY_GIB = 16.0
 
 
+_MOST = 1_000_000_000
+"""Of any number of things."""
+
+
 @dataclass(frozen=True)
 class BenchConfig:
     """One shape of layer, several attentions, several lengths.
@@ -89,6 +93,8 @@ class BenchConfig:
         for name in ("batch", "heads", "head_dim", "threads", "rounds", "repeats", "max_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name} must be above 0, got {getattr(self, name)}")
+            if getattr(self, name) > _MOST:
+                raise ConfigError(f"--{name} must be at most {_MOST:,}, got {getattr(self, name)}")
         if self.max_memory_gib is not None and self.max_memory_gib <= 0:
             raise ConfigError(f"--max_memory_gib must be above 0, got {self.max_memory_gib}")
         if self.time_limit < 0:

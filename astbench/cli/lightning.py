@@ -124,6 +124,9 @@ class CLI(LightningCLI):
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise ConfigError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read the checkpoint here, unverified, and take options of the model from it."""
+
     def before_instantiate_classes(self) -> None:
         """Check what can be checked before anything is built or read."""
         sys.argv[1:] = [self.command, *self.line.typed]  # Lightning starts a run's other processes with these
@@ -259,6 +262,7 @@ class CLI(LightningCLI):
         """The checkpoint of a run, with a note on what is not as it should be."""
         file = checkpoint_file(asked)
         self._note(doubts(asked, file))
+        RunFolder(file.parent).check_tokenizer()
         return file
 
     def _note(self, text: str) -> None:

@@ -18,12 +18,15 @@ from astbench.cli.stopping import SIGNALS
 from astbench.errors import Stopped
 from astbench.files.writing import write_json
 from astbench.runs.checkpoint_checks import check_restored
-from astbench.runs.folder import DONE, LAST, RunFolder
+from astbench.runs.folder import DONE, LAST, TOKENIZER, RunFolder
 from astbench.runs.metrics_log import MetricsLogger
 from astbench.runs.run_record import RunRecord
 from astbench.runs.step_clock import StepClock
 from astbench.tasks import Task
 from astbench.training.module import TaskModule
+
+_LOG = "metrics_log"
+"""Where a checkpoint holds the digest of the log."""
 
 
 class RunCallback(Callback):
@@ -48,6 +51,7 @@ class RunCallback(Callback):
         self._first_batch: Any = None
         self._attended = AttendedPairs()
         self._restored: dict[str, Any] | None = None
+        self._logged: dict[str, Any] | None = None
 
     # -- before -----------------------------------------------------------------------------------------
 
@@ -64,8 +68,8 @@ class RunCallback(Callback):
         """The tokenizer goes beside the checkpoint, so that the run can be used later."""
         SIGNALS.check()
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        if trainer.is_global_zero and stage == "fit" and not (self.folder / "tokenizer").exists():
-            tokenizer.save_pretrained(str(self.folder / "tokenizer"))
+        if trainer.is_global_zero and stage == "fit" and not (self.folder / TOKENIZER).exists():
+            self.folder.save_tokenizer(tokenizer.save_pretrained)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what is about to run."""
@@ -102,10 +106,19 @@ class RunCallback(Callback):
 
     # -- training ---------------------------------------------------------------------------------------
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint tells what the log held at its step."""
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsLogger):
+                checkpoint[_LOG] = logger.digest()
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Remember what was restored, to see that all of it is."""
+        self._logged = checkpoint.get(_LOG)
         self._restored = {
             "global_step": checkpoint["global_step"],
             **{name: [None] * len(checkpoint.get(name, [])) for name in ("optimizer_states", "lr_schedulers")},
@@ -129,7 +142,7 @@ class RunCallback(Callback):
         self.saved_step = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLogger):
-                logger.forget_after(trainer.global_step)
+                logger.forget_after(trainer.global_step, self._logged)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from os.path import exists, isdir, isfile  # of names that the system refuses pathlib's own raise
 from pathlib import Path
@@ -16,6 +19,10 @@ from astbench.files.writing import TEMPORARY, sha256, write_json
 
 CONFIG, RECORD, DONE, METRICS = "config.yaml", "record.json", "done.json", "metrics.csv"
 LAST, PREVIOUS, MANIFEST, LOCK = "last.ckpt", "previous.ckpt", "manifest.json", ".lock"
+TOKENIZER = "tokenizer"
+
+_OF_TOKENIZER = {"holds": TOKENIZER}
+"""The manifest's entry of the tokenizer's digest."""
 
 
 class RunFolder:
@@ -94,7 +101,7 @@ class RunFolder:
             raise ConfigError(f"another process writes in {self.path}; choose another --run_dir") from error
         self._fresh = not resume
         for left in self.path.glob(f".*{TEMPORARY}"):
-            left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         (self / DONE).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -117,7 +124,7 @@ class RunFolder:
             data = json.loads((self / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{self / MANIFEST} cannot be read: {error}") from error
         if not isinstance(data, dict):
             raise CheckpointError(f"{self / MANIFEST} cannot be read: it is no table of checkpoints")
@@ -126,8 +133,26 @@ class RunFolder:
     def remember(self, digest: str, about: dict[str, Any]) -> None:
         """Enter a checkpoint in the manifest, keeping the entries of the files still there."""
         there = {sha256(self / name) for name in (LAST, PREVIOUS) if (self / name).is_file()}
-        entries = {d: entry for d, entry in self.manifest().items() if d in there}
+        entries = {d: entry for d, entry in self.manifest().items() if d in there or entry == _OF_TOKENIZER}
         write_json(self / MANIFEST, {**entries, digest: about})
+
+    def save_tokenizer(self, save: Callable[[str], Any]) -> None:
+        """Let `save` write the tokenizer, which is there whole or not at all, and enter it in the manifest."""
+        fresh = self / f".{TOKENIZER}{TEMPORARY}"
+        save(str(fresh))
+        digest = _digest(fresh)
+        os.replace(fresh, self / TOKENIZER)
+        write_json(self / MANIFEST, {**self.manifest(), digest: _OF_TOKENIZER})
+
+    def check_tokenizer(self) -> None:
+        """Hold the tokenizer against the manifest; runs of before have no entry of theirs.
+
+        Raises:
+            CheckpointError: it is another.
+        """
+        known = [digest for digest, entry in self.manifest().items() if entry == _OF_TOKENIZER]
+        if known and isdir(self / TOKENIZER) and _digest(self / TOKENIZER) not in known:
+            raise CheckpointError(f"{self / TOKENIZER} does not match its sha256 in {MANIFEST}: damaged files")
 
     def newest_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint and its entry, an empty one without a manifest; None when there is none.
@@ -146,6 +171,12 @@ class RunFolder:
         if files:
             raise CheckpointError(f"no checkpoint in {self.path} matches its sha256 in {MANIFEST}: damaged files")
         return None
+
+
+def _digest(folder: Path) -> str:
+    """Of the names and contents of a folder's files."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
 
 
 def _left_behind(file: Path) -> bool:

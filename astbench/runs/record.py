@@ -44,7 +44,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """A record as it was last written; None where there is none or it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

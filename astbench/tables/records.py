@@ -211,7 +211,7 @@ def _record(file: Path) -> Record:
 def _json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise DataError(f"{file} holds no mapping")

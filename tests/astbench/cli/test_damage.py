@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from astbench.files.writing import sha256
-from astbench.runs.folder import CONFIG, LAST, MANIFEST, PREVIOUS, RECORD
+from astbench.runs.folder import CONFIG, LAST, MANIFEST, METRICS, PREVIOUS, RECORD, TOKENIZER
 from tests.astbench.cli.commands import FIT
 from tests.astbench.cli.test_cli import assert_refused
 
@@ -107,3 +107,45 @@ def test_a_run_goes_on_as_it_was_configured(astbench, stopped):
     (stopped / RECORD).write_text(json.dumps(record))
     outcome = astbench("fit", f"--resume={stopped}")
     assert outcome.code == 0 and f"{stopped / CONFIG} is unverified" in outcome.out
+
+
+def test_a_checkpoint_asked_for_by_its_file_is_verified_before_it_is_read(astbench, tmp_path, stopped):
+    (stopped / LAST).write_bytes(b"x")
+    words = ["validate", f"--ckpt_path={stopped / LAST}", f"--run_dir={tmp_path / 'v'}"]
+    assert_refused(astbench(*words), 6, "does not match its sha256")
+    (stopped / MANIFEST).write_text(json.dumps({sha256(stopped / LAST): {"step": 3, "epoch": 0}}))
+    assert_refused(astbench(*words), 6, "cannot be read")
+
+
+def test_another_tokenizer_is_refused(astbench, tmp_path, stopped):
+    file = stopped / TOKENIZER / "tokenizer.json"
+    before = file.read_text()
+    file.write_text(before.replace('"the"', '"thf"'))
+    assert file.read_text() != before
+    for words in (
+        ["validate", f"--ckpt_path={stopped}", f"--run_dir={tmp_path / 'v'}"],
+        ["validate", f"--ckpt_path={stopped / LAST}", f"--run_dir={tmp_path / 'v'}"],
+        ["fit", f"--resume={stopped}"],
+        [*FIT, f"--init_from={stopped}", f"--run_dir={tmp_path / 'i'}"],
+    ):
+        assert_refused(astbench(*words), 6, f"{stopped / TOKENIZER} does not match its sha256")
+    # The manifest of a run of before has no entry for it.
+    entries = {key: entry for key, entry in json.loads((stopped / MANIFEST).read_text()).items() if "step" in entry}
+    (stopped / MANIFEST).write_text(json.dumps(entries))
+    assert astbench(*words).code == 0
+
+
+@pytest.mark.parametrize("name", [MANIFEST, RECORD])
+def test_brackets_without_end_are_damage(astbench, stopped, name):
+    (stopped / name).write_text("[" * 100_000)
+    outcome = astbench("fit", f"--resume={stopped}")
+    assert outcome.code == (6 if name == MANIFEST else 0), outcome.err
+    assert name == MANIFEST or "is unverified" in outcome.out
+
+
+@pytest.mark.parametrize("change", [lambda t: None, lambda t: t.replace("step", "stap"), lambda t: t.replace("1", "2")])
+def test_a_log_that_is_not_as_it_was_is_said_to_be(astbench, stopped, change):
+    text = change((stopped / METRICS).read_text())
+    (stopped / METRICS).unlink() if text is None else (stopped / METRICS).write_text(text)
+    outcome = astbench("fit", f"--resume={stopped}")
+    assert outcome.code == 0 and f"note: {stopped / METRICS} is not as it was at step 3" in outcome.out

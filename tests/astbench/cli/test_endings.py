@@ -28,6 +28,16 @@ def test_a_full_disk_is_called_that(astbench, tmp_path):
     assert json.loads((tmp_path / "run" / RECORD).read_text())["state"] == "failed"
 
 
+def test_a_disk_that_is_full_at_the_tokenizer_is_called_that(astbench, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        outcome = astbench(*FIT, f"--run_dir={tmp_path / 'run'}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_refused(outcome, 7, "files may not be that large here")
+
+
 def test_no_memory_is_called_that(astbench, tmp_path, plugin_file):
     code = PLUGIN.replace("NAME", "mine").replace(
         "        q, k, v = mask", "        q.new_empty(2**50)\n        q, k, v = mask"

@@ -70,6 +70,7 @@ def test_check_and_bench_refuse_them_too(astbench, tmp_path):
     run_dir = f"--run_dir={tmp_path / 'run'}"
     assert_refused(astbench("check", "ast", "--attention.block_size=1000000"), 2, "block_size must be at most")
     assert_refused(astbench("check", "ast", "--attention.density=.inf"), 2, "must be a finite number")
+    assert_refused(astbench("bench", "--rounds=9223372036854775807", run_dir), 2, "--rounds must be at most")
     assert_refused(astbench("bench", "--max_seconds=.inf", run_dir), 2, "--max_seconds must be a finite number")
     options = "--options={ast: {block_size: 1000000}}"
     assert_refused(astbench("bench", "--attention=ast", options, run_dir), 2, "block_size must be at most")

@@ -80,7 +80,7 @@ def test_sigkill_then_resume_ends_bitwise_the_same(run, whole, tmp_path, what, n
 @pytest.mark.parametrize("moment", [pytest.param(m, marks=[pytest.mark.slow] * (m % 2)) for m in range(4)])
 def test_sigkill_inside_the_writing_of_a_checkpoint(run, whole, tmp_path, moment):
     folder = tmp_path / "run"
-    code, _ = run([*FIT, f"--run_dir={folder}"], ("rename", 9 + moment, signal.SIGKILL))
+    code, _ = run([*FIT, f"--run_dir={folder}"], ("rename", 11 + moment, signal.SIGKILL))
     assert code == -signal.SIGKILL
     code, out = run(["fit", f"--resume={folder}"])
     assert code == 0, out
