@@ -109,6 +109,18 @@ def test_every_field_may_be_missing(tmp_path, name):
             assert file in str(error), place
 
 
+def test_times_far_away_in_parquet_are_refused_by_name(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist([row()])
+    for kind, value in (("timestamp", 10**15), ("duration", 2**62)):
+        column = pyarrow.array([value], getattr(pyarrow, kind)("s"))
+        pytest.importorskip("pyarrow.parquet").write_table(
+            table.append_column("asked", column), tmp_path / "train.parquet"
+        )
+        with pytest.raises(DataError, match=r"train\.parquet cannot be read"):
+            read_triviaqa(tmp_path, "train")
+
+
 @pytest.mark.parametrize("value", [51870, 51870.0, "51870"])
 def test_ids_may_be_numbers(tmp_path, value):
     for name, place in (("squad", ("data", 0, "paragraphs", 0, "qas", 0, "id")), ("row", ("question_id",))):
