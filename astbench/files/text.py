@@ -8,6 +8,7 @@ r"""Text as every reader of data takes it: one policy, which stands here alone. 
   are one text, so they give one number.
 - Blanks and tabs stay. Tables are split into cells first, and cells are stripped afterwards.
 - Blank lines are none in tables and JSON lines. Where lines are counted (parallel files, running text) they stay.
+- A key that comes several times in one JSON object has no value: a reader that wants it refuses it.
 - A line has at most LONGEST characters; so has a text that is one example. More is refused: memory and time grow
   with the longest piece that a tokenizer gets.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import io
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -148,9 +150,24 @@ def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
             yield f"{file}:{number}", _json(line, f"{file}:{number}")
 
 
+class _Repeated:
+    """Stands for the values of a key that comes several times in one JSON object: no reader takes it for one."""
+
+    def __repr__(self) -> str:
+        return "the key comes several times"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        found.update((key, _Repeated()) for key, count in counts.items() if count > 1)
+    return found
+
+
 def _json(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # brackets within brackets within brackets
         raise DataError(f"{place} cannot be read: {one_line(error)}") from error
 

@@ -156,5 +156,5 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
         check_unpacked(file, sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups)))
         for batch in table.iter_batches(16):  # a long text may stand in every row and but once in the file
             yield from batch.to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # overflows: times far away
         raise DataError(f"{file} cannot be read: {one_line(error)}") from error

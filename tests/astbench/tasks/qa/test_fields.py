@@ -109,6 +109,37 @@ def test_every_field_may_be_missing(tmp_path, name):
             assert file in str(error), place
 
 
+@pytest.mark.parametrize(("name", "unread"), [("squad", 2), ("row", 1), ("official", 4)])
+def test_a_key_that_comes_again_has_no_value(tmp_path, name, unread):
+    """Python's own reader takes the last one: another answer to score against, or another list of questions."""
+    make, read, file = FORMATS[name]
+    keys = {place[-1] for place in places(make()) if place and isinstance(place[-1], str)}
+    expected, taken = read(tmp_path, make())[-1:], 0
+    for key in keys:
+        text = json.dumps(make()).replace(f'"{key}":', f'"{key}": "other", "{key}":')
+        path = tmp_path / file.partition(":")[0]
+        path.write_text(text)
+        try:
+            again = read_squad(tmp_path) if name == "squad" else read_triviaqa(tmp_path, "train")
+            assert again == expected
+            taken += 1
+        except DataError as error:
+            assert path.name in str(error) and key in str(error)
+    assert taken == unread
+
+
+def test_times_far_away_in_parquet_are_refused_by_name(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist([row()])
+    for kind, value in (("timestamp", 10**15), ("duration", 2**62)):
+        column = pyarrow.array([value], getattr(pyarrow, kind)("s"))
+        pytest.importorskip("pyarrow.parquet").write_table(
+            table.append_column("asked", column), tmp_path / "train.parquet"
+        )
+        with pytest.raises(DataError, match=r"train\.parquet cannot be read"):
+            read_triviaqa(tmp_path, "train")
+
+
 @pytest.mark.parametrize("value", [51870, 51870.0, "51870"])
 def test_ids_may_be_numbers(tmp_path, value):
     for name, place in (("squad", ("data", 0, "paragraphs", 0, "qas", 0, "id")), ("row", ("question_id",))):
