@@ -13,7 +13,6 @@ MODES = ("forward", "training", "decode")
 LISTS = ("layer", "random", "uneven")
 CPU_MEMORY_GIB = 16.0
 
-
 _MOST = 1_000_000_000
 """Of any number of things."""
 

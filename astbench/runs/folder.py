@@ -119,7 +119,7 @@ class RunFolder:
                     self.path.parent.rmdir()
 
     def manifest(self) -> dict[str, Any]:
-        """Digest of a checkpoint -> what it holds; empty when there is none."""
+        """Digest of a checkpoint, or of the tokenizer -> what it holds; empty when there is none."""
         try:
             data = json.loads((self / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:

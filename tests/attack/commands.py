@@ -134,8 +134,10 @@ class Child:
             if spent > seconds:
                 self.send(signal.SIGKILL, group=True)
             time.sleep(0.005)
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # loader processes that a killed parent left
+        with suppress(ProcessLookupError):  # loader processes that a killed parent left, which hold its lock too
+            for _ in range(400):
+                os.killpg(self.pid, signal.SIGKILL)
+                time.sleep(0.005)
         texts = [file.read_bytes()[:200_000].decode(errors="replace") if file.exists() else "" for file in self.files]
         code = os.waitstatus_to_exitcode(status)
         demand(code != CUT_OFF, f"it asks for a network: {texts[1].strip()[-200:]}")

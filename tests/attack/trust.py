@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 
 import torch
 import yaml
@@ -78,9 +79,7 @@ class Touch:
 
 def trial(rng, folder, shared):
     shared.once("control", control)
-    files = {"evil.py": EVIL.format(trace=str(folder / "trace"))}
-    for name, text in files.items():
-        (folder / name).write_text(text)
+    (folder / "evil.py").write_text(EVIL.format(trace=str(folder / "trace")))
     (folder / "link.py").symlink_to(folder / "evil.py")
     at = rng.choice(
         ["./evil.py", "evil.py", str(folder / "evil.py"), f"../{folder.name}/evil.py", "./link.py", "evil", "~/evil.py"]
@@ -100,9 +99,8 @@ def control(folder):
 
 def asked(words, folder):
     """A command in a folder that Python imports from too."""
-    before = f"import sys; sys.path.insert(0, {str(folder)!r})"
     env = {"HOME": str(folder), "PYTHONPATH": str(folder)}
-    return run(words, folder, cwd=folder, env=env, before=lambda: exec(before))
+    return run(words, folder, cwd=folder, env=env, before=lambda: sys.path.insert(0, str(folder)))
 
 
 def tried(words, folder, how):
@@ -215,7 +213,7 @@ def an_adapter(rng, folder, shared, at):
     (folder / "adapter/adapter.json").write_text(json.dumps(content))
 
     def load():
-        os.sys.path.insert(0, str(folder))
+        sys.path.insert(0, str(folder))
         load_adapter(tiny_model("llama"), folder / "adapter")
 
     Child(load, folder, cwd=folder).ended()
