@@ -202,6 +202,10 @@ class TaskModule(pl.LightningModule):
         """As before training."""
         self._calibrate()
 
+    def on_predict_start(self) -> None:
+        """As before training."""
+        self._calibrate()
+
     def _calibrate(self) -> None:
         """Let the attention look at the dense model, once; weights of a checkpoint or another run have that in them."""
         batches, self._to_observe = self._to_observe, 0
