@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from os.path import exists, isdir, isfile  # of names that the system refuses pathlib's own raise
@@ -99,6 +100,7 @@ class RunFolder:
         except OSError as error:
             self.close()
             raise ConfigError(f"another process writes in {self.path}; choose another --run_dir") from error
+        _close_in_children(self)
         self._fresh = not resume
         for left in self.path.glob(f".*{TEMPORARY}"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -177,6 +179,17 @@ def _digest(folder: Path) -> str:
     """Of the names and contents of a folder's files."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
     return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
+
+
+def _close_in_children(folder: RunFolder) -> None:
+    """Leave the lock to this process alone: when it is killed, its loader processes live on for seconds."""
+    found = weakref.ref(folder)
+
+    def close() -> None:
+        if ours := found():
+            ours.close()
+
+    os.register_at_fork(after_in_child=close)
 
 
 def _left_behind(file: Path) -> bool:

@@ -130,10 +130,10 @@ def number(rng, folder, shared):
             given = f"--options={{{name}: {{{option}: {value}}}}}"
             words = ["bench", f"--attention={name}", given, "--max_seconds=1", "--run_dir=out"]
         else:
-            option = rng.choice(["heads", "head_dim", "batch", "rounds", "seed", "densities", "lengths", "max_seconds"])
+            option = rng.choice(["heads", "head_dim", "batch", "rounds", "densities", "lengths", "max_seconds"])
             words = ["bench", f"--attention={name}", f"--{option}={value}", "--run_dir=out"]
         words += ["--lengths=[32]"] * (option != "lengths")
-        return words, (0, 2, 3) if option == "seed" else (2, 3)  # which may be any number
+        return words, (0, 2, 3) if option == "seed" else (2, 3)  # an attention's seed may be any number
     elif use == "describe":
         words = ["describe", name, f"--attention.{option}={value}"]
         if rng.random() < 0.5:

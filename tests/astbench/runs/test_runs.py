@@ -4,8 +4,10 @@ import csv
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 
 import pytest
@@ -273,6 +275,23 @@ def test_a_full_disk_is_a_checkpoint_error(folder, monkeypatch, error):
     with pytest.raises(CheckpointError, match=r"could not be written: No space left"):
         save(folder, 3)
     assert step_of(folder.path) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_that_was_forked_holds_no_lock(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open_for_writing(resume=False)
+    forked = os.fork()
+    if not forked:
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(0.5)
+    with pytest.raises(ConfigError, match="another process writes"):
+        RunFolder(tmp_path / "run").open_for_writing(resume=True)
+    folder.close()
+    RunFolder(tmp_path / "run").open_for_writing(resume=True)
+    os.kill(forked, signal.SIGKILL)
+    os.waitpid(forked, 0)
 
 
 def test_without_a_manifest_a_checkpoint_is_unverified(folder):
