@@ -286,10 +286,12 @@ def test_a_process_that_was_forked_holds_no_lock(tmp_path):
         time.sleep(60)
         os._exit(0)
     time.sleep(0.5)
+    other = RunFolder(tmp_path / "run")
     with pytest.raises(ConfigError, match="another process writes"):
-        RunFolder(tmp_path / "run").open_for_writing(resume=True)
+        other.open_for_writing(resume=True)
     folder.close()
-    RunFolder(tmp_path / "run").open_for_writing(resume=True)
+    other.open_for_writing(resume=True)
+    other.close()
     os.kill(forked, signal.SIGKILL)
     os.waitpid(forked, 0)
 
