@@ -289,7 +289,8 @@ def test_a_process_that_was_forked_holds_no_lock(tmp_path):
     with pytest.raises(ConfigError, match="another process writes"):
         RunFolder(tmp_path / "run").open_for_writing(resume=True)
     folder.close()
-    RunFolder(tmp_path / "run").open_for_writing(resume=True)
+    with closing(RunFolder(tmp_path / "run")) as again:
+        again.open_for_writing(resume=True)
     os.kill(forked, signal.SIGKILL)
     os.waitpid(forked, 0)
 
