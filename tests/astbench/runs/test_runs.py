@@ -290,8 +290,8 @@ def test_a_process_that_was_forked_holds_no_lock(tmp_path):
     with pytest.raises(ConfigError, match="another process writes"):
         other.open_for_writing(resume=True)
     folder.close()
-    other.open_for_writing(resume=True)
-    other.close()
+    with closing(RunFolder(tmp_path / "run")) as again:
+        again.open_for_writing(resume=True)
     os.kill(forked, signal.SIGKILL)
     os.waitpid(forked, 0)
 
