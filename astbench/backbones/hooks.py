@@ -97,7 +97,7 @@ class AttentionSlot(nn.Module):
         if self.observing:
             seen = replace(mask, pattern=self.pattern)
             self.attention.observe(q, k, seen)
-            return build_attention("dense", {}, self.attention.shape)(q, k, v, seen, scale=scale).out
+            return _dense(q, k, v, seen, scale)
         context = AttentionContext(self.step, self.collect_stats, self.hidden_states, self.global_tokens, summaries)
         try:
             output = self.attention(q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context)

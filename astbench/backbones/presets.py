@@ -28,8 +28,8 @@ class BackboneConfig:
         compile: torch.compile every layer around its attention (which stays as it is) for `fit`. Needs a C++ compiler
             on a CPU, Triton on a GPU; the first step takes a minute, and results differ in the last digits.
         calibrate: Batches of the training split that the model runs through densely before anything else, so that an
-            attention which can starts from its queries and keys (`ast` with `index_dim`). Not with `--resume`,
-            `--ckpt_path` or `--init_from`, whose weights come with it.
+            attention which can starts from its queries and keys (`ast` with `index_dim`). Not with `--resume` or
+            `--ckpt_path`, nor where `--init_from` brings the attention's own weights.
     """
 
     name: str = "tiny"

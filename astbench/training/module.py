@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from astbench import console
 from astbench.backbones.load import load_backbone
 from astbench.backbones.presets import BackboneConfig, Head
 from astbench.backbones.swap import WHERE, SwapHandle, Where, swap_attention
@@ -127,6 +128,8 @@ class TaskModule(pl.LightningModule):
         if wrong:
             raise CheckpointError(f"--init_from={folder} was trained on another backbone: {wrong[0]} differs")
         fitting = {n for n in own & weights.keys() if same_attention and weights[n].shape == mine[n].shape}
+        if fitting:  # they begin where the other run ended
+            self._to_observe = 0
         if own - fitting:
             self.handle.notes.append(f"{len(own - fitting)} of the attention's {len(own)} own tensors start anew")
         usable = {n: w for n, w in weights.items() if n in wanted | fitting}
@@ -207,9 +210,9 @@ class TaskModule(pl.LightningModule):
         self._calibrate()
 
     def _calibrate(self) -> None:
-        """Let the attention look at the dense model, once; weights of a checkpoint or another run have that in them."""
+        """Let the attention look at the dense model, once and said; weights that it was given have that in them."""
         batches, self._to_observe = self._to_observe, 0
-        if not batches or self.init_from or self.trainer.ckpt_path:
+        if not batches or self.trainer.ckpt_path:
             return
         if self.trainer.world_size > 1:
             raise ConfigError(
@@ -225,6 +228,7 @@ class TaskModule(pl.LightningModule):
             for batch in islice(data.train_dataloader(), batches):
                 self(self.trainer.strategy.batch_to_device(batch))
         self.model.train(training)
+        console.say(f"calibrated: {self.swapped.notes[-1]}")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Randomness from (seed, batch number): a resumed run draws what the uninterrupted one would."""

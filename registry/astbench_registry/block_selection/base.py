@@ -185,8 +185,13 @@ class BlockSelectingAttention(Attention):
             tiles = listed / max(1, most) * visible[:, None]
         return AttentionStats(attended, visible, ran, choice.layout, beside, tiles=tiles)
 
-    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
-        """The kept blocks' two matmuls (fixed budget), without the scores; variants add theirs."""
+    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int | None:
+        """The kept blocks' two matmuls (fixed budget), without the scores; variants add theirs.
+
+        None for carried lists: how much their rows' choices have in common depends on the text.
+        """
+        if self.selector.tile(mask) is not None:
+            return None
         kept = self.selector.kept_keys(query_length, key_length, mask, self.density_at(0))
         return 4 * batch * self.shape.num_heads * kept * self.shape.head_dim
 

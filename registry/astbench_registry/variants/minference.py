@@ -98,11 +98,12 @@ class MInferenceAttention(BlockSelectingAttention):
         farthest = selection.first[:, None] + selection.query_group - 1 - start
         return before[..., (farthest + 1).clamp(0, length)] > before[..., nearest.clamp(0, length)]
 
-    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
+    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int | None:
         """The most that can be kept, which depends on the input, and the estimate's one matmul."""
         rows = min(self.config.last_queries, query_length)
         estimate = 2 * batch * self.shape.num_heads * rows * key_length * self.shape.head_dim
-        return super().flops(batch, query_length, key_length, mask) + estimate
+        kept = super().flops(batch, query_length, key_length, mask)
+        return None if kept is None else kept + estimate
 
 
 def _largest(x: Tensor, number: int) -> Tensor:

@@ -44,8 +44,9 @@ class MoBAttention(FactoredBlockSelection):
         """See the base class: eq. 6."""
         return self.group_query(call, grid), features.key
 
-    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
+    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int | None:
         """Kept blocks, and one matmul for the scores."""
         blocks = -(-key_length // self.config.block_size)
         scores = 2 * batch * self.shape.num_heads * query_length * blocks * self.shape.head_dim
-        return super().flops(batch, query_length, key_length, mask) + scores
+        kept = super().flops(batch, query_length, key_length, mask)
+        return None if kept is None else kept + scores

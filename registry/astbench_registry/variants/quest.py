@@ -68,10 +68,11 @@ class QuestAttention(FactoredBlockSelection):
         query = self.group_query(call, grid)
         return torch.cat([query.clamp(min=0), query.clamp(max=0)], -1), features.key
 
-    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
+    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int | None:
         """Kept pages, and two matmuls for the scores; a dense layer's are dense attention's."""
         per_key = batch * self.shape.num_heads * query_length * self.shape.head_dim
         if self.dense:
             return 4 * per_key * key_length
         pages = -(-key_length // self.config.block_size)
-        return super().flops(batch, query_length, key_length, mask) + 4 * per_key * pages
+        kept = super().flops(batch, query_length, key_length, mask)
+        return None if kept is None else kept + 4 * per_key * pages

@@ -104,14 +104,15 @@ class SeerAttention(BlockSelectingAttention):
         # The gate grows with the score: its blocks above the threshold are the best ones.
         return self.selector.best(scores, selection, wanted.sum(-1).maximum(floor))
 
-    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
+    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int | None:
         """Kept blocks (fixed budget), the gate's two linear maps and its scores; not the training's dense attention."""
         shape, width = self.shape, self.query_gate.shape[-1]
         group = self.selector.query_group(mask)
         groups, blocks = ceil_div(query_length, group), ceil_div(key_length, self.config.block_size)
         queries = 2 * shape.num_heads * groups * width * (shape.head_dim + blocks)
         keys = 2 * shape.num_kv_heads * blocks * 3 * shape.head_dim * width
-        return super().flops(batch, query_length, key_length, mask) + batch * (queries + keys)
+        kept = super().flops(batch, query_length, key_length, mask)
+        return None if kept is None else kept + batch * (queries + keys)
 
 
 def _pooled_queries(call: Call, selection: Selection) -> Tensor:

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -17,24 +18,27 @@ from tests.astbench.cli.test_cli import assert_refused
 from tests.astbench.conftest import NAMES, PLUGIN
 
 
-def test_a_full_disk_is_called_that(astbench, tmp_path):
+@contextmanager
+def files_of_at_most(size):
+    """As on a disk that is full behind so many bytes of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        outcome = astbench(*FIT, f"--run_dir={tmp_path / 'run'}")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_called_that(astbench, tmp_path):
+    with files_of_at_most(300_000):
+        outcome = astbench(*FIT, f"--run_dir={tmp_path / 'run'}")
     assert_refused(outcome, 7, "could not be written: File too large")
     assert json.loads((tmp_path / "run" / RECORD).read_text())["state"] == "failed"
 
 
 def test_a_disk_that_is_full_at_the_tokenizer_is_called_that(astbench, tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    try:
+    with files_of_at_most(10_000):
         outcome = astbench(*FIT, f"--run_dir={tmp_path / 'run'}")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_refused(outcome, 7, "files may not be that large here")
 
 

@@ -5,6 +5,7 @@ import json
 import torch
 
 from astbench.runs.checkpoints import read_checkpoint
+from astbench.runs.folder import DONE
 from tests.astbench.conftest import DEMO, NAMES
 from tests.astbench.tasks.lm.test_lm import make_model, text
 from tests.astbench.tasks.mt import test_mt_cli
@@ -38,7 +39,7 @@ def test_an_evaluation_of_a_pretrained_model_begins_with_it(astbench, tmp_path):
     assert lost["calibrated"] != lost["random"]
 
 
-def test_a_fit_starts_from_it_and_a_checkpoint_brings_it_along(astbench, tmp_path):
+def test_a_fit_starts_from_it_and_a_checkpoint_brings_it_along(astbench, tmp_path, monkeypatch):
     words = ["fit", *NAMES, *DEMO, *INDEX, *STILL]
     for name, more in (("run", ["2"]), ("again", ["2"]), ("random", ["0"])):
         outcome = astbench(*words, f"--backbone.calibrate={more[0]}", f"--run_dir={tmp_path / name}")
@@ -46,7 +47,15 @@ def test_a_fit_starts_from_it_and_a_checkpoint_brings_it_along(astbench, tmp_pat
     mine, theirs, drawn = (index_weights(tmp_path / name) for name in ("run", "again", "random"))
     assert mine and all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert not any(torch.equal(mine[name], drawn[name]) for name in mine)
-    assert astbench("validate", f"--ckpt_path={tmp_path / 'run'}", f"--run_dir={tmp_path / 'loaded'}").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("astbench.backbones.swap.SwapHandle.calibrating", None)  # nobody may ask for it
+        loaded = astbench("validate", f"--ckpt_path={tmp_path / 'run'}", f"--run_dir={tmp_path / 'loaded'}")
+        (tmp_path / "again" / DONE).unlink()
+        resumed = astbench("fit", f"--resume={tmp_path / 'again'}")
+        more = ["--backbone.calibrate=2", f"--init_from={tmp_path / 'run'}", f"--run_dir={tmp_path / 'on'}"]
+        onward = astbench(*words, *more)
+    for outcome in (loaded, resumed, onward):
+        assert outcome.code == 0, outcome.err
     first, second = (json.loads((tmp_path / name / "record.json").read_text())["metrics"] for name in ("run", "loaded"))
     assert first == second
 
@@ -62,3 +71,22 @@ def test_an_encoder_decoder_is_calibrated_in_all_places(astbench, tmp_path):
     )
     assert outcome.code == 0, outcome.err
     assert len(index_weights(tmp_path / "run")) == 2 * 6
+
+
+def test_a_fit_from_a_dense_run_calibrates(astbench, tmp_path):
+    """It brings no index: the attention's own weights start anew."""
+    dense = ["fit", "--attention=dense", *NAMES[1:], *DEMO, *STILL, f"--run_dir={tmp_path / 'dense'}"]
+    assert astbench(*dense).code == 0
+    words = ["fit", *NAMES, *DEMO, *INDEX, *STILL, f"--init_from={tmp_path / 'dense'}"]
+    outcome = astbench(*words, "--backbone.calibrate=2", f"--run_dir={tmp_path / 'ast'}")
+    assert outcome.code == 0, outcome.err
+    assert "calibrated: 3 of 3 layers start from the model's own queries and keys" in outcome.out
+    assert astbench(*words, f"--run_dir={tmp_path / 'random'}").code == 0
+    mine, drawn = (index_weights(tmp_path / name) for name in ("ast", "random"))
+    assert mine and not any(torch.equal(mine[name], drawn[name]) for name in mine)
+
+
+def test_an_attention_that_does_not_look_is_said_to_start_as_ever(astbench, tmp_path):
+    words = ["fit", "--attention=local", *NAMES[1:], *DEMO, *STILL, "--backbone.calibrate=1"]
+    outcome = astbench(*words, f"--run_dir={tmp_path / 'run'}")
+    assert outcome.code == 0 and "calibrated: 0 of 3 layers" in outcome.out

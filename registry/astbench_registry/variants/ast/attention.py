@@ -213,7 +213,7 @@ class AdaptiveSparseAttention(LearnedBlockScores):
             return config.distill_weight
         return config.distill_weight * max(0.0, 1.0 - step / config.distill_decay_steps)
 
-    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
+    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int | None:
         """Kept blocks (fixed budget), coarse tokens, scores, features; without the training-only distillation.
 
         By the method: where the CPU kernel computes all pairs and picks the listed ones, it does more.
@@ -235,7 +235,8 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         coarse = 0
         if self.coarse_keys is not None:
             coarse = self.coarse_keys.flops(batch, shape.num_heads, query_length, key_length, shape.head_dim, mask)
-        return super().flops(batch, query_length, key_length, mask) + predictor + coarse
+        kept = super().flops(batch, query_length, key_length, mask)
+        return None if kept is None else kept + predictor + coarse
 
 
 def _of_first_rows(log_p: Tensor, layout: BlockLayout) -> Tensor:
