@@ -3,6 +3,7 @@
 The variable is gone again at once: commands that tests start, and `choose_backend`, see the environment as it is.
 """
 
+import gc
 import os
 from importlib.util import find_spec
 
@@ -11,11 +12,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+gc.disable()  # until all tests are found: modules and tests are no garbage, and looking through them takes 12 s
+
 if find_spec("triton") is not None and not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_collection_finish(session):
+    gc.freeze()
+    gc.enable()
 
 
 class LargestTensor(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from os.path import exists, isdir  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from astbench.backbones.presets import BackboneConfig
-from astbench.errors import ConfigError, DataError
+from astbench.errors import ConfigError, DataError, SystemRefusal
 from astbench.files.paths import asked_path, other_kind
 from astbench.files.text import read_document
 
@@ -83,8 +84,14 @@ class TaskData(pl.LightningDataModule):
         return int(pad)
 
     def loader(self, dataset: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
-        """Batches, made by `num_workers` processes."""
+        """Batches, made by `num_workers` processes.
+
+        Raises:
+            SystemRefusal: so many need more open files than the system allows.
+        """
         workers = self.num_workers
+        if workers:
+            _allow_files(workers)
         return DataLoader(
             dataset,
             num_workers=workers,
@@ -101,6 +108,31 @@ class TaskData(pl.LightningDataModule):
         if trainer.world_size > 1:
             sampler = DistributedSampler(dataset, trainer.world_size, trainer.global_rank, shuffle=False)
         return self.loader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **arguments)
+
+
+FILES_PER_WORKER = 40
+"""Open files that a process of the loader takes here: 8 of pipes and the process, two batches of up to 16 tensors."""
+
+
+def _allow_files(workers: int) -> None:
+    """Raise the limit of open files as far as the processes need it.
+
+    One that meets the limit while it hands over a batch drops the batch without a word, and the run would wait for it
+    for ever.
+
+    Raises:
+        SystemRefusal: the limit may not be raised so far.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/dev/fd")) + workers * FILES_PER_WORKER
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise SystemRefusal(
+            f"--data.num_workers={workers} needs about {needed} open files, and {hard} are allowed; "
+            "raise ulimit -n, or lower --data.num_workers"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _leave_group(worker: int) -> None:

@@ -56,9 +56,15 @@ def without_leading_padding(
         scale: As for `forward`.
         context: As for `forward`.
     """
-    if mask.causal:
-        return _causal(forward, new_cache_state, _Inputs(q, k, v, mask, context), leading, scale)
-    return _rolled(forward, _Inputs(q, k, v, mask, context), leading, scale)
+    inputs = _Inputs(q, k, v, mask, context)
+    if not mask.causal:
+        return _rolled(forward, inputs, leading, scale)
+    if torch.is_grad_enabled() and not mask.query_offset and context.summaries is None:
+        # One call: a loss is a mean over the rows of all sequences, as it is where the padding lies behind them.
+        got = _rolled(forward, inputs, leading, scale)
+        in_front = torch.arange(q.shape[2], device=q.device) < leading[:, None]
+        return got._replace(out=got.out.masked_fill(in_front[:, None, :, None], 0.0))
+    return _causal(forward, new_cache_state, inputs, leading, scale)
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,8 @@ def _causal(
 ) -> AttentionOutput:
     """One call for the sequences behind equal padding, without it: in a step of decoding their offsets differ.
 
-    Rows in front of a sequence see nothing: their output is zero. Losses are means over the sequences.
+    Rows in front of a sequence see nothing: their output is zero. Losses are means over the sequences here; training
+    does not come this way.
     """
     q, mask, state = inputs.q, inputs.mask, inputs.context.summaries
     parts: list[tuple[Tensor, int, AttentionOutput]] = []

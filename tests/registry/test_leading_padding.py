@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from astbench_registry import AttentionContext
-from astbench_registry.leading_padding import attended_tokens, leading_padding
+from astbench_registry.leading_padding import attended_tokens, leading_padding, roll
 from astbench_registry.mask import AttentionMask
 from tests.oracles import BATCH, HIDDEN, PATTERNS, SELF, draw
 from tests.registry.building import build
@@ -38,7 +38,8 @@ def test_statistics_are_those_of_the_sequence_alone(pattern, fronts):
     (q, k, v), _ = draw(LENGTH)
     module, context = layer(query_group=4), AttentionContext(collect_stats=True)
     mask = AttentionMask(pattern, key_valid=in_front(fronts))
-    stats = module(q, k, v, mask, context=context).stats
+    with torch.no_grad():
+        stats = module(q, k, v, mask, context=context).stats
     pairs = attended_tokens(stats, mask)
     for row, front in enumerate(fronts):
         one = [x[row : row + 1, :, front:] for x in (q, k, v)]
@@ -66,18 +67,41 @@ def test_gradients_reach_the_same_tokens_as_without(pattern):
         assert not whole.grad[:, :, :start].any()
 
 
-def test_losses_are_means_over_the_sequences():
+@pytest.mark.parametrize("name", ["ast", "seer", "dsa"])
+def test_training_learns_from_the_same_rows_wherever_the_padding_lies(name):
+    """Losses are means over the rows of all sequences: the shorter of two does not weigh as much as the longer."""
+    (q, k, v, hidden), _ = draw(LENGTH, hidden=HIDDEN, grad=True)
+    options = {"ast": {**AST, "distill_fraction": 1.0}, "seer": {"block_size": 4, "density": 0.3}, "dsa": {"top_k": 9}}
+    module = build(name, options[name], hidden=HIDDEN, weights=0.5)
+    fronts = (41, 4)
+    forth = roll(torch.tensor(fronts), LENGTH)
+    behind = [x.take_along_dim(forth[:, None, :, None], 2) for x in (q, k, v)]
+    moved = hidden.take_along_dim(forth[..., None], 1)
+    found = []
+    for tensors, rows, valid in (
+        ((q, k, v), hidden, in_front(fronts)),
+        (behind, moved, in_front(fronts).gather(1, forth)),
+    ):
+        context = AttentionContext(hidden_states=rows)
+        got = module(*tensors, AttentionMask("causal_self", key_valid=valid), context=context)
+        module.zero_grad()
+        sum(got.losses.values()).backward(retain_graph=True)
+        found.append((got.losses, [p.grad.clone() for p in module.parameters() if p.grad is not None]))
+    (losses, grads), (wanted, wanted_grads) = found
+    assert losses and losses.keys() == wanted.keys() and grads
+    for name, loss in wanted.items():
+        torch.testing.assert_close(losses[name], loss)
+    for grad, one in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(grad, one)
+
+
+def test_rows_in_front_get_zeros_with_and_without_gradients():
     (q, k, v), _ = draw(LENGTH, grad=True)
-    module = build("ast", {**AST, "distill_fraction": 1.0}, hidden=HIDDEN, weights=0.5)
-    fronts = (17, 4)
-    together = module(q, k, v, AttentionMask("causal_self", key_valid=in_front(fronts))).losses
-    alone = [
-        module(*(x[row : row + 1, :, front:] for x in (q, k, v)), AttentionMask("causal_self")).losses
-        for row, front in enumerate(fronts)
-    ]
-    assert together and together.keys() == alone[0].keys()
-    for name, loss in together.items():
-        torch.testing.assert_close(loss, (alone[0][name] + alone[1][name]) / 2)
+    module, mask = layer(), AttentionMask("causal_self", key_valid=in_front((17, 4)))
+    got = module(q, k, v, mask).out
+    with torch.no_grad():
+        torch.testing.assert_close(got, module(q, k, v, mask).out, rtol=0, atol=1e-10)
+    assert not got[0, :, :17].any() and not got[1, :, :4].any()
 
 
 def test_the_layers_input_and_named_tokens_move_along():

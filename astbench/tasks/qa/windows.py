@@ -111,9 +111,24 @@ def find_mentions(example: QAExample) -> list[tuple[int, int]]:
             if matching:
                 spans.append((start, start + len(max(matching, key=len))))
         return spans
-    aliases = sorted({a.strip() for a in example.answers}, key=len, reverse=True)
+    document = _folded(example.context)
+    # Of thousands of aliases few stand in the document: tried at every character, they would take minutes.
+    there = {alias for alias in (a.strip() for a in example.answers) if _folded(alias) in document}
+    if not there:
+        return []
+    aliases = sorted(there, key=len, reverse=True)
     pattern = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, aliases)) + r")(?!\w)", re.IGNORECASE)
     return [match.span() for match in pattern.finditer(example.context)]
+
+
+_DOTTED_AND_DOTLESS = str.maketrans(
+    {"\N{LATIN CAPITAL LETTER I WITH DOT ABOVE}": "i", "\N{LATIN SMALL LETTER DOTLESS I}": "i"}
+)
+
+
+def _folded(text: str) -> str:
+    """The same for any two letters that a regular expression takes for one, case aside; perhaps for others too."""
+    return text.translate(_DOTTED_AND_DOTLESS).casefold()
 
 
 def _token_spans(

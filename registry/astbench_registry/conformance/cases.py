@@ -230,6 +230,10 @@ def longer_by(x: Tensor, extra: int) -> Tensor:
     return noise_at(pad, added.expand(x.shape[0], -1))
 
 
+SIZES = (0.25, 1.0, 4.0, None)
+"""Of changes that :func:`change_after` makes: a leak may show with small ones only, or with large ones."""
+
+
 def change_after(case: Case, cut: int, size: float | None, g: torch.Generator) -> Case:
     """Other tokens from `cut` on: noise of that size added, or (None) something else altogether."""
 
@@ -244,6 +248,16 @@ def change_after(case: Case, cut: int, size: float | None, g: torch.Generator) -
 
     changed = case.tensors(change)
     return replace(changed, k=case.k, v=case.v) if case.mask.cross else changed
+
+
+def side_by_side(cases: list[Case]) -> Case:
+    """One batch of several cases under one mask."""
+    first, copies = cases[0], len(cases)
+    valid = first.mask.key_valid
+    together = Case(
+        *(torch.cat([getattr(case, name) for case in cases]) for name in ("q", "k", "v", "hidden")), first.mask
+    )
+    return together.with_mask(key_valid=None if valid is None else valid.repeat(copies, 1))
 
 
 def other_padding(case: Case) -> Case:

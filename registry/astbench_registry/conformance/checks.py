@@ -41,6 +41,11 @@ def demand(condition: bool, message: str) -> None:
         raise Failure(message)
 
 
+def differ(actual: Tensor, expected: Tensor, *, tolerance: float = TOLERANCE) -> bool:
+    """Whether :func:`same` would fail."""
+    return not bool(((actual - expected).detach().abs() <= tolerance).all())
+
+
 def same(actual: Tensor, expected: Tensor, what: str, *, tolerance: float = TOLERANCE) -> None:
     """Equal within float64 rounding; NaN anywhere is a difference."""
     demand(actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")

@@ -9,11 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from itertools import cycle
 
 import torch
 
 from astbench_registry.capabilities import AttentionConfig
-from astbench_registry.conformance.cases import Case, Subject, attend, change_after
+from astbench_registry.conformance.cases import SIZES, Subject, attend, change_after, side_by_side
 from astbench_registry.conformance.checks import holds_for, need, same
 from astbench_registry.conformance.outputs import alone, within
 from astbench_registry.interface import Attention
@@ -71,14 +72,8 @@ def long_causality(subject: Subject) -> None:
         case = other.case(length, length, batch=1)
         length = case.q.shape[2]
         cuts = torch.randint(1, length, (CUTS,), generator=g).tolist()
-        changed = [change_after(case, cut, size, g) for cut, size in zip(cuts, [0.25, 1.0, 4.0, None] * 2, strict=True)]
-        together = Case(
-            torch.cat([x.q for x in changed]),
-            torch.cat([x.k for x in changed]),
-            torch.cat([x.v for x in changed]),
-            torch.cat([x.hidden for x in changed]),
-            case.mask,
-        )
+        changed = [change_after(case, cut, size, g) for cut, size in zip(cuts, cycle(SIZES), strict=False)]
+        together = side_by_side(changed)
         with torch.no_grad():
             before, after = case.out(module), together.out(module)
         for row, cut in enumerate(cuts):

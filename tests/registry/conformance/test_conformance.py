@@ -1,9 +1,14 @@
 """The conformance suite over every built-in attention, and over AST's options."""
 
+import inspect
+
 import pytest
 import torch
 
+from astbench_registry.capabilities import PATTERNS
 from astbench_registry.conformance import PROPERTIES, check
+from astbench_registry.conformance.cases import Subject
+from astbench_registry.registry import build_attention, config_class, make_config
 from astbench_registry.table import BUILTIN
 from tests.registry.building import assert_conforms
 
@@ -37,6 +42,22 @@ AST_OPTIONS = {
     "carried-adaptive": {"lists": "carried", "budget": "adaptive", "share": 0.1, "block_size": 3, "sink_block": False},
     "carried-policy": {"lists": "carried", "estimator": "policy_gradient", "patterns": 1, "coarse_stride": 3},
 }  # fmt: skip
+ONLY_WHILE_TRAINING = {
+    "adaptive-regularised": "adaptive",
+    "policy": None,
+    "distill-only": None,
+    "straight-through-only": None,
+    "sampled": None,
+    "mixed-density-schedule": None,
+    "density-schedule": None,
+}
+"""Of AST_OPTIONS those that change nothing but training, and the setting that each evaluates like (None: AST's own)."""
+IN_EVALUATION = {
+    "value_size", "padding_invariance", "batch_invariance", "gradients", "decode", "gqa", "full_density",
+    "low_precision", "save_load", "scale", "statistics", "density", "cost", "long_causality", "long_padding",
+    "long_decode", "long_full_density",
+}  # fmt: skip
+"""Properties that never run a module in training: what they would say of those settings they say of the others."""
 CONTROL_OPTIONS = [
     ("dense", {"backend": "sdpa_math"}),
     ("dense", {"backend": "sdpa_flash"}),
@@ -61,10 +82,34 @@ def test_builtin(name, property):
     assert_conforms(name, property=property)
 
 
-@pytest.mark.parametrize("property", PROPERTIES)
-@pytest.mark.parametrize("options", AST_OPTIONS.values(), ids=AST_OPTIONS)
-def test_ast_options(options, property):
-    assert_conforms("ast", options, property)
+@pytest.mark.parametrize(
+    ("setting", "property"),
+    [(s, p) for s in AST_OPTIONS for p in PROPERTIES if not (s in ONLY_WHILE_TRAINING and p in IN_EVALUATION)],
+)
+def test_ast_options(setting, property):
+    assert_conforms("ast", AST_OPTIONS[setting], property)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("setting", ONLY_WHILE_TRAINING)
+def test_what_changes_training_alone_evaluates_bit_for_bit_like_the_others(setting, pattern):
+    other = AST_OPTIONS.get(ONLY_WHILE_TRAINING[setting], {})
+    found = []
+    for options in (AST_OPTIONS[setting], other):
+        config = make_config("ast", {**config_class("ast").conformance_options, **options})
+        subject = Subject("ast", lambda config, shape: build_attention("ast", config, shape), config, pattern)
+        module, case = subject.build(), subject.case(holes=0.2)
+        inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+        got = case.run(module, collect_stats=True, step=1)
+        grads = torch.autograd.grad(got.out.square().sum(), [*inputs, *module.parameters()], allow_unused=True)
+        assert not got.losses and got.log_prob is None
+        found.append([got.out, got.stats.attended, got.stats.layout.to_mask(), *grads])
+    assert all((a is b is None) or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_properties_in_evaluation_never_train():
+    for name in IN_EVALUATION:
+        assert "training" not in inspect.getsource(PROPERTIES[name]), name
 
 
 @pytest.mark.parametrize("property", PROPERTIES)

@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import random
+import re
+import time
 import warnings
 from dataclasses import replace
 
@@ -147,6 +149,24 @@ def example(context, answers=("Oster",), starts=None, question="Who was it?"):
 )
 def test_mentions(context, answers, starts, texts):
     assert [context[a:b] for a, b in find_mentions(example(context, answers, starts))] == texts
+
+
+def test_mentions_are_found_in_every_spelling_that_a_regular_expression_takes_for_one():
+    """Aliases that cannot stand in the document are left out first: none that can may be."""
+    letters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    cased = [c for c in letters if len({c, c.lower(), c.upper(), c.casefold(), c.swapcase()}) > 1]
+    everything = " ".join(cased)
+    for letter in [*"iIıİſKµ", *cased[::12]]:
+        found = find_mentions(example(everything, [letter]))
+        wanted = re.finditer(rf"(?<!\w)(?:{re.escape(letter)})(?!\w)", everything, re.IGNORECASE)
+        assert found == [match.span() for match in wanted], hex(ord(letter))
+
+
+def test_a_hundred_thousand_aliases_take_seconds():
+    document = "Bram Oster met the mayor of alias 77 in the old town. " * 300
+    started = time.process_time()
+    found = find_mentions(example(document, [*(f"alias {n} of many" for n in range(100_000)), "Alias 77"]))
+    assert len(found) == 300 and time.process_time() - started < 15
 
 
 # -- windows --------------------------------------------------------------------------------------------------
