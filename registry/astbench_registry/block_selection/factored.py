@@ -24,7 +24,13 @@ from astbench_registry.block_selection.summaries import BlockSummaries
 
 
 class FactoredBlockSelection(BlockSelectingAttention):
-    """Score of group i and block j = row_i . column_j, rows from the queries and columns from the keys."""
+    """Score of group i and block j = row_i . column_j, rows from the queries and columns from the keys.
+
+    Attributes:
+        pool: Where there are several columns a block: how many consecutive ones are max-pooled.
+    """
+
+    pool = 1
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -130,7 +136,8 @@ class FactoredBlockSelection(BlockSelectingAttention):
         return choose_blocks(rows, columns, rule, budget, seen=seen)
 
     def _products(self, call: Call, features: BlockFeatures, grid: Grid) -> Tensor:
-        return block_scores(*self.factors(call, features, grid), grid.num_blocks, self.reach(call, grid))
+        factors = self.factors(call, features, grid)
+        return block_scores(*factors, grid.num_blocks, self.reach(call, grid), self.pool)
 
     def reach(self, call: Call, grid: Grid) -> Callable[[int], int] | None:
         """How many blocks the first n groups may see at most; None for all."""

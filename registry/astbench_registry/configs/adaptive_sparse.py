@@ -22,6 +22,8 @@ class ASTConfig(BlockSelectionConfig):
             the logarithm of its tokens' summed exponentials. It finds what a mean hides, and costs N M index_dim.
             Random at first; `--backbone.calibrate` starts it from the model's own queries and keys. 0: a block is
             scored by its mean key and the learned term of `rank`.
+        index_pool: Consecutive tokens of which only the largest score joins that sum: `block_size` for a block's
+            largest alone. The sums of exponentials are most of what an index costs, and they become as much shorter.
         patterns: Predefined patterns that each head may follow beside the content: cosines of the distance with periods
             of 4, 8, 16, ... blocks (long ones are windows, short ones strides), weighed per head, at first with zero.
         global_tokens: Always keep the blocks that hold a token which the task calls global (a question's), as part of
@@ -66,6 +68,7 @@ class ASTConfig(BlockSelectionConfig):
     rank: int = 32
     sub_blocks: int = 1
     index_dim: int = 0
+    index_pool: int = 1
     patterns: int = 0
     global_tokens: bool = False
     budget: Literal["fixed", "adaptive"] = "fixed"
@@ -137,6 +140,16 @@ class ASTConfig(BlockSelectionConfig):
             not self.index_dim or self.sub_blocks == 1,
             "sub_blocks",
             "1 with --attention.index_dim, which has every token",
+        )
+        self.require(
+            self.index_pool >= 1 and self.block_size % self.index_pool == 0,
+            "index_pool",
+            f"a divisor of block_size ({self.block_size})",
+        )
+        self.require(
+            self.index_pool == 1 or (self.index_dim > 0 and not self.rest),
+            "index_pool",
+            "1 without --attention.index_dim, and with --attention.rest, which needs all of the mass",
         )
         self.require(0 <= self.patterns <= 16, "patterns", "0 to 16")
         self.require(0 < self.share <= 1, "share", "above 0 and at most 1")

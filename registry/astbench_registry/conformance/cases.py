@@ -252,12 +252,15 @@ def change_after(case: Case, cut: int, size: float | None, g: torch.Generator) -
 
 def side_by_side(cases: list[Case]) -> Case:
     """One batch of several cases under one mask."""
-    first, copies = cases[0], len(cases)
-    valid = first.mask.key_valid
+    valid = cases[0].mask.key_valid
     together = Case(
-        *(torch.cat([getattr(case, name) for case in cases]) for name in ("q", "k", "v", "hidden")), first.mask
+        torch.cat([case.q for case in cases]),
+        torch.cat([case.k for case in cases]),
+        torch.cat([case.v for case in cases]),
+        torch.cat([case.hidden for case in cases]),
+        cases[0].mask,
     )
-    return together.with_mask(key_valid=None if valid is None else valid.repeat(copies, 1))
+    return together.with_mask(key_valid=None if valid is None else valid.repeat(len(cases), 1))
 
 
 def other_padding(case: Case) -> Case:

@@ -37,6 +37,7 @@ AST_OPTIONS = {
     "reference-backend": {"backend": "reference"},
     "carried": {"lists": "carried"},
     "index": {"index_dim": 3},
+    "index-pooled": {"index_dim": 2, "index_pool": 2, "lists": "carried"},
     "index-with-patterns-and-rest": {"index_dim": 2, "patterns": 1, "rest": True},
     "index-carried-adaptive": {"index_dim": 2, "lists": "carried", "budget": "adaptive", "share": 0.1},
     "carried-adaptive": {"lists": "carried", "budget": "adaptive", "share": 0.1, "block_size": 3, "sink_block": False},

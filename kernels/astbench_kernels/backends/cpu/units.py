@@ -50,9 +50,9 @@ class ListedUnits(Units):
     causal: bool
     blocks: Tensor  # int32 (units, width): rows of the block table
     slots: Tensor  # bool (units, width): which of them are listed
-    masked: Tensor  # bool (units, width): empty slots, and blocks that hold pairs that may not be seen
+    masked: Tensor  # bool (units, width): what :meth:`hidden` is asked about: blocks with keys that a row may not see
     starts: Tensor  # int32 (units, width): each listed block's first key
-    since: Tensor | None  # int (units, width): the first place of a row in its group that sees a block; None for 0
+    since: Tensor | None  # int (units, width): the first place of a row that sees a block, past all for empty slots
     last: Tensor  # int64 (groups, rows): the last key that a causal mask shows to each query row of a unit
     keys: Tensor  # int64 (block_size,): 0, 1, ...
     unseen: Tensor | None  # bool (block table, block_size): keys that nobody may see; None where there are none
@@ -65,9 +65,16 @@ class ListedUnits(Units):
         if self.causal:
             last = self.last[unit % self.layout.num_groups] - self.starts[unit, slot, None]
             hidden = hidden | (self.keys > last.unsqueeze(-1))
-        if self.since is not None:
-            hidden = hidden | (self.places(unit.device) < self.since[unit, slot, None]).unsqueeze(-1)
         return hidden
+
+    def too_early(self, units: slice, width: int) -> Tensor | None:
+        """Bool `(units, rows, width)`: rows in front of the one that a carried block came with, and empty slots.
+
+        None for lists that nothing carries.
+        """
+        if self.since is None:
+            return None
+        return self.places(self.since.device)[:, None] < self.since[units, None, :width]
 
 
 def one_list_per_kv_head(layout: BlockLayout, num_heads: int, num_kv_heads: int) -> BlockLayout:
@@ -108,13 +115,13 @@ def listed_units(
         rows = (layout.query_offset + layout.query_length - group * layout.query_group).clamp(max=layout.query_group)
         slots = slots & (since < rows.repeat(batch * lists)[:, None])
     masked = ~slots
+    if since is not None:  # empty slots are late ones
+        since, masked = since.masked_fill(masked, layout.query_group), torch.zeros_like(masked)
     if causal:
-        masked = masked | (starts + size - 1 > last[:, 0].repeat(batch * lists)[:, None])
-    if since is not None:
-        masked = masked | (since > 0)
+        masked = masked | (slots & (starts + size - 1 > last[:, 0].repeat(batch * lists)[:, None]))
     unseen = unseen_keys(layout, batch, kv_heads, key_valid)
     if unseen is not None:
-        masked = masked | unseen.any(-1).index_select(0, blocks.flatten()).view_as(masked)
+        masked = masked | (slots & unseen.any(-1).index_select(0, blocks.flatten()).view_as(masked))
     return ListedUnits(
         layout=layout,
         batch=batch,

@@ -47,6 +47,8 @@ class AdaptiveSparseAttention(LearnedBlockScores):
 
         s_ij = log sum over the tokens t of block j of exp(exp(g) * scale * (q_i A) . (k_t B)),   A, B of rank r
 
+    with `index_pool` p over the block's runs of p tokens, each by its largest score.
+
     With `patterns`, each head adds its own weighted sum of cosines of the distance i - j. W_w, g and those weights
     start at zero, so the untrained predictor is `pooled_topk` exactly, and a pretrained dense model runs before any
     training. With estimator "straight_through" each kept block carries `log p - stop(log p)`
@@ -70,6 +72,7 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         super().__init__(config, shape)
         stride = config.coarse_stride_at(shape.layer_index)
         self.coarse_keys = CoarseKeys(stride, shape.num_kv_heads) if stride else None
+        self.pool = config.index_pool
 
     def fusible(self, call: Call) -> bool:
         """See the base class."""
