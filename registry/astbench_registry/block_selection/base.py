@@ -16,9 +16,9 @@ from torch import Tensor
 
 from astbench_kernels import BlockLayout, merge_attention
 from astbench_registry.block_selection.call import Call
-from astbench_registry.block_selection.carried import carried_layout
 from astbench_registry.block_selection.coarse_keys import CoarseAttention
 from astbench_registry.block_selection.grid import Selection
+from astbench_registry.block_selection.lists import computed_tiles, lists_of
 from astbench_registry.block_selection.selector import BlockSelector
 from astbench_registry.block_selection.summaries import BlockSummaries
 from astbench_registry.configs.block_selection import BlockSelectionConfig
@@ -133,10 +133,7 @@ class BlockSelectingAttention(Attention):
         Raises:
             ValueError: a step of decoding inside a tile, of whose rows before it nothing was kept.
         """
-        tile, kept = self.selector.tile(call.mask), call.context.summaries
-        if tile is None:
-            return selection.layout(keep, call)
-        return carried_layout(keep, call, selection, tile, kept.running if isinstance(kept, BlockSummaries) else None)
+        return lists_of(keep, call, selection, self.selector.tile(call.mask))
 
     def new_cache_state(self) -> BlockSummaries:
         """See the base class: features of blocks, and the running list of the last tile."""
@@ -181,8 +178,7 @@ class BlockSelectingAttention(Attention):
         ran = call.ran(choice.layout, backend, choice.learned_by.bias)
         visible, tiles = mask.visible_pairs(call.q, call.k), None
         if self.selector.tile(mask) is not None:
-            listed, most = choice.layout.tiles(causal=mask.causal)
-            tiles = listed / max(1, most) * visible[:, None]
+            tiles = computed_tiles(choice.layout, visible, causal=mask.causal)
         return AttentionStats(attended, visible, ran, choice.layout, beside, tiles=tiles)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int | None:

@@ -8,12 +8,13 @@ from astbench_registry.interface import AttentionOutput, AttentionStats
 from astbench_registry.toolbox.dense import attend_to_all
 
 
-def attend_densely(call: Call, selection: Selection) -> AttentionOutput:
+def attend_densely(call: Call, selection: Selection, *, tiled: bool = False) -> AttentionOutput:
     """Everything visible by torch's fused kernels; the list of all blocks only where statistics are wanted.
 
     Args:
         call: Padding may hold anything.
         selection: The blocks to report.
+        tiled: Other layers report tiles: this one all of them.
     """
     q, k, mask = call.q, call.k, call.mask
     out = attend_to_all(q, k, call.v, mask, scale=call.scale)
@@ -22,4 +23,5 @@ def attend_densely(call: Call, selection: Selection) -> AttentionOutput:
     layout = selection.layout(selection.visible.expand(q.shape[0], -1, -1, -1), call)
     visible = mask.visible_pairs(q, k)
     attended = visible[:, None].expand(-1, q.shape[1])
-    return AttentionOutput(out, stats=AttentionStats(attended, visible, f"sdpa-{q.device.type}", layout))
+    tiles = attended if tiled else None
+    return AttentionOutput(out, stats=AttentionStats(attended, visible, f"sdpa-{q.device.type}", layout, tiles=tiles))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -58,3 +58,9 @@ class Selection(Grid):
     def free(self) -> Tensor:
         """Candidates that are not kept anyway: where there is a choice."""
         return self.candidates & ~self.always_kept
+
+    def of_groups(self, groups: Tensor) -> Selection:
+        """The same for some groups alone; bool `(groups,)`."""
+        parts = {name: getattr(self, name)[:, :, groups] for name in ("visible", "always_kept", "candidates")}
+        first = self.first[groups]
+        return replace(self, num_groups=len(first), first=first, **parts)

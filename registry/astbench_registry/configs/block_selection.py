@@ -123,7 +123,8 @@ class OracleTopKConfig(BlockSelectionConfig):
 class TokenTopKConfig(BlockSelectionConfig):
     """Base of methods in which every token keeps a fixed number of blocks and nothing else is open.
 
-    Their papers fix what the controls leave as options, so those are none here.
+    Their papers fix what the controls leave as options, so those are none here. (Who sees a list is a question of the
+    kernel's tiles, which those that choose blocks may ask: they declare `lists` and `query_tile` again.)
 
     Args:
         top_k: Blocks each token keeps, its own included; all of them where it sees fewer.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from astbench_registry.capabilities import SELF
 from astbench_registry.configs.block_selection import TokenTopKConfig
@@ -19,6 +19,9 @@ class NSAConfig(TokenTopKConfig):
         compress_size: Tokens that a compressed token stands for (the paper's l).
         compress_stride: Tokens from the start of one to the start of the next (the paper's d).
         window: Keys of the sliding window, the token's own included (causal; on each side without a mask).
+        lists: Who sees a block that a token selected under a causal mask. "own": it alone, as in the paper. "carried":
+            it and all later tokens of its tile, so that a kernel that computes whole tiles has one list for each.
+        query_tile: Consecutive tokens of a tile that carries a list.
     """
 
     block_size: int = 64
@@ -26,6 +29,8 @@ class NSAConfig(TokenTopKConfig):
     compress_size: int = 32
     compress_stride: int = 16
     window: int = 512
+    lists: Literal["own", "carried"] = "own"  # type: ignore[misc]
+    query_tile: int = 64  # type: ignore[misc]
 
     local_blocks: ClassVar[int] = 1  # type: ignore[misc]
     sink_block: ClassVar[bool] = True  # type: ignore[misc]

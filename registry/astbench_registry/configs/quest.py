@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from astbench_registry.configs.block_selection import TokenTopKConfig
 
@@ -16,11 +16,16 @@ class QuestConfig(TokenTopKConfig):
         block_size: Keys per page, in tokens.
         top_k: Pages each token keeps, its own included; times `block_size` it is the paper's token budget.
         dense_layers: First so many layers that attend to everything, as in the paper.
+        lists: Who sees a block that a token chose under a causal mask. "own": it alone, as in the paper. "carried":
+            it and all later tokens of its tile, so that a kernel that computes whole tiles has one list for each.
+        query_tile: Consecutive tokens of a tile that carries a list.
     """
 
     block_size: int = 16
     top_k: int = 64
     dense_layers: int = 2
+    lists: Literal["own", "carried"] = "own"  # type: ignore[misc]
+    query_tile: int = 64  # type: ignore[misc]
 
     paper: ClassVar = "Tang et al. 2024, arXiv 2406.10774, section 3.3"
     # The suite's layer is the second: it would be dense.

@@ -29,6 +29,7 @@ class MoBAttention(FactoredBlockSelection):
     * It defines MoBA for causal self-attention alone. Without a causal mask all blocks compete here, the token's
       own is kept too, and in cross-attention, where there is none, all `top_k` are chosen.
     * A block that padding cuts short has the mean of its real keys.
+    * With `lists="carried"` what a token chose all later tokens of its tile see too.
     * Dense layers among the sparse ones (its layer-wise hybrid, section 3.2) are not here.
     * It computes the own block and the chosen ones apart and merges them by their log-sum-exp (algorithm 1); here
       they are one list and one kernel call, with the same result.

@@ -17,6 +17,8 @@ from astbench_registry.block_selection.coarse_keys import (
     listed_coarse_blocks,
 )
 from astbench_registry.block_selection.dense_weights import rows_at_a_time
+from astbench_registry.block_selection.lists import computed_tiles, lists_of
+from astbench_registry.block_selection.summaries import BlockSummaries
 from astbench_registry.configs.nsa import NSAConfig
 from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
 from astbench_registry.mask import AttentionMask
@@ -81,6 +83,7 @@ class NativeSparseAttention(Attention):
     * The gates are one linear map, zero at the start: every gate 1/2.
     * Keys carry the backbone's rotary encoding, if it has one, when phi reads them.
     * Windows that hold padding are left out, as are those that the end cuts short.
+    * With `lists="carried"` what a token selected all later tokens of its tile see too.
     * Without a causal mask everything may be chosen, the window has both sides, and the block behind is kept too.
     * p_cmp is computed twice, in the kernel for the output and a few rows at a time for the choice, as in the paper's
       training; its decoding need not, and it keeps compressed tokens in a cache where each call here makes them anew.
@@ -118,7 +121,8 @@ class NativeSparseAttention(Attention):
             call = call.without_padding()
             gates = self._gates(call.context.hidden_states, mask)
             compressed = self._compressed(call)
-            layout = selection.layout(self.selector.choose(self.block_mass(compressed, selection), selection), call)
+            keep = self.selector.choose(self.block_mass(compressed, selection), selection)
+            layout = lists_of(keep, call, selection, self.selector.tile(mask))
             seen = every_coarse_block(call.q, compressed.k.shape[2], self.config.compress_stride, mask)
         selected, _ = call.attend(layout, backend)
         near = self.window(call.q, call.k, call.v, mask, scale=call.scale, context=call.context)
@@ -133,8 +137,15 @@ class NativeSparseAttention(Attention):
         attended = layout.attended_pairs(causal=mask.causal, key_valid=mask.key_valid)
         assert near.stats is not None, "asked for in its context"
         beside = near.stats.attended + seen.attended_pairs(causal=mask.causal, key_valid=compressed.mask.key_valid)
-        stats = AttentionStats(attended, mask.visible_pairs(q, k), ran, layout, beside)
+        visible, tiles = mask.visible_pairs(q, k), None
+        if self.selector.tile(mask) is not None:
+            tiles = computed_tiles(layout, visible, causal=mask.causal)
+        stats = AttentionStats(attended, visible, ran, layout, beside, tiles=tiles)
         return AttentionOutput(out.to(q.dtype), stats=stats)
+
+    def new_cache_state(self) -> BlockSummaries:
+        """See the base class: the running list of the last tile, where lists are carried."""
+        return BlockSummaries()
 
     def _compressed(self, call: Call) -> Call:
         """The same call with compressed keys and values, float32 or more, and which of their windows are real."""
@@ -190,8 +201,10 @@ class NativeSparseAttention(Attention):
         gates = linear(hidden.to(wide), widened(self.gate.weight, wide), widened(self.gate.bias, wide)).sigmoid()
         return gates.unflatten(-1, (self.shape.num_heads, 3)).transpose(1, 2)
 
-    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
-        """Selected blocks, window, compressed tokens (twice their scores), phi and gates."""
+    def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int | None:
+        """Selected blocks, window, compressed tokens (twice their scores), phi and gates; None for carried lists."""
+        if self.selector.tile(mask) is not None:
+            return None
         shape, config = self.shape, self.config
         windows = max(0, (key_length - config.compress_size) // config.compress_stride + 1)
         keys = windows and windows + config.compress_size // config.compress_stride - 1  # those of zeros included

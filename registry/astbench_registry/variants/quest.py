@@ -31,6 +31,7 @@ class QuestAttention(FactoredBlockSelection):
     * The page of the token itself, perhaps incomplete, is always kept and counts in `top_k`, as in the published
       code; without a causal mask it is kept too, and cross-attention has none.
     * A page that padding cuts short has the extremes of its real keys.
+    * With `lists="carried"` what a token chose all later tokens of its tile see too.
     """
 
     config: QuestConfig
@@ -54,7 +55,7 @@ class QuestAttention(FactoredBlockSelection):
         if not self.dense:
             return super().forward(q, k, v, mask, scale=scale, context=context)
         call = Call.of(self.shape, q, k, v, mask, scale, context)
-        return attend_densely(call, self.selection(call))
+        return attend_densely(call, self.selection(call), tiled=self.selector.tile(mask) is not None)
 
     def block_features(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
         """See the base class: each page's maxima and minima."""

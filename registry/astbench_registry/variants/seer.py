@@ -78,7 +78,7 @@ class SeerAttention(BlockSelectingAttention):
             return super().forward(q, k, v, mask, scale=scale, context=context)
         call = Call.of(self.shape, q, k, v, mask, scale, context)
         selection = self.selection(call)
-        dense = attend_densely(call, selection)
+        dense = attend_densely(call, selection, tiled=self.selector.tile(mask) is not None)
         if not torch.is_grad_enabled():
             return dense
         with torch.autocast(q.device.type, enabled=False):

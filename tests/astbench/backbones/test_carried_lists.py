@@ -35,6 +35,28 @@ def test_generation_is_that_without_a_cache(family, beams, name):
     assert torch.equal(cached, model.generate(ids(), **SETTINGS, num_beams=beams, use_cache=False))
 
 
+PAPERS = {
+    "moba": {"block_size": 2, "top_k": 3},
+    "quest": {"block_size": 2, "top_k": 3, "dense_layers": 1},
+    "nsa": {"block_size": 4, "top_k": 4, "compress_size": 2, "compress_stride": 2, "window": 4},
+}
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", PAPERS)
+def test_methods_whose_papers_have_own_lists_carry_them_too(name, beams):
+    found = []
+    for lists in ("carried", "own"):
+        model = tiny_model("llama")
+        swap_attention(model, name, {**PAPERS[name], "lists": lists, "query_tile": 6})
+        with torch.no_grad():
+            logits = model(ids()).logits
+        cached = model.generate(ids(), **SETTINGS, num_beams=beams)
+        assert torch.equal(cached, model.generate(ids(), **SETTINGS, num_beams=beams, use_cache=False))
+        found.append(logits)
+    assert not torch.allclose(*found)
+
+
 def test_own_lists_write_something_else():
     """So the tests here say something."""
     mine, own = (model.generate(ids(), **SETTINGS) for model in (carried(), carried(lists="own")))

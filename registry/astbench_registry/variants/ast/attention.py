@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,6 @@ from astbench_registry.interface import AttentionShape
 from astbench_registry.mask import AttentionMask
 from astbench_registry.variants.ast.learning import (
     binary_entropy,
-    block_probabilities,
     density_error,
     distillation,
     log_probability,
@@ -141,9 +141,24 @@ class AdaptiveSparseAttention(LearnedBlockScores):
             scores = scores + self.config.temperature * uniform.logit(torch.finfo(scores.dtype).eps)
         if self.config.budget == "fixed":
             return super().choose(scores, call, selection)
-        wanted = (block_probabilities(scores, selection) >= self.config.share) | selection.always_kept
+        return self._of_enough_share(scores, selection)
+
+    def _of_enough_share(self, scores: Tensor, selection: Selection) -> Tensor:
+        """What is always kept, free blocks of at least `share` of the free mass, the next best up to `min_blocks`."""
+        free = selection.free.expand_as(scores)
+        least = log_mass(scores, free, scores.new_zeros(scores.shape[0], scores.shape[-1])) + math.log(
+            self.config.share
+        )
+        wanted = ((scores >= least.unsqueeze(-1)) & free).logical_or_(selection.always_kept)
         budget = torch.minimum(wanted.sum(-1).clamp(min=self.config.min_blocks), selection.visible.sum(-1))
-        return self.selector.best(scores, selection, budget)
+        short = (budget > wanted.sum(-1)).any(0).any(0)
+        if scores.device.type != "cpu":
+            return self.selector.best(scores, selection, budget)
+        if bool(short.any()):  # few groups need to be sorted, as a rule those that see little
+            wanted[:, :, short] = self.selector.best(
+                scores[:, :, short], selection.of_groups(short), budget[:, :, short]
+            )
+        return wanted
 
     def selector_losses(
         self, scores: Tensor, keep: Tensor, layout: BlockLayout, call: Call, selection: Selection
