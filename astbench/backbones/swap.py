@@ -21,6 +21,7 @@ from astbench.backbones.hooks import (
 from astbench.backbones.probe import max_positions, probe_attention
 from astbench.backbones.saved_weights import restore
 from astbench_registry import Capabilities, CapabilityError, Pattern, build_attention
+from astbench_registry.budget import ShareCounts
 from astbench_registry.interface import Attention, AttentionShape
 from astbench_registry.registry import make_config
 
@@ -117,6 +118,43 @@ class SwapHandle:
                 slot.observing = False
         started = sum(slot.attention.start() for slot in self.slots)
         self.notes.append(f"{started} of {len(self.slots)} layers start from the model's own queries and keys")
+
+    @property
+    def budget_is_calibrated(self) -> bool:
+        """Whether there are layers whose threshold :meth:`budgeting` finds."""
+        return any([slot.attention.count_shares(None) for slot in self.slots])
+
+    @property
+    def calibrated_share(self) -> float | None:
+        """The share that layers with a calibrated budget keep; None where there are none."""
+        shares = [slot.attention.share for slot in self.slots if slot.attention.count_shares(None)]
+        return float(shares[0]) if shares else None
+
+    @contextmanager
+    def budgeting(self) -> Iterator[None]:
+        """Inside, layers with a calibrated budget count what they could keep; then they have the share that keeps it.
+
+        Call the model a few times inside, as it will be used. All layers get one share, so that those whose mass is
+        spread compute more than the others. What they then see is not quite what was counted: a second time comes
+        closer. In a note, what was found.
+        """
+        counts = ShareCounts()
+        layers = [slot.attention for slot in self.slots if slot.attention.count_shares(counts)]
+        try:
+            yield
+        finally:
+            for attention in layers:
+                attention.count_shares(None)
+        if not layers or not counts.visible:
+            return
+        wanted = layers[0].config.as_dict()["density"]
+        share = counts.share_for(wanted)
+        for attention in layers:
+            attention.set_share(share)
+        self.notes.append(
+            f"blocks of at least {share:.3g} of a row's free mass make {counts.density(share):.3f} of what is visible "
+            f"({wanted:g} wanted, {counts.always_kept / counts.visible:.3f} is always kept)"
+        )
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The variants' own parameters."""

@@ -57,7 +57,8 @@ class AttendedPairs:
     def record(self, module: TaskModule) -> dict[str, Any]:
         """Density and backends over all processes; every one of them has to come here.
 
-        Where all layers carry their lists, also the share of tiles that a kernel has to compute.
+        Where all layers carry their lists, also the share of tiles that a kernel has to compute; of a calibrated budget
+        the least share of a row's mass that it keeps.
         """
         pairs = {path: (c.tolist(), t.tolist(), float(visible)) for path, (c, t, visible) in self._pairs.items()}
         parts = of_all_processes(module.trainer, (pairs, self._backends, self.batches))
@@ -78,6 +79,9 @@ class AttendedPairs:
         }
         if tiles and not any(map(math.isnan, tiles)):
             density["tiles"] = sum(tiles) / len(tiles)
+        share = module.swapped.calibrated_share
+        if share is not None:
+            density["calibrated_share"] = share
         return {"density": density, "backends": sorted(set().union(*(names for _, names, _ in parts)))}
 
 

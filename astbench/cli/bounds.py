@@ -19,7 +19,7 @@ _BLOCK = 8192
 
 
 def check_numbers(options: Mapping[str, Any], where: str) -> None:
-    """Refuse infinities and NaN among options, in groups within groups too.
+    """Refuse infinities, NaN and integers of more than 63 bits among options, in groups within groups too.
 
     Raises:
         ConfigError: naming the option.
@@ -30,6 +30,8 @@ def check_numbers(options: Mapping[str, Any], where: str) -> None:
                 check_numbers(part, f"{where}{name}.")
             elif isinstance(part, float) and not math.isfinite(part):
                 raise ConfigError(f"{where}{name} must be a finite number, got {part}")
+            elif isinstance(part, int) and abs(part) >= 2**63 and not name.endswith("seed"):
+                raise ConfigError(f"{where}{name} must be below 2**63, got {str(part)[:40]}")
 
 
 def check_data_sizes(data: Mapping[str, Any]) -> None:

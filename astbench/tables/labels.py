@@ -44,6 +44,8 @@ def _ast(run: Run) -> list[str]:
         said.append(f"{'an index' if calibrated else 'a random index'} of {options['index_dim']} dimensions")
     if options["budget"] == "adaptive":
         said.append("as many as have their share")
+    if options["budget"] == "calibrated":
+        said.append("as many as have the share that was calibrated")
     if options.get("patterns"):
         said.append("with patterns")
     if options["coarse_stride"]:

@@ -62,7 +62,8 @@ class TaskModule(pl.LightningModule):
         self.optim = OptimConfig(**(optim or {}))
         self.seed = seed
         self.init_from = init_from
-        self._to_observe = self.backbone.calibrate
+        self._to_observe = self._to_budget = self.backbone.calibrate
+        self._has_share = False  # of a calibrated budget, from another run
         self.model: PreTrainedModel | None = None
         self.handle: SwapHandle | None = None
         self.answers: dict[str, str] = {}
@@ -130,6 +131,9 @@ class TaskModule(pl.LightningModule):
         fitting = {n for n in own & weights.keys() if same_attention and weights[n].shape == mine[n].shape}
         if fitting:  # they begin where the other run ended
             self._to_observe = 0
+        shares = {name for name in own if name.endswith(".calibrated_share")}
+        if shares and shares <= fitting:
+            self._to_budget, self._has_share = 0, True
         if own - fitting:
             self.handle.notes.append(f"{len(own - fitting)} of the attention's {len(own)} own tensors start anew")
         usable = {n: w for n, w in weights.items() if n in wanted | fitting}
@@ -211,8 +215,21 @@ class TaskModule(pl.LightningModule):
 
     def _calibrate(self) -> None:
         """Let the attention look at the dense model, once and said; weights that it was given have that in them."""
-        batches, self._to_observe = self._to_observe, 0
-        if not batches or self.trainer.ckpt_path:
+        batches, observe, budget = self.backbone.calibrate, self._to_observe, self._to_budget
+        self._to_observe = self._to_budget = 0
+        if self.trainer.ckpt_path:
+            return
+        passes = [self.swapped.calibrating] if observe else []
+        if self.swapped.budget_is_calibrated and not self._has_share:
+            if not batches:
+                console.say(
+                    "note: --attention.budget=calibrated keeps what --attention.share says: no batches to "
+                    "calibrate on, set --backbone.calibrate"
+                )
+            elif budget:  # a second time with what the first one found
+                passes += [self.swapped.budgeting, self.swapped.budgeting]
+            self._has_share = True
+        if not passes:
             return
         if self.trainer.world_size > 1:
             raise ConfigError(
@@ -224,11 +241,12 @@ class TaskModule(pl.LightningModule):
         assert self.model is not None
         training = self.model.training
         self.model.eval()
-        with torch.no_grad(), self.swapped.calibrating():
-            for batch in islice(data.train_dataloader(), batches):
-                self(self.trainer.strategy.batch_to_device(batch))
+        for look in passes:
+            with torch.no_grad(), look():
+                for batch in islice(data.train_dataloader(), batches):
+                    self(self.trainer.strategy.batch_to_device(batch))
+            console.say(f"calibrated: {self.swapped.notes[-1]}")
         self.model.train(training)
-        console.say(f"calibrated: {self.swapped.notes[-1]}")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Randomness from (seed, batch number): a resumed run draws what the uninterrupted one would."""

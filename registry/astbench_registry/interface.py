@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from astbench_kernels import choose_backend
+from astbench_registry.budget import ShareCounts
 from astbench_registry.capabilities import AttentionConfig
 from astbench_registry.context import AttentionContext, AttentionOutput, AttentionStats, CacheState
 from astbench_registry.leading_padding import leading_padding, without_leading_padding
@@ -132,6 +133,22 @@ class Attention(nn.Module):
     def start(self) -> bool:
         """Take what was observed as the start of the variant's own parameters; whether any of them start from it."""
         return False
+
+    def count_shares(self, counts: ShareCounts | None) -> bool:
+        """Add to `counts` what calls could keep from here on, until called with None.
+
+        For variants whose threshold is found by what it lets through; the others look away. Whether this is one.
+        """
+        return False
+
+    @property
+    def share(self) -> Tensor | float:
+        """The least share that is kept, of variants that :meth:`count_shares`."""
+        raise NotImplementedError
+
+    def set_share(self, share: float) -> None:
+        """Keep, from here on, what has at least this share; for variants that :meth:`count_shares`."""
+        raise NotImplementedError
 
     def new_cache_state(self) -> CacheState | None:
         """What this variant keeps of one KV cache from call to call, still empty; None for nothing."""

@@ -29,10 +29,12 @@ class ASTConfig(BlockSelectionConfig):
         global_tokens: Always keep the blocks that hold a token which the task calls global (a question's), as part of
             the budget, and let groups that hold one see everything, beyond it. Only in bidirectional self-attention.
         budget: "fixed" keeps `density` (or `top_k`) blocks a row; "adaptive" the blocks that hold at least `share` of a
-            row's predicted mass, so that density differs per head, row and input.
-        share: Least share of that mass, for the adaptive budget: of the blocks that there is a choice among (the first
-            and the current one, always kept, often hold most of all). At most `1 / share` blocks reach it;
-            `min_blocks` are kept in any case.
+            row's predicted mass, so that density differs per head, row and input; "calibrated" the same, with the share
+            at which `density` of all is computed: of the tiles where lists are carried, else of the rows' visible
+            blocks. `--backbone.calibrate` finds it, on the run's own batches; before that it is `share`.
+        share: Least share of that mass, for the adaptive budget (and until a calibrated one is found): of the blocks
+            that there is a choice among (the first and the current one, always kept, often hold most of all). At most
+            `1 / share` blocks reach it; `min_blocks` are kept in any case.
         mass: Not used; runs of before `share` hold it.
         estimator: How the task loss reaches the predictor. "straight_through": kept blocks carry log p as a
             logit bias whose forward value is zero; "soft": the bias is there in the forward pass too;
@@ -71,7 +73,7 @@ class ASTConfig(BlockSelectionConfig):
     index_pool: int = 1
     patterns: int = 0
     global_tokens: bool = False
-    budget: Literal["fixed", "adaptive"] = "fixed"
+    budget: Literal["fixed", "adaptive", "calibrated"] = "fixed"
     share: float = 0.01
     mass: float | None = None
     estimator: Literal["straight_through", "soft", "policy_gradient", "none"] = "straight_through"
@@ -120,7 +122,7 @@ class ASTConfig(BlockSelectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.budget in ("fixed", "adaptive"), "budget", "fixed or adaptive")
+        self.require(self.budget in ("fixed", "adaptive", "calibrated"), "budget", "fixed, adaptive or calibrated")
         estimators = ("straight_through", "soft", "policy_gradient", "none")
         self.require(self.estimator in estimators, "estimator", f"one of {', '.join(estimators)}")
         self.require(
@@ -186,7 +188,9 @@ class ASTConfig(BlockSelectionConfig):
         if self.budget == "fixed":
             return super().headline()
         shown = {*AttentionConfig.headline(self), "share", "min_blocks"}
-        if not self.lambda_density:
+        if self.budget == "calibrated":
+            shown.discard("share")
+        elif not self.lambda_density:
             shown.discard("density")
         return {name: value for name, value in self.as_dict().items() if name in shown}
 

@@ -90,3 +90,25 @@ def test_an_attention_that_does_not_look_is_said_to_start_as_ever(astbench, tmp_
     words = ["fit", "--attention=local", *NAMES[1:], *DEMO, *STILL, "--backbone.calibrate=1"]
     outcome = astbench(*words, f"--run_dir={tmp_path / 'run'}")
     assert outcome.code == 0 and "calibrated: 0 of 3 layers" in outcome.out
+
+
+def test_a_budget_is_calibrated_said_recorded_and_kept(astbench, tmp_path):
+    words = ["fit", *NAMES, *DEMO, *STILL, "--attention.block_size=4", "--attention.min_blocks=1"]
+    words += ["--attention.budget=calibrated", "--attention.density=0.4"]
+    first = astbench(*words, "--backbone.calibrate=1", f"--run_dir={tmp_path / 'run'}")
+    assert first.code == 0, first.err
+    assert first.out.count("calibrated: blocks of at least ") == 2 and "(0.4 wanted, " in first.out
+    loaded = astbench("validate", f"--ckpt_path={tmp_path / 'run'}", f"--run_dir={tmp_path / 'loaded'}")
+    onward = astbench(
+        *words, f"--init_from={tmp_path / 'run'}", "--backbone.calibrate=1", f"--run_dir={tmp_path / 'on'}"
+    )
+    for outcome in (loaded, onward):
+        assert outcome.code == 0, outcome.err
+        assert "calibrated: " not in outcome.out
+    density, again, on = (
+        json.loads((tmp_path / name / "record.json").read_text())["density"] for name in ("run", "loaded", "on")
+    )
+    assert density["calibrated_share"] == again["calibrated_share"] == on["calibrated_share"] != 0.01
+    assert abs(density["mean"] - 0.4) < 0.15  # other texts, and most of a row's blocks are padding
+    none = astbench(*words, f"--run_dir={tmp_path / 'none'}")
+    assert none.code == 0 and "keeps what --attention.share says" in none.out

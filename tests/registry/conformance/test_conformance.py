@@ -41,6 +41,7 @@ AST_OPTIONS = {
     "index-with-patterns-and-rest": {"index_dim": 2, "patterns": 1, "rest": True},
     "index-carried-adaptive": {"index_dim": 2, "lists": "carried", "budget": "adaptive", "share": 0.1},
     "carried-adaptive": {"lists": "carried", "budget": "adaptive", "share": 0.1, "block_size": 3, "sink_block": False},
+    "calibrated": {"lists": "carried", "budget": "calibrated", "share": 0.1, "min_blocks": 1},
     "carried-policy": {"lists": "carried", "estimator": "policy_gradient", "patterns": 1, "coarse_stride": 3},
 }  # fmt: skip
 ONLY_WHILE_TRAINING = {

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from astbench_kernels import BlockLayout, log_mass, soft_top_k
 from astbench_registry.block_selection import BlockFeatures, Call, Selection, SelectorLosses, block_scores
 from astbench_registry.block_selection.coarse_keys import CoarseAttention, CoarseKeys
 from astbench_registry.block_selection.pooling import valid_in_blocks
+from astbench_registry.budget import ShareCounts
 from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.interface import AttentionShape
 from astbench_registry.mask import AttentionMask
@@ -73,11 +75,29 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         stride = config.coarse_stride_at(shape.layer_index)
         self.coarse_keys = CoarseKeys(stride, shape.num_kv_heads) if stride else None
         self.pool = config.index_pool
+        self._counts: ShareCounts | None = None
+        self.calibrated_share: Tensor
+        if config.budget == "calibrated":  # a buffer: it is kept with the weights
+            self.register_buffer("calibrated_share", torch.tensor(config.share))
+
+    @property
+    def share(self) -> Tensor | float:
+        """The least share of a row's free mass that is kept where the budget is not fixed."""
+        return self.calibrated_share if self.config.budget == "calibrated" else self.config.share
+
+    def count_shares(self, counts: ShareCounts | None) -> bool:
+        """See the base class."""
+        self._counts = counts if self.config.budget == "calibrated" else None
+        return self.config.budget == "calibrated"
+
+    def set_share(self, share: float) -> None:
+        """See the base class."""
+        self.calibrated_share.fill_(share)
 
     def fusible(self, call: Call) -> bool:
         """See the base class."""
         config = self.config
-        forward = config.estimator == "soft" or config.budget == "adaptive" or config.rest
+        forward = config.estimator == "soft" or config.budget != "fixed" or config.rest
         parts = config.sub_blocks > 1 or config.index_dim > 0
         more_kept = self._global_tokens(call) is not None
         return super().fusible(call) and not (forward or parts or self._draws() or more_kept)
@@ -141,15 +161,17 @@ class AdaptiveSparseAttention(LearnedBlockScores):
             scores = scores + self.config.temperature * uniform.logit(torch.finfo(scores.dtype).eps)
         if self.config.budget == "fixed":
             return super().choose(scores, call, selection)
-        return self._of_enough_share(scores, selection)
+        return self._of_enough_share(scores, call, selection)
 
-    def _of_enough_share(self, scores: Tensor, selection: Selection) -> Tensor:
+    def _of_enough_share(self, scores: Tensor, call: Call, selection: Selection) -> Tensor:
         """What is always kept, free blocks of at least `share` of the free mass, the next best up to `min_blocks`."""
         free = selection.free.expand_as(scores)
-        least = log_mass(scores, free, scores.new_zeros(scores.shape[0], scores.shape[-1])) + math.log(
-            self.config.share
-        )
-        wanted = ((scores >= least.unsqueeze(-1)) & free).logical_or_(selection.always_kept)
+        mass = log_mass(scores, free, scores.new_zeros(scores.shape[0], scores.shape[-1])).unsqueeze(-1)
+        if self._counts is not None:
+            self._count(self._counts, scores - mass, call, selection)
+        share = self.share
+        least = mass + (share.log().to(mass.dtype) if isinstance(share, Tensor) else math.log(share))
+        wanted = ((scores >= least) & free).logical_or_(selection.always_kept)
         budget = torch.minimum(wanted.sum(-1).clamp(min=self.config.min_blocks), selection.visible.sum(-1))
         short = (budget > wanted.sum(-1)).any(0).any(0)
         if scores.device.type != "cpu":
@@ -160,6 +182,21 @@ class AdaptiveSparseAttention(LearnedBlockScores):
             )
         return wanted
 
+    def _count(self, counts: ShareCounts, log_share: Tensor, call: Call, selection: Selection) -> None:
+        """What every threshold would keep of this call, in tiles where lists are carried."""
+        visible = selection.visible.expand_as(log_share)
+        rows, tile = call.mask.valid_queries(call.q.shape[2]), self.selector.tile(call.mask)
+        if rows is not None:
+            real = valid_in_blocks(rows, selection.num_groups, selection.query_group).any(-1)
+            visible = visible & real[:, None, :, None]
+        floor = self.selector.best(log_share, selection, selection.visible.sum(-1).clamp(max=self.config.min_blocks))
+        floor, log_share = floor & visible, log_share.masked_fill(~(selection.free & visible), -torch.inf)
+        if tile is not None:
+            around = (0, 0, call.mask.query_offset % tile, -(call.mask.query_offset + log_share.shape[2]) % tile)
+            floor, visible = (pad(x, around).unflatten(2, (-1, tile)).any(3) for x in (floor, visible))
+            log_share = pad(log_share, around, value=-torch.inf).unflatten(2, (-1, tile)).amax(3)
+        counts.add(log_share, floor, visible)
+
     def selector_losses(
         self, scores: Tensor, keep: Tensor, layout: BlockLayout, call: Call, selection: Selection
     ) -> SelectorLosses:
@@ -169,7 +206,7 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         learned_by = self._gate_losses(scores, keep, layout, selection, learning=learning)
         losses = dict(learned_by.losses)
         if learning and config.lambda_density:
-            error = density_error(scores, selection, config, self.density_at(step))
+            error = density_error(scores, selection, config, self.density_at(step), self.share)
             losses["density"] = config.lambda_density * error
         weight = self._distill_weight(step)
         if learning and weight:

@@ -54,7 +54,9 @@ def _target(call: Call, selection: Selection, rows: Tensor, free: Tensor) -> tup
     return target / total.clamp(min=torch.finfo(target.dtype).tiny), live
 
 
-def density_error(scores: Tensor, selection: Selection, config: ASTConfig, wanted: float) -> Tensor:
+def density_error(
+    scores: Tensor, selection: Selection, config: ASTConfig, wanted: float, share: Tensor | float
+) -> Tensor:
     """(predicted density - wanted)^2, the prediction a number of blocks over the visible ones, mean over all rows.
 
     Adaptive budget: the blocks that reach their share, each as the sigmoid of how far it does, of `temperature`.
@@ -63,13 +65,15 @@ def density_error(scores: Tensor, selection: Selection, config: ASTConfig, wante
     Args:
         scores: `(batch, num_heads, groups, blocks)`.
         selection: What there is a choice among.
-        config: Budget, share, temperature, floor.
+        config: Budget, temperature, floor.
         wanted: Density to reach.
+        share: Where the budget is not fixed: the least share of a row's mass that is kept.
     """
     p, free = block_probabilities(scores, selection), selection.free
     log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log()
-    if config.budget == "adaptive":
-        reach = ((log_p - math.log(config.share)) / config.temperature).sigmoid()
+    if config.budget != "fixed":
+        least = share.log().to(log_p.dtype) if isinstance(share, Tensor) else math.log(share)
+        reach = ((log_p - least) / config.temperature).sigmoid()
         kept = selection.always_kept.sum(-1) + reach.masked_fill(~free, 0.0).sum(-1)
         kept = kept.clamp(min=config.min_blocks)
     else:
