@@ -99,6 +99,7 @@ _NO_MEMORY = (
     "insufficient shared memory",
     "bad_alloc",
 )
+_NO_THREADS = "can't start new thread"
 _NO_FILES = ("too many open files", "received 0 items of ancdata")
 
 _OF_RUST = re.compile(r"\(os error (\d+)\)$")
@@ -122,6 +123,8 @@ def refused_by_system(error: BaseException) -> AstbenchError | None:
     if out_of_memory(error):
         where = "GPU" if "cuda" in str(error).lower() or "hip" in str(error).lower() else "CPU"
         return SystemRefusal(f"out of memory on the {where}; lower --data.batch_size, or the length of the inputs")
+    if isinstance(error, RuntimeError) and _NO_THREADS in str(error):
+        return SystemRefusal("no more threads can be started: memory, or ulimit -u, is used up")
     if isinstance(error, RuntimeError | ImportError) and any(text in str(error).lower() for text in _NO_FILES):
         return SystemRefusal(_ADVICE[errno.EMFILE])
     if type(error) is Exception and (found := _OF_RUST.search(str(error))):

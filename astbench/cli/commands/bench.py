@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from argparse import ArgumentError
+from dataclasses import fields
 from pathlib import Path
 
 from astbench.bench.config import BenchConfig
@@ -34,6 +35,11 @@ def _parse(words: list[str]) -> BenchConfig:
     parser.add_argument("--config", action="config", help="YAML file with these options")
     parser.add_class_arguments(BenchConfig)
     plugins = [f"--plugins={json.dumps(line.plugins)}"] if line.plugins else []
+    known = {option.name for option in fields(BenchConfig)}
+    for config in line.configs:  # the parser takes a group without options for nothing at all
+        for name in config.data:
+            if name not in known:
+                raise ConfigError(f"--config={config.path}: astbench bench has no option '{name}'")
     with tempfile.TemporaryDirectory(prefix="astbench-") as folder:
         configs = config_arguments((config.data for config in line.configs), Path(folder))
         try:

@@ -464,3 +464,11 @@ def test_cuda_calls_are_timed_by_events_after_a_warm_up_with_a_flush_each(monkey
     timed = ["flush", "event", "call", "event"]
     assert trace == ["call", "reset", *timed, "call", *timed, *timed]
     assert trace.count("call") == clocks.WARM_UP + 2
+
+
+@pytest.mark.parametrize("text", ["trainer: {}", "attentions: local", "trainer: &a {<<: *a}"])
+def test_a_config_with_options_of_something_else_is_refused(astbench, tmp_path, text):
+    """A group without options is nothing to the parser, and all attentions would be measured."""
+    (tmp_path / "c.yaml").write_text(text)
+    outcome = astbench("bench", f"--config={tmp_path / 'c.yaml'}", f"--run_dir={tmp_path / 'run'}")
+    assert outcome.code == 2 and "astbench bench has no option" in outcome.err, outcome.err

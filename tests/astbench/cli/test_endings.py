@@ -11,6 +11,7 @@ import pytest
 
 from astbench.bench import layers
 from astbench.bench.config import BenchConfig
+from astbench.errors import SystemRefusal, refused_by_system
 from astbench.runs.folder import CONFIG, DONE, RECORD
 from astbench_registry import registry
 from tests.astbench.cli.commands import FIT, SMALL, command
@@ -60,6 +61,11 @@ def test_a_folder_that_is_deleted_is_called_that(astbench, tmp_path, plugin_file
     outcome = astbench(*words)
     assert_refused(outcome, 7, str(folder))
     assert "is gone" in outcome.err or "No such file" in outcome.err
+
+
+def test_no_threads_are_called_that():
+    refused = refused_by_system(RuntimeError("can't start new thread"))
+    assert isinstance(refused, SystemRefusal) and "ulimit -u" in str(refused)
 
 
 def test_strays_in_the_environment_hide_no_error():

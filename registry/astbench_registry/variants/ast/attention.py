@@ -170,7 +170,7 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         if self._counts is not None:
             self._count(self._counts, scores - mass, call, selection)
         share = self.share
-        least = mass + (share.log().to(mass.dtype) if isinstance(share, Tensor) else math.log(share))
+        least = mass + (share.to(mass.dtype).log() if isinstance(share, Tensor) else math.log(share))
         wanted = ((scores >= least) & free).logical_or_(selection.always_kept)
         budget = torch.minimum(wanted.sum(-1).clamp(min=self.config.min_blocks), selection.visible.sum(-1))
         short = (budget > wanted.sum(-1)).any(0).any(0)

@@ -72,7 +72,7 @@ def density_error(
     p, free = block_probabilities(scores, selection), selection.free
     log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log()
     if config.budget != "fixed":
-        least = share.log().to(log_p.dtype) if isinstance(share, Tensor) else math.log(share)
+        least = share.to(log_p.dtype).log() if isinstance(share, Tensor) else math.log(share)
         reach = ((log_p - least) / config.temperature).sigmoid()
         kept = selection.always_kept.sum(-1) + reach.masked_fill(~free, 0.0).sum(-1)
         kept = kept.clamp(min=config.min_blocks)
