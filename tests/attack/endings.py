@@ -2,8 +2,8 @@
 
 import os
 import resource
-import signal
 import shutil
+import signal
 import time
 from contextlib import suppress
 
