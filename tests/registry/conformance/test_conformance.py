@@ -19,13 +19,12 @@ AST_OPTIONS = {
     },
     "soft": {"estimator": "soft"},
     "policy": {"estimator": "policy_gradient"},
-    "patterns": {"patterns": 3},
     "sub-blocks": {"sub_blocks": 2, "patterns": 1},
     "distill-only": {"estimator": "none"},
     "straight-through-only": {"distill_weight": 0.0},
     "query-group-4": {"query_group": 4},
     "top-k": {"top_k": 3, "block_size": 3, "min_blocks": 1},
-    "no-forced-first-block-wide-local": {"sink_block": False, "local_blocks": 1},
+    "no-forced-first-block-wide-local-patterns": {"sink_block": False, "local_blocks": 1, "patterns": 3},
     "sampled": {"sample": True},
     "mixed-density-schedule": {
         "density_start": 0.9, "density_hold": 1, "density_steps": 4, "density_schedule": "mixed"
@@ -39,9 +38,8 @@ AST_OPTIONS = {
     "index": {"index_dim": 3},
     "index-pooled": {"index_dim": 2, "index_pool": 2, "lists": "carried"},
     "index-with-patterns-and-rest": {"index_dim": 2, "patterns": 1, "rest": True},
-    "index-carried-adaptive": {"index_dim": 2, "lists": "carried", "budget": "adaptive", "share": 0.1},
     "carried-adaptive": {"lists": "carried", "budget": "adaptive", "share": 0.1, "block_size": 3, "sink_block": False},
-    "calibrated": {"lists": "carried", "budget": "calibrated", "share": 0.1, "min_blocks": 1},
+    "calibrated": {"lists": "carried", "budget": "calibrated", "share": 0.1, "min_blocks": 1, "index_dim": 2},
     "carried-policy": {"lists": "carried", "estimator": "policy_gradient", "patterns": 1, "coarse_stride": 3},
 }  # fmt: skip
 ONLY_WHILE_TRAINING = {
