@@ -113,6 +113,10 @@ class SwapHandle:
             slot.observing = True
         try:
             yield
+        except BaseException:
+            for slot in self.slots:
+                slot.attention.forget()
+            raise
         finally:
             for slot in self.slots:
                 slot.observing = False

@@ -42,10 +42,12 @@ def _ast(run: Run) -> list[str]:
     if options.get("index_dim"):
         calibrated = run.record["config"]["backbone"].get("calibrate")
         said.append(f"{'an index' if calibrated else 'a random index'} of {options['index_dim']} dimensions")
+        if options.get("index_pool", 1) > 1:
+            said.append(f"the largest of {options['index_pool']} tokens")
     if options["budget"] == "adaptive":
         said.append("as many as have their share")
     if options["budget"] == "calibrated":
-        said.append("as many as have the share that was calibrated")
+        said.append(f"calibrated to {options['density']:g}")
     if options.get("patterns"):
         said.append("with patterns")
     if options["coarse_stride"]:

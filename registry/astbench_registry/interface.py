@@ -134,6 +134,9 @@ class Attention(nn.Module):
         """Take what was observed as the start of the variant's own parameters; whether any of them start from it."""
         return False
 
+    def forget(self) -> None:
+        """Let go of what was observed: nothing is to start from it."""
+
     def count_shares(self, counts: ShareCounts | None) -> bool:
         """Add to `counts` what calls could keep from here on, until called with None.
 

@@ -105,7 +105,9 @@ def lists(run: Run) -> str:
     config: dict[str, Any] = run.record["config"]
     options = config["options"]["ast"]
     causal = config["pattern"] == "causal_self"
-    said = "causal, a list a token" if causal else f"{options.get('query_group', 64)} tokens share a list"
+    tile = options.get("query_tile", 64) if options.get("lists") == "carried" else None
+    own = f"causal, lists carried in tiles of {tile}" if tile else "causal, a list a token"
+    said = own if causal else f"{options.get('query_group', 64)} tokens share a list"
     return said + ("" if options["block_size"] == 64 else f", blocks of {options['block_size']}")
 
 

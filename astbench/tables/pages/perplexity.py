@@ -74,7 +74,7 @@ def tiles(group: Group, groups: Mapping[str, Group]) -> list[Table]:
         raise DataError(f"results of {group.name} hold no dense run to compare with")
     rows = []
     for run in sorted(group.runs, key=lambda r: (r is not dense, r.metrics["perplexity"])):
-        kept = run.attention.get("top_k")
+        kept = run.attention.get("top_k") if run.attention.get("budget", "fixed") == "fixed" else None
         name = labels.described(run) + (f", {kept} blocks a row" if kept else "")
         computed = "" if run.tiles is None else f"{run.tiles:.3f}"
         against = "" if run is dense else over(run, dense)

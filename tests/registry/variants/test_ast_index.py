@@ -104,6 +104,19 @@ def test_a_model_that_is_calibrated_runs_dense_meanwhile():
     assert handle.notes[-1] == "3 of 3 layers start from the model's own queries and keys"
 
 
+def test_a_calibration_that_fails_starts_nothing_then_or_later():
+    model = tiny_model("llama")
+    handle = swap_attention(model, "ast", {"index_dim": 2, "block_size": 4})
+    before = [p.clone() for p in handle.parameters()]
+    with pytest.raises(KeyError), torch.no_grad(), handle.calibrating():
+        model(torch.ones(1, 9, dtype=torch.long))
+        raise KeyError
+    with handle.calibrating():
+        pass
+    assert handle.notes[-1] == "0 of 3 layers start from the model's own queries and keys"
+    assert all(torch.equal(p, old) for p, old in zip(handle.parameters(), before, strict=True))
+
+
 def test_variants_that_do_not_look_are_left_alone():
     model = tiny_model("llama")
     handle = swap_attention(model, "local", {"window": 4})

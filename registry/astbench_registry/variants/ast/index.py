@@ -64,6 +64,10 @@ class TokenIndex(nn.Module):
         known = self._moments
         self._moments = found if known is None else _Moments(*(a + b for a, b in zip(known, found, strict=True)))
 
+    def forget(self) -> None:
+        """Let go of what was observed."""
+        self._moments = None
+
     @torch.no_grad()
     def start(self) -> bool:
         """Begin with the best projections for what was observed; False where nothing was."""

@@ -46,6 +46,11 @@ class LearnedBlockScores(FactoredBlockSelection):
         """See the base class: the index's projections."""
         return self.index is not None and self.index.start()
 
+    def forget(self) -> None:
+        """See the base class."""
+        if self.index is not None:
+            self.index.forget()
+
     def block_features(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
         """See the base class: the rows that are scored, and for the global context mean values and sizes."""
         return self.features_with_gradient(call.detached() if self.detaches() else call, grid, fused=fused)
