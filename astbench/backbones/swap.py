@@ -144,11 +144,16 @@ class SwapHandle:
         """
         counts = ShareCounts()
         layers = [slot.attention for slot in self.slots if slot.attention.count_shares(counts)]
+        wanting = [slot for slot in self.slots if slot.collect_stats]
+        for slot in wanting:  # what is computed to find the share is no part of what is evaluated
+            slot.collect_stats = False
         try:
             yield
         finally:
             for attention in layers:
                 attention.count_shares(None)
+            for slot in wanting:
+                slot.collect_stats = True
         if not layers or not counts.visible:
             return
         wanted = layers[0].config.as_dict()["density"]

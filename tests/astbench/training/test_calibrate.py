@@ -39,6 +39,23 @@ def test_an_evaluation_of_a_pretrained_model_begins_with_it(astbench, tmp_path):
     assert lost["calibrated"] != lost["random"]
 
 
+def test_the_density_of_an_evaluation_is_not_that_of_its_calibration(astbench, tmp_path):
+    """The first pass that looks for the share keeps far more."""
+    folder, _, _ = make_model(tmp_path / "model")
+    data = tmp_path / "text"
+    data.mkdir()
+    for split in ("train", "valid"):
+        (data / f"wiki.{split}.raw").write_text(text() * 3, encoding="utf-8")
+    words = ["--task=wikitext103", "--data.source=local", f"--data.path={data}", f"--backbone.name={folder}"]
+    words += ["--data.context=128", "--data.windows=4", "--attention=ast", "--attention.block_size=4"]
+    words += ["--attention.min_blocks=1", "--attention.lists=carried", "--attention.query_tile=8"]
+    words += ["--attention.budget=calibrated", "--attention.density=0.25", "--backbone.calibrate=3"]
+    outcome = astbench("validate", *words, f"--run_dir={tmp_path / 'run'}")
+    assert outcome.code == 0, outcome.err
+    density = json.loads((tmp_path / "run" / "record.json").read_text())["density"]
+    assert abs(density["tiles"] - 0.25) < 0.03, density["tiles"]
+
+
 def test_a_fit_starts_from_it_and_a_checkpoint_brings_it_along(astbench, tmp_path, monkeypatch):
     words = ["fit", *NAMES, *DEMO, *INDEX, *STILL]
     for name, more in (("run", ["2"]), ("again", ["2"]), ("random", ["0"])):
