@@ -164,7 +164,7 @@ def test_unknown_option_suggests_the_nearest():
         ("ast", {"share": 1.5}, "--attention.share must be above 0 and at most 1, got 1.5"),
         ("ast", {"temperature": 0.0}, "--attention.temperature must be above 0, got 0.0"),
         ("ast", {"rank": 0}, "--attention.rank must be at least 1, got 0"),
-        ("ast", {"budget": "adaptve"}, "--attention.budget must be one of fixed, adaptive, got 'adaptve'"),
+        ("ast", {"budget": "adaptve"}, "--attention.budget must be one of fixed, adaptive, calibrated, got 'adaptve'"),
         (
             "ast",
             {"estimator": "hard"},
@@ -428,7 +428,7 @@ def test_plugin_whose_init_raises_is_named(plugin):
         ("ast", {"block_size": 16.0}, "--attention.block_size must be int, got 16.0"),
         ("ast", {"block_size": True}, "--attention.block_size must be int, got True"),
         ("ast", {"sample": 1}, "--attention.sample must be bool, got 1"),
-        ("ast", {"budget": "free"}, "--attention.budget must be one of fixed, adaptive, got 'free'"),
+        ("ast", {"budget": "free"}, "--attention.budget must be one of fixed, adaptive, calibrated, got 'free'"),
         ("ast", {"top_k": 2.5}, "--attention.top_k must be int | None, got 2.5"),
     ],
 )
