@@ -126,13 +126,16 @@ class SwapHandle:
     @property
     def budget_is_calibrated(self) -> bool:
         """Whether there are layers whose threshold :meth:`budgeting` finds."""
-        return any([slot.attention.count_shares(None) for slot in self.slots])
+        return bool(self._calibrated)
 
     @property
     def calibrated_share(self) -> float | None:
         """The share that layers with a calibrated budget keep; None where there are none."""
-        shares = [slot.attention.share for slot in self.slots if slot.attention.count_shares(None)]
-        return float(shares[0]) if shares else None
+        return float(self._calibrated[0].share) if self._calibrated else None
+
+    @property
+    def _calibrated(self) -> list[Attention]:
+        return [slot.attention for slot in self.slots if slot.attention.budget_is_calibrated]
 
     @contextmanager
     def budgeting(self) -> Iterator[None]:
@@ -142,11 +145,12 @@ class SwapHandle:
         spread compute more than the others. What they then see is not quite what was counted: a second time comes
         closer. In a note, what was found.
         """
-        counts = ShareCounts()
-        layers = [slot.attention for slot in self.slots if slot.attention.count_shares(counts)]
+        counts, layers = ShareCounts(), self._calibrated
         wanting = [slot for slot in self.slots if slot.collect_stats]
         for slot in wanting:  # what is computed to find the share is no part of what is evaluated
             slot.collect_stats = False
+        for attention in layers:
+            attention.count_shares(counts)
         try:
             yield
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ class ShareCounts:
         always_kept, visible = (x.expand_as(log_share) for x in (always_kept & visible, visible))
         self.visible += int(visible.sum())
         self.always_kept += int(always_kept.sum())
-        there = log_share[visible & ~always_kept].double() / torch.log(torch.tensor(2.0, dtype=torch.float64))
+        there = log_share[visible & ~always_kept].double() / math.log(2)
         place = ((there.clamp(LOWEST, 0.0) - LOWEST) * BINS_PER_DOUBLING).floor().long()
         found = place.bincount(minlength=-LOWEST * BINS_PER_DOUBLING + 1).cpu()
         self._bins = found if self._bins is None else self._bins + found

@@ -137,20 +137,25 @@ class Attention(nn.Module):
     def forget(self) -> None:
         """Let go of what was observed: nothing is to start from it."""
 
-    def count_shares(self, counts: ShareCounts | None) -> bool:
-        """Add to `counts` what calls could keep from here on, until called with None.
+    @property
+    def budget_is_calibrated(self) -> bool:
+        """Whether this layer keeps what reaches a threshold that is found by what it lets through.
 
-        For variants whose threshold is found by what it lets through; the others look away. Whether this is one.
+        Such variants have `share` and fill in :meth:`count_shares` and :meth:`set_share`; of others nobody asks for it.
         """
         return False
 
+    def count_shares(self, counts: ShareCounts | None) -> None:
+        """Add to `counts` what calls could keep from here on, until called with None."""
+        raise NotImplementedError
+
     @property
     def share(self) -> Tensor | float:
-        """The least share that is kept, of variants that :meth:`count_shares`."""
+        """The least share that is kept."""
         raise NotImplementedError
 
     def set_share(self, share: float) -> None:
-        """Keep, from here on, what has at least this share; for variants that :meth:`count_shares`."""
+        """Keep, from here on, what has at least this share."""
         raise NotImplementedError
 
     def new_cache_state(self) -> CacheState | None:

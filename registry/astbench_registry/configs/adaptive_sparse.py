@@ -187,7 +187,7 @@ class ASTConfig(BlockSelectionConfig):
         """See the base class; of an adaptive budget what decides it."""
         if self.budget == "fixed":
             return super().headline()
-        shown = {*AttentionConfig.headline(self), "share", "min_blocks"}
+        shown = {*AttentionConfig.headline(self), "share", "min_blocks"} - {"top_k"}
         if self.budget == "calibrated":
             shown.discard("share")
         elif not self.lambda_density:

@@ -143,9 +143,9 @@ class NativeSparseAttention(Attention):
         stats = AttentionStats(attended, visible, ran, layout, beside, tiles=tiles)
         return AttentionOutput(out.to(q.dtype), stats=stats)
 
-    def new_cache_state(self) -> BlockSummaries:
+    def new_cache_state(self) -> BlockSummaries | None:
         """See the base class: the running list of the last tile, where lists are carried."""
-        return BlockSummaries()
+        return BlockSummaries() if self.config.lists == "carried" else None
 
     def _compressed(self, call: Call) -> Call:
         """The same call with compressed keys and values, float32 or more, and which of their windows are real."""

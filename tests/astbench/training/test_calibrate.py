@@ -15,19 +15,24 @@ STILL = ["--optim.lr=1.0e-30", "--optim.attention_lr=1.0e-30", "--trainer.max_st
 """One step that moves nothing."""
 
 
-def index_weights(folder):
-    state = read_checkpoint(str(folder))["state_dict"]
-    return {name: value for name, value in state.items() if ".index." in name}
-
-
-def test_an_evaluation_of_a_pretrained_model_begins_with_it(astbench, tmp_path):
+def pretrained(tmp_path):
+    """Options of a language model with weights, and of texts for it."""
     folder, _, _ = make_model(tmp_path / "model")
     data = tmp_path / "text"
     data.mkdir()
     for split in ("train", "valid"):
         (data / f"wiki.{split}.raw").write_text(text() * 3, encoding="utf-8")
     words = ["--task=wikitext103", "--data.source=local", f"--data.path={data}", f"--backbone.name={folder}"]
-    words += ["--data.context=128", "--data.windows=4"]
+    return [*words, "--data.context=128", "--data.windows=4"]
+
+
+def index_weights(folder):
+    state = read_checkpoint(str(folder))["state_dict"]
+    return {name: value for name, value in state.items() if ".index." in name}
+
+
+def test_an_evaluation_of_a_pretrained_model_begins_with_it(astbench, tmp_path):
+    words = pretrained(tmp_path)
     lost = {}
     for name, more in (
         ("random", ["--attention=ast", *INDEX]),
@@ -41,13 +46,7 @@ def test_an_evaluation_of_a_pretrained_model_begins_with_it(astbench, tmp_path):
 
 def test_the_density_of_an_evaluation_is_not_that_of_its_calibration(astbench, tmp_path):
     """The first pass that looks for the share keeps far more."""
-    folder, _, _ = make_model(tmp_path / "model")
-    data = tmp_path / "text"
-    data.mkdir()
-    for split in ("train", "valid"):
-        (data / f"wiki.{split}.raw").write_text(text() * 3, encoding="utf-8")
-    words = ["--task=wikitext103", "--data.source=local", f"--data.path={data}", f"--backbone.name={folder}"]
-    words += ["--data.context=128", "--data.windows=4", "--attention=ast", "--attention.block_size=4"]
+    words = [*pretrained(tmp_path), "--attention=ast", "--attention.block_size=4"]
     words += ["--attention.min_blocks=1", "--attention.lists=carried", "--attention.query_tile=8"]
     words += ["--attention.budget=calibrated", "--attention.density=0.25", "--backbone.calibrate=3"]
     outcome = astbench("validate", *words, f"--run_dir={tmp_path / 'run'}")

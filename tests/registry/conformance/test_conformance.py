@@ -1,7 +1,5 @@
 """The conformance suite over every built-in attention, and over AST's options."""
 
-import inspect
-
 import pytest
 import torch
 
@@ -110,9 +108,14 @@ def test_what_changes_training_alone_evaluates_bit_for_bit_like_the_others(setti
     assert all((a is b is None) or torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_properties_in_evaluation_never_train():
-    for name in IN_EVALUATION:
-        assert "training" not in inspect.getsource(PROPERTIES[name]), name
+def test_properties_in_evaluation_never_train(monkeypatch):
+    built, build = [], Subject.build
+    monkeypatch.setattr(Subject, "build", lambda *args, **how: built.append(build(*args, **how)) or built[-1])
+    check("ast", properties=["causality"])
+    assert any(module.training for module in built)  # so this would be seen
+    built.clear()
+    check("ast", properties=IN_EVALUATION)
+    assert len(built) > len(IN_EVALUATION) and not any(module.training for module in built)
 
 
 @pytest.mark.parametrize("property", PROPERTIES)

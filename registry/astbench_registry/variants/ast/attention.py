@@ -77,18 +77,22 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         self.pool = config.index_pool
         self._counts: ShareCounts | None = None
         self.calibrated_share: Tensor
-        if config.budget == "calibrated":  # a buffer: it is kept with the weights
+        if self.budget_is_calibrated:  # a buffer: it is kept with the weights
             self.register_buffer("calibrated_share", torch.tensor(config.share))
 
     @property
     def share(self) -> Tensor | float:
         """The least share of a row's free mass that is kept where the budget is not fixed."""
-        return self.calibrated_share if self.config.budget == "calibrated" else self.config.share
+        return self.calibrated_share if self.budget_is_calibrated else self.config.share
 
-    def count_shares(self, counts: ShareCounts | None) -> bool:
+    @property
+    def budget_is_calibrated(self) -> bool:
         """See the base class."""
-        self._counts = counts if self.config.budget == "calibrated" else None
         return self.config.budget == "calibrated"
+
+    def count_shares(self, counts: ShareCounts | None) -> None:
+        """See the base class."""
+        self._counts = counts
 
     def set_share(self, share: float) -> None:
         """See the base class."""
