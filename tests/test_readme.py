@@ -130,6 +130,7 @@ LINES = [
     if line not in SHORT and not any(word in line.split() for word in PLACEHOLDERS)
 ]
 
+INSTEAD = {"run": ["--plan"], "reproduce": ["--print"]}
 TINY = "--trainer.max_steps=2 --data.demo_train=40 --data.demo_eval=4 --run_dir=runs/NAME".split()
 DOCUMENT = "Ada Lovelace wrote the first program. It was for a machine that nobody had built."
 
@@ -162,7 +163,7 @@ def here(tmp_path_factory):
     """A folder with what the commands name: a document, a plugin, recipes, and after README's `fit` a run."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "article.txt").write_text(DOCUMENT)
-    for name in ("recipes", "results", "docs"):
+    for name in ("recipes", "sweeps", "results", "docs"):
         (folder / name).symlink_to(ROOT / name)
     example = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[1]
     task = re.search(r"<!-- task:begin -->\n```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[1]
@@ -172,9 +173,9 @@ def here(tmp_path_factory):
 
 
 def as_run(line):
-    """The words of a command of README; training is cut short, the bench only reads its options."""
+    """The words of a command of README; training is cut short, what would run for an hour only says what it would."""
     words = shlex.split(line)[1:]
-    return words + {"fit": TINY, "bench": ["--print_config"]}.get(words[0], [])
+    return words + {"fit": TINY, "bench": ["--print_config"], **INSTEAD}.get(words[0], [])
 
 
 def understood(line):
@@ -183,6 +184,8 @@ def understood(line):
         line = line.replace("--ckpt_path=runs/NAME", "--attention=ast --task=wmt14")
     line = line.replace("--task=NAME", "--task=triviaqa").replace("--attention=NAME", "--attention=ast")
     command, *words = ("ast" if word == "NAME" else word for word in shlex.split(line)[1:])
+    if command in INSTEAD:
+        return [command, *words, *INSTEAD[command]] if words else [command, "--help"]
     if command == "table":  # README's shows one; the others are tried in tests/astbench/tables
         return [command, "--help"]
     if "--help" in words or "--resume=runs/NAME" in words or command in ("--help", "list", "describe", "doctor"):

@@ -85,7 +85,7 @@ class RunFolder:
         """
         if exists(self.path) and not isdir(self.path):
             raise ConfigError(f"--run_dir={self.path} is a file; a run needs a folder")
-        if not resume and exists(self.path) and any(not _left_behind(file) for file in self.path.iterdir()):
+        if not resume and exists(self.path) and any(not left_behind(file) for file in self.path.iterdir()):
             raise ConfigError(
                 f"{self.path} holds a run already; choose another --run_dir, or continue it with --resume={self.path}"
             )
@@ -192,7 +192,7 @@ def _close_in_children(folder: RunFolder) -> None:
     os.register_at_fork(after_in_child=close)
 
 
-def _left_behind(file: Path) -> bool:
+def left_behind(file: Path) -> bool:
     """Whether a run that was killed before its first file leaves such a one."""
     return file.name == LOCK or (file.name.startswith(".") and file.name.endswith(TEMPORARY))
 

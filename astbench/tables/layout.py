@@ -1,7 +1,11 @@
-"""Tables as plain data, and as Markdown or aligned text. Imports nothing."""
+"""Tables as plain data, and as aligned text, Markdown, CSV, LaTeX or HTML. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import csv
+import html
+import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,9 +74,64 @@ def markdown(table: Table, numbered: bool = False) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *rows])
 
 
+def csv_text(table: Table) -> str:
+    """Comma-separated, by RFC 4180, the row's number first; backquotes gone."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(_plain(table))
+    return out.getvalue()
+
+
+def latex(table: Table) -> str:
+    """A `table` of LaTeX with the rules of booktabs; the row's number first."""
+    head, *rows = [[_tex(cell) for cell in line] for line in cells(table, numbered=True)]
+    columns = "r" + "l" * table.words + "r" * (len(table.head) - table.words)
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(table.caption)}}}", rf"\begin{{tabular}}{{{columns}}}"]
+    lines += [r"\toprule", _tex_row(head), r"\midrule", *map(_tex_row, rows), r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}", r"\end{table}"]) + "\n"
+
+
+def html_text(table: Table) -> str:
+    """A `table` element, its numbers to the right; backquotes become `code`."""
+    head, *rows = cells(table, numbered=True)
+    sides = ["right", *["left"] * table.words, *["right"] * (len(table.head) - table.words)]
+
+    def line(tag: str, one: Sequence[str]) -> str:
+        pairs = zip(one, sides, strict=True)
+        made = [f'<{tag} style="text-align:{side}">{_html(cell)}</{tag}>' for cell, side in pairs]
+        return f"<tr>{''.join(made)}</tr>"
+
+    body = "\n".join(line("td", row) for row in rows)
+    caption = f"<caption>{_html(table.caption)}</caption>"
+    return f"<table>\n{caption}\n<thead>\n{line('th', head)}\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>\n"
+
+
+def _plain(table: Table) -> list[list[str]]:
+    return [[cell.replace("`", "") for cell in line] for line in cells(table, numbered=True)]
+
+
+def _html(cell: str) -> str:
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(cell, quote=False))
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+_TEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "†": r"$\dagger$", "<": "$<$",
+    ">": "$>$", "±": r"$\pm$", "×": r"$\times$", "µ": r"$\mu$", **{c: f"\\{c}" for c in "&%$#_{}"},
+}  # fmt: skip
+
+
+def _tex(cell: str) -> str:
+    r"""Text for LaTeX; what stands in backquotes becomes \texttt."""
+    parts = [re.sub(r"[\\~^†<>±×µ&%$#_{}]", lambda found: _TEX[found[0]], part) for part in cell.split("`")]
+    return "".join(rf"\texttt{{{part}}}" if odd % 2 else part for odd, part in enumerate(parts))
+
+
 def text(table: Table) -> str:
     """Aligned for a terminal, with the row's number; backquotes gone."""
-    lines = [[cell.replace("`", "") for cell in line] for line in cells(table, numbered=True)]
+    lines = _plain(table)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [_aligned(line, widths, table.words) for line in lines]
     return "\n".join([table.caption, *aligned]) + "\n"
@@ -83,3 +142,7 @@ def _aligned(line: Sequence[str], widths: Sequence[int], words: int) -> str:
     pairs = list(zip(line, widths, strict=True))
     parts = [cell.ljust(width) if 1 <= i <= words else cell.rjust(width) for i, (cell, width) in enumerate(pairs)]
     return "  ".join(parts).rstrip()
+
+
+FORMATS = {"text": text, "markdown": markdown, "csv": csv_text, "latex": latex, "html": html_text}
+"""`--format` of `astbench table` -> what makes it."""

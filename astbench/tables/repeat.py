@@ -54,9 +54,14 @@ class Repeat:
     recipe: str | None
     options: Options
 
+    @staticmethod
+    def typed(key: str) -> str:
+        """An option's name as one types it."""
+        return _SHORT.get(key, key)
+
     def line(self, without: Sequence[str] = ()) -> str:
         """As typed, options in `without` left out; folders that belong to one machine read FOLDER."""
-        given = [f"--{_SHORT.get(key, key)}={_typed(v)}" for key, v in self.options.items() if key not in without]
+        given = [f"--{self.typed(key)}={_typed(v)}" for key, v in self.options.items() if key not in without]
         return " ".join(["astbench", self.command, *([f"--config={self.recipe}"] if self.recipe else []), *given])
 
 

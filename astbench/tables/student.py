@@ -1,4 +1,4 @@
-"""Student's interval of a mean, for few values. Plain Python: no table needs a package for it."""
+"""Student's interval and test of a mean, for few values. Plain Python: no table needs a package for it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,34 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     middle = statistics.fmean(values)
     half = quantile(0.5 + confidence / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return middle - half, middle + half
+
+
+def p_value(values: Sequence[float]) -> float:
+    """Chance of a mean as far from 0 as this, were the true one 0: Student's test, two-sided.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"a test needs two values or more, got {len(values)}")
+    middle, deviation = statistics.fmean(values), statistics.stdev(values)
+    if deviation == 0.0:
+        return 1.0 if middle == 0.0 else 0.0
+    t = abs(middle) * math.sqrt(len(values)) / deviation
+    return min(1.0, 2 * (1 - _cumulative(t, len(values) - 1)))
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """The same for several tests at once, in the order given.
+
+    Source: Holm 1979, A simple sequentially rejective multiple test procedure.
+    """
+    adjusted = [0.0] * len(chances)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(chances)), key=lambda i: chances[i])):
+        highest = max(highest, min(1.0, (len(chances) - rank) * chances[index]))
+        adjusted[index] = highest
+    return adjusted
 
 
 def quantile(probability: float, freedom: int) -> float:

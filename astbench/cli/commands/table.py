@@ -18,6 +18,7 @@ Result tables, computed from records (RESULTS/NAME/RUN/record.json) and nothing 
   --write            write the pages DOCS/results/NAME.md, and fill in what stands between <!-- NAME --> and
                      <!-- end --> in DOCS/../README.md and in the other documents of DOCS
   --check            compare instead; ends with 1 at the first line that the records do not say
+  --format FORMAT    how they are shown: text, markdown, csv, latex (booktabs) or html (default: text)
   --results FOLDER   records (default: results)
   --docs FOLDER      documents (default: docs)
   --recipes FOLDER   recipes, from which the commands that repeat a row are made (default: recipes)
@@ -38,7 +39,7 @@ def run(words: list[str]) -> int:
         return 0
     given = _parse(words)
     from astbench.tables.documents import Book, first_difference, write
-    from astbench.tables.layout import text
+    from astbench.tables.layout import FORMATS
 
     book = Book(given.results, given.docs, given.recipes)
     for name in given.names:
@@ -54,7 +55,7 @@ def run(words: list[str]) -> int:
         return 0
     for name in given.names or [*book.tables, "attentions"]:
         for table in book.named(name):
-            console.say(text(table))
+            console.say(FORMATS[given.format](table))
     return 0
 
 
@@ -64,6 +65,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true")
     what.add_argument("--check", action="store_true")
+    parser.add_argument("--format", choices=("text", "markdown", "csv", "latex", "html"), default="text")
     for option in ("results", "docs", "recipes"):
         parser.add_argument(f"--{option}", type=Path, default=Path(option))
     return parser.parse_args(words)

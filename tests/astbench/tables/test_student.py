@@ -1,9 +1,9 @@
-"""Student's interval against scipy's."""
+"""Student's interval and test against scipy's."""
 
 import pytest
 from scipy import stats
 
-from astbench.tables.student import interval, quantile
+from astbench.tables.student import holm, interval, p_value, quantile
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 11, 40, 199])
@@ -16,6 +16,21 @@ def test_quantile(freedom, probability):
 def test_interval(values):
     wanted = stats.ttest_1samp(values, 0.0).confidence_interval()
     assert interval(values) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [0.3, -0.1, 0.7], [5.0, 5.1, 4.9, 5.3, 4.6, 5.2], [-1.0, 1.0]])
+def test_p_value(values):
+    assert p_value(values) == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue, rel=1e-9)
+
+
+def test_values_that_are_all_the_same():
+    assert p_value([0.0, 0.0]) == 1.0 and p_value([0.5, 0.5]) == 0.0
+
+
+def test_holm_by_hand():
+    """Four tests: the smallest times 4, the next times 3, none below the one before it, at most 1."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_one_value_has_no_interval():

@@ -1,0 +1,180 @@
+"""How far a cell is, read from its folder; and whether what lies there is the cell's own run."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from astbench.errors import ConfigError, DataError
+from astbench.files.plain_yaml import plain_yaml
+from astbench.files.text import read_text
+from astbench.runs.folder import CONFIG, LAST, LOCK, PREVIOUS, RECORD, left_behind
+from astbench.runs.record import read_record
+from astbench.sweeps.spec import Cell
+from astbench.tables.defaults import GROUPS, Options, bench_defaults, defaults, flatten
+from astbench.tables.repeat import NO_EFFECT, TRAINS, find_source
+
+DONE, RESUMABLE, BEGUN, FAILED, RUNNING, MISSING = "done", "to resume", "to repeat", "failed", "running", "to run"
+"""States of a cell: BEGUN holds a run that stopped before there was anything to go on from."""
+
+ENDED = ("failed", "diverged", "out_of_memory")
+"""States of records of runs that would end so again."""
+
+_THREADS = "trainer.threads"
+
+_LONG = {"seed": "seed_everything", "attention": "attention.name", "task": "task.name", "backbone": "backbone.name"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a cell's folder holds.
+
+    Attributes:
+        state: One of the above.
+        record: The run's; None without one.
+    """
+
+    state: str
+    record: dict[str, Any] | None = None
+
+
+def look(cell: Cell) -> Found:
+    """The state of a cell's folder.
+
+    Raises:
+        ConfigError: another run lies there.
+    """
+    if not cell.folder.exists():
+        return Found(MISSING)
+    if not cell.folder.is_dir():
+        raise ConfigError(f"{cell.folder} is a file; the sweep needs a folder there")
+    record = read_record(cell.folder / RECORD)
+    if record is not None and (other := differs(cell, record)):
+        raise ConfigError(f"{cell.folder} holds another run: {other}; move it away, or give the sweep another folder")
+    if _locked(cell.folder):
+        return Found(RUNNING, record)
+    if record is None:
+        if (cell.folder / CONFIG).is_file():
+            return Found(BEGUN)
+        if any(not left_behind(file) for file in cell.folder.iterdir()):
+            raise ConfigError(f"{cell.folder} holds files and no run; give the sweep another folder")
+        return Found(MISSING)
+    if record["state"] == "done":
+        return Found(DONE, record)
+    if record["state"] in ENDED:
+        return Found(FAILED, record)
+    saved = any((cell.folder / name).is_file() for name in (LAST, PREVIOUS))
+    return Found(RESUMABLE if saved and cell.command == "fit" else BEGUN, record)
+
+
+def wanted(cell: Cell) -> Options:
+    """Every option that decides what a cell computes, by `group.option`; of a bench by option.
+
+    Raises:
+        ConfigError: a config that cannot be read, or an option that there is none of.
+        RegistryError, NameOrPluginError: an unknown attention or task.
+    """
+    configs = [_config(path) for path in cell.configs]
+    given = {_LONG.get(key, key) if cell.command != "bench" else key: value for key, value in cell.options.items()}
+    if cell.command == "bench":
+        plain = bench_defaults()
+        laid = configs
+    else:
+        laid = [_flat(config) for config in configs]
+        names = {
+            k: v for layer in (*laid, given) for k, v in layer.items() if k.endswith(".name") or k == "data.source"
+        }
+        for group in ("attention", "task"):
+            if f"{group}.name" not in names:
+                raise ConfigError(f"{cell.name}: the sweep names no {group}; add it to options or axes")
+        attention, task = str(names["attention.name"]), str(names["task.name"])
+        plain = defaults(attention, task, str(names.get("data.source", find_source(task))))
+        laid = [_of_attention(layer, attention) for layer in laid]
+        known = {".".join(key.split(".")[:2]) for key in plain}
+        for key in given:
+            if key.partition(".")[0] in GROUPS and ".".join(key.split(".")[:2]) not in known:
+                raise ConfigError(f"{cell.name}: there is no option --{key}; see `astbench {cell.command} --help`")
+    found = dict(plain)
+    for layer in (*laid, given):
+        found |= layer
+    return found
+
+
+def differs(cell: Cell, record: Mapping[str, Any]) -> str:
+    """The first option in which a record is another run than the cell's; empty where it is the same."""
+    if record.get("command") != cell.command:
+        return f"its command is {record.get('command')}, the sweep's {cell.command}"
+    config = record.get("config")
+    if not isinstance(config, dict):
+        return "its record holds no config"
+    asked = wanted(cell)
+    held = dict(config) if cell.command == "bench" else flatten(config)
+    ignored = (*NO_EFFECT, *(() if cell.command in ("fit", "bench") else TRAINS), "run_dir")
+    for key, value in asked.items():
+        if key == _THREADS and value is None:  # the record says how many there were
+            continue
+        if not key.startswith(ignored) and key in held and not _same(held[key], value):
+            return f"--{key} is {held[key]} there and {value} here"
+    return ""
+
+
+def _same(held: Any, asked: Any) -> bool:
+    """As numbers where both are, whatever YAML made of them (`1e-4` is text to it)."""
+    if held == asked:
+        return True
+    if isinstance(asked, str) and isinstance(held, int | float) and not isinstance(held, bool):
+        try:
+            return float(asked) == held
+        except ValueError:
+            return False
+    if isinstance(asked, str) and not isinstance(held, str):
+        try:
+            return bool(yaml.safe_load(asked) == held)
+        except yaml.YAMLError:
+            return False
+    if isinstance(held, list | tuple) and isinstance(asked, list | tuple):
+        return len(held) == len(asked) and all(_same(a, b) for a, b in zip(held, asked, strict=True))
+    return False
+
+
+def _config(path: str) -> dict[str, Any]:
+    try:
+        data = plain_yaml(read_text(Path(path)))
+    except (DataError, ValueError) as error:
+        raise ConfigError(f"--config={path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"--config={path} holds no options")
+    return data
+
+
+def _flat(config: Mapping[str, Any]) -> Options:
+    """A file's options by `group.option`; a name may stand for its group."""
+    groups = {
+        key: {"name": value} if isinstance(value, str) and key in _LONG else value for key, value in config.items()
+    }
+    flat = flatten(groups)
+    return {k: v for k, v in flat.items() if "." in k or k in config or (k == "seed_everything" and "seed" in config)}
+
+
+def _of_attention(layer: Options, attention: str) -> Options:
+    """Options of another attention go with its name, as on the command line."""
+    if layer.get("attention.name", attention) == attention:
+        return layer
+    return {key: value for key, value in layer.items() if not key.startswith("attention.")}
+
+
+def _locked(folder: Path) -> bool:
+    """Whether a process writes there now."""
+    try:
+        with open(folder / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
