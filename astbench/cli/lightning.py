@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from astbench import console
 from astbench.backbones.presets import BackboneConfig
+from astbench.cli.analysing import Analysing
 from astbench.cli.command_line import CommandLine
 from astbench.cli.option_checks import check_options, group_options, refuse_functions, without_name
 from astbench.cli.parser import ALLOWED, Parser
@@ -50,8 +51,10 @@ _FREE = ("backend",)
 class CLI(LightningCLI):
     """Builds data, model and trainer from the options, and wraps the run in its folder and record."""
 
-    def __init__(self, command: str, line: CommandLine, task: Task, arguments: list[str]) -> None:
-        self.command, self.line, self.task = command, line, task
+    def __init__(
+        self, command: str, line: CommandLine, task: Task, arguments: list[str], analysing: Analysing | None = None
+    ) -> None:
+        self.command, self.line, self.task, self.analysing = command, line, task, analysing
         assert line.attention is not None
         self.attention = line.attention
         self.module_class, self.data_class, self.task_config = task.load()
@@ -159,6 +162,8 @@ class CLI(LightningCLI):
         self.run_callback = RunCallback(self.folder, self.command, self.task, options.checkpoint_every)
         trainer = self._get(self.config_init, "trainer").as_dict()
         callbacks = [*(trainer.pop("callbacks", None) or []), self.run_callback]
+        if self.analysing is not None:
+            callbacks.append(self.analysing)
         trainer["enable_progress_bar"] = trainer.get("enable_progress_bar") is not False
         if trainer["enable_progress_bar"]:
             callbacks.append(progress_bar())
@@ -211,6 +216,8 @@ class CLI(LightningCLI):
                     run(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, **quiet)
                     if subcommand == "fit":
                         self.run_callback.evaluate(self.trainer, self.model, self.datamodule)
+                    if self.analysing is not None:
+                        self.run_callback.record.data.update(self.analysing.finish(self.model, self.folder))
                     self.run_callback.finish(self.model)
                 except (SystemExit, Exception) as error:
                     # Lightning makes exits of signals, and torch errors of workers that died of one.
@@ -302,8 +309,17 @@ class CLI(LightningCLI):
         write_text(self.folder / CONFIG, head + text)
 
 
-def run(command: str, line: CommandLine) -> int:
-    """Parse, build and run; returns the exit code."""
+def run(command: str, line: CommandLine, analysing: Analysing | None = None) -> int:
+    """Parse, build and run; returns the exit code.
+
+    Args:
+        command: fit, validate, test or predict.
+        line: What was asked for.
+        analysing: Looks at what was attended to, after the evaluation.
+
+    Raises:
+        AstbenchError: what was asked for cannot be, or went wrong.
+    """
     SIGNALS.check()
     _quiet()
     if not line.trust_config:
@@ -319,7 +335,7 @@ def run(command: str, line: CommandLine) -> int:
         return 0
     with leading(), tempfile.TemporaryDirectory(prefix="astbench-") as folder:
         try:
-            CLI(command, line, task, parser_arguments(line, Path(folder)))
+            CLI(command, line, task, parser_arguments(line, Path(folder)), analysing)
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
     return 0

@@ -49,7 +49,7 @@ def draw_pattern(
             queries, keys = lengths[path]
             share = share[: -(-queries // s.layout.query_group), : -(-keys // s.layout.block_size)]
         image = axes.imshow(share.cpu().numpy(), vmin=0, vmax=1, cmap="magma_r", aspect="auto", interpolation="nearest")
-        axes.set_title(f"{_layer(path)}, density {float(s.density.mean()):.2f}", fontsize=9)
+        axes.set_title(f"{layer_name(path)}, density {float(s.density.mean()):.2f}", fontsize=9)
         axes.set_xlabel(f"key blocks of {_tokens(s.layout.block_size)}", fontsize=8)
         if number == 0:
             axes.set_ylabel(f"query groups of {_tokens(s.layout.query_group)}", fontsize=8)
@@ -61,7 +61,8 @@ def draw_pattern(
     return file.name
 
 
-def _layer(path: str) -> str:
+def layer_name(path: str) -> str:
+    """A layer as a picture calls it: `layer 3`, `decoder layer 0`, `cross layer 1`."""
     numbers = [part for part in path.split(".") if part.isdigit()]
     if not numbers:
         return path

@@ -11,6 +11,7 @@ OWN = {
     "describe": "options, abilities and paper of an attention",
     "check": "run the conformance suite on an attention",
     "bench": "time and memory of attention layers over the length",
+    "analyze": "what an attention chose, by layer, head, distance and token, beside dense attention",
     "run": "a sweep: many runs from one file, gone on with where they stopped",
     "table": "result tables from records: shown, written into documents, or compared with them",
     "reproduce": "run the command behind a row of a table again, and say whether it comes out the same",

@@ -1,0 +1,110 @@
+"""`astbench analyze` within a run that evaluates: keeps the first batches, and looks at what was chosen for them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from astbench import console
+from astbench.analysis.figures import draw
+from astbench.analysis.observer import Observer
+from astbench.errors import ConfigError
+from astbench.files.writing import write_json
+from astbench.runs.folder import RunFolder
+from astbench.training.module import TaskModule
+
+FILE = "analysis.json"
+
+
+class Analysing(pl.Callback):
+    """Runs the first batches of the evaluation once more, watched.
+
+    Args:
+        batches: How many.
+        rows: Query rows looked at in each sequence.
+    """
+
+    def __init__(self, batches: int, rows: int) -> None:
+        self._most, self._rows = batches, rows
+        self._batches: list[dict[str, Any]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what is not looked at.
+
+        Raises:
+            ConfigError: several processes.
+        """
+        if trainer.world_size > 1:
+            raise ConfigError("analyze runs in one process; give it --trainer.devices=1")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep it."""
+        if len(self._batches) < self._most:
+            self._batches.append(batch)
+
+    @torch.no_grad()
+    def finish(self, module: TaskModule, folder: RunFolder) -> dict[str, Any]:
+        """Look, write and draw; what the record says of it.
+
+        Raises:
+            ConfigError: the attention chooses no blocks, or the task has no tokens.
+        """
+        if not self._batches or "input_ids" not in self._batches[0]:
+            raise ConfigError("analyze needs evaluation batches of tokens, and this task has none")
+        module.eval()
+        counts: Counter[int] = Counter()
+        for batch in self._batches:
+            valid = batch.get("attention_mask")
+            ids = batch["input_ids"] if valid is None else batch["input_ids"][valid.bool()]
+            counts.update(ids.flatten().tolist())
+        observer = Observer(module, self._rows)
+        with observer.watching():
+            for batch in self._batches:
+                batch = module.trainer.strategy.batch_to_device(batch)
+                observer.begin(batch, counts)
+                module(batch)
+        found = {"schema": 1, "attention": module.swapped.name, "batches": len(self._batches), **observer.result()}
+        write_json(folder / FILE, found)
+        title = f"{module.swapped.name}: {found['sequences']} sequences, {self._rows} queries of each"
+        pictures = draw(found, folder.path, title)
+        _say(found, folder)
+        return {"analysis": {"file": FILE, "pictures": pictures, "batches": len(self._batches), "rows": self._rows}}
+
+
+def _say(found: dict[str, Any], folder: RunFolder) -> None:
+    layers = list(found["layers"].values())
+
+    def mean(name: str) -> float | None:
+        values = [v for layer in layers for v in _listed(layer.get(name)) if v is not None]
+        return sum(values) / len(values) if values else None
+
+    console.say(f"analysis of {found['sequences']} sequences, {found['rows_a_sequence']} queries of each")
+    console.table(
+        {
+            "visible keys kept": _shown(mean("kept")),
+            "mass on them": f"{_shown(mean('mass'))}; best choice of as many blocks {_shown(mean('best'))}",
+            "entropy": f"{_shown(mean('bits'))} bits of dense attention",
+            "overlap of blocks": f"next token {_shown(mean('overlap_of_neighbours'))}, two heads "
+            f"{_shown(mean('overlap_of_heads'))}, layer before {_shown(mean('overlap_of_layers'))}",
+            "written": f"{folder / FILE}, heads, distance, place and tokens as .svg and .png",
+        }
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,58 @@
+"""`astbench analyze`: what an attention chose, beside what dense attention would have looked at."""
+
+from __future__ import annotations
+
+from astbench.cli.names import check_names, read_names
+from astbench.cli.processes import check_interpreter, drop_strays
+from astbench.errors import ConfigError
+
+_USAGE = """usage: astbench analyze --ckpt_path=RUN [--batches N] [--rows N] [options of validate]
+       astbench analyze --attention=NAME --task=NAME --backbone=FOLDER [...]
+
+Evaluates as `astbench validate`, then runs the first batches again and looks at what was kept, by layer, head,
+distance, place and kind of token: share of keys, mass on them, what the best choice of as many blocks would hold,
+overlaps.
+
+  --batches N     evaluation batches that are looked at (default: 4)
+  --rows N        queries looked at in each sequence, spread evenly (default: 64)
+
+The run folder holds analysis.json and the pictures. For attentions that choose blocks. See docs/analysis.md."""
+
+_DEFAULTS = {"--batches": 4, "--rows": 64}
+
+
+def run(words: list[str]) -> int:
+    """Evaluate and analyze."""
+    if "-h" in words or "--help" in words:
+        print(_USAGE)
+        return 0
+    own, rest = _own(words)
+    line = read_names(rest)
+    check_names(line)
+    check_interpreter()
+    drop_strays()
+    from astbench_registry.registry import attention_class
+
+    assert line.attention is not None
+    if not attention_class(line.attention).block_sparse:
+        raise ConfigError(f"--attention={line.attention} chooses no blocks; analyze is for attentions that do")
+    from astbench.cli.analysing import Analysing
+    from astbench.cli.lightning import run as run_lightning
+
+    return run_lightning("validate", line, analysing=Analysing(own["--batches"], own["--rows"]))
+
+
+def _own(words: list[str]) -> tuple[dict[str, int], list[str]]:
+    """This command's own options, and the others."""
+    own, rest = dict(_DEFAULTS), []
+    left = iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        if name not in own:
+            rest.append(word)
+            continue
+        text = value if equals else next(left, "")
+        if not text.isdecimal() or not 0 < int(text) <= 1_000_000:
+            raise ConfigError(f"{name} must be a whole number of at least 1, got {text or 'nothing'}")
+        own[name] = int(text)
+    return own, rest
