@@ -184,8 +184,10 @@ def understood(line):
         line = line.replace("--ckpt_path=runs/NAME", "--attention=ast --task=wmt14")
     line = line.replace("--task=NAME", "--task=triviaqa").replace("--attention=NAME", "--attention=ast")
     command, *words = ("ast" if word == "NAME" else word for word in shlex.split(line)[1:])
+    if not words and command in ("analyze", *INSTEAD):
+        return [command, "--help"]
     if command in INSTEAD:
-        return [command, *words, *INSTEAD[command]] if words else [command, "--help"]
+        return [command, *words, *INSTEAD[command]]
     if command == "table":  # README's shows one; the others are tried in tests/astbench/tables
         return [command, "--help"]
     if "--help" in words or "--resume=runs/NAME" in words or command in ("--help", "list", "describe", "doctor"):
