@@ -19,6 +19,7 @@ from astbench.tables.layout import Table
 from astbench.tables.page import SHORT, block, index, page, tables_of
 from astbench.tables.records import Group, read_groups
 from astbench.tables.repeat import Recipe, read_recipes
+from astbench.tables.seals import SUMS, broken, seal, sealed
 
 ATTENTIONS = "attentions"
 """The one table that comes from the registry, not from records; it has no page, only markers."""
@@ -92,7 +93,7 @@ class Book:
                 text = page(self.groups[name], self.groups, tables, self.read_recipes, self.pages)
                 yield self.pages / f"{name}.md", text
         if not names:
-            yield self.pages / INDEX, index(self.groups)
+            yield self.pages / INDEX, index(self.groups, sealed(self.results))
         for file in self._marked():
             yield file, self._filled(file, names)
 
@@ -123,10 +124,14 @@ class Book:
 def write(book: Book, names: Collection[str] = ()) -> list[Path]:
     """Write every document that differs; returns those that were written. Pages of tables that are gone are removed.
 
+    Where records are sealed, new ones are, too.
+
     Raises:
-        DataError: records, a `table.yaml` or a marker that cannot be.
+        DataError: records, a `table.yaml` or a marker that cannot be, or a sealed record that was changed.
     """
     written = []
+    if book.tables and not names and (book.results / SUMS).is_file() and seal(book.results):  # tables that can be
+        written.append(book.results / SUMS)
     for file, text in list(book.documents(names)):
         if not file.is_file() or read_text(file) != text:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -149,9 +154,9 @@ def first_difference(book: Book, names: Collection[str] = ()) -> str | None:
                 return f"{file} is missing"
             if difference := _difference(read_text(file), text):
                 return f"{file}, {difference}"
+        return None if names else broken(book.results)
     except DataError as error:
         return str(error)
-    return None
 
 
 def _difference(stands: str, wanted: str) -> str | None:

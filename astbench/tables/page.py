@@ -193,8 +193,8 @@ def _left_out(group: Group) -> list[str]:
     return ["Records that stand in no row:", "\n".join(items)] if items else []
 
 
-def index(groups: Mapping[str, Group]) -> str:
-    """The list of pages, and of groups that have none."""
+def index(groups: Mapping[str, Group], digest: str) -> str:
+    """The list of pages, and of groups that have none; the digest of the list of the records' own, if there is one."""
     counted = {g.name: f"{len(g.runs)} record{'s' if len(g.runs) > 1 else ''}" for g in groups.values()}
     shown = [f"- [{g.title}]({g.name}.md): {counted[g.name]}" for g in groups.values() if g.runs]
     others = [f"- `{g.name}/{run}`: {why}" for g in groups.values() if not g.runs for run, why in g.left_out.items()]
@@ -203,5 +203,6 @@ def index(groups: Mapping[str, Group]) -> str:
         "# Results",
         "\n".join(shown),
         *(["Records on no page:", "\n".join(others)] if others else []),
+        *([f"Every file of the records has its sha256 in `SHA256SUMS`, whose own is `{digest}`."] if digest else []),
     ]
     return "\n\n".join(parts) + "\n"

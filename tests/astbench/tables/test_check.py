@@ -154,6 +154,10 @@ def test_removed_folder_with_its_page(tree):
     (tree / "docs" / "results" / "README.md").unlink()
     assert first_difference(book(tree))
     edit(tree / "README.md", "<!-- needle -->", "")
+    with pytest.raises(DataError, match="take its line out"):
+        write(book(tree))
+    sums = tree / "results" / "SHA256SUMS"
+    sums.write_text("".join(line for line in sums.read_text().splitlines(keepends=True) if "  needle/" not in line))
     write(book(tree))
     assert "needle" not in (tree / "docs" / "results" / "README.md").read_text()
 
