@@ -20,6 +20,7 @@ from astbench.sweeps.spec import expand, read_sweep
 from astbench.sweeps.states import look, wanted
 from tests.astbench.cli.commands import SMALL, command
 
+ROOT = Path(__file__).parents[3]
 STAND_IN = (sys.executable, str(Path(__file__).with_name("stand_in.py")))
 AXES = "options: {{task: triviaqa, attention: dense}}\naxes: {{optim.lr: {rates}, seed: {seeds}}}\n"
 
@@ -246,6 +247,17 @@ def test_a_real_fit_is_found_done(astbench, tmp_path, monkeypatch):
     assert planned.code == 0 and "1 cells in runs/s, 0 to run" in planned.out
     Path("s.yaml").write_text(f"options:\n  task: triviaqa\n{lines}{axes.replace('0.5', '0.25')}")
     assert "to run" in astbench("run", "s.yaml", "--plan").out
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_sweeps_that_ship_can_run(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for profile in ("quick", "full"):
+        sweep = read_sweep(file, profile)
+        cells, _ = expand(sweep)
+        assert all(wanted(cell) for cell in cells)
+        seeds = {cell.options["seed"] for cell in cells}
+        assert len(seeds) >= 3 and len(cells) % len(seeds) == 0
 
 
 @pytest.mark.slow
