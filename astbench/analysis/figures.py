@@ -21,8 +21,8 @@ def draw(found: dict[str, Any], folder: Path, title: str) -> list[str]:
     names = []
     for name, figure in (
         ("heads", _heads(found, title)),
-        ("distance", _distance(found, title)),
-        ("place", _place(found, title)),
+        *([("distance", _distance(found, title))] if found["distances"] else []),
+        *([("place", _place(found, title))] if found["by_place"]["kept"] else []),
         *([("tokens", _tokens(found, title))] if found["by_token"] else []),
     ):
         for kind in ("svg", "png"):
@@ -51,7 +51,8 @@ def _heads(found: dict[str, Any], title: str) -> Any:
         rows = [_of_heads(layer, name) for layer in layers.values()]
         rows = [[*row, *[float("nan")] * (widest - len(row))] for row in rows]
         axes = figure.add_subplot(1, len(_OF_HEADS), number + 1)
-        low, high = (0.0, None) if name in ("bits", "missed") else (0.0, 1.0)
+        largest = max((value for row in rows for value in row if value == value), default=0.0)
+        low, high = 0.0, max(0.05, largest) if name in ("bits", "missed") else 1.0
         image = axes.imshow(rows, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
         figure.colorbar(image, ax=axes, shrink=0.9)
         axes.set_title(what, fontsize=9)
@@ -74,6 +75,7 @@ def _of_heads(layer: dict[str, Any], name: str) -> list[float]:
 def _distance(found: dict[str, Any], title: str) -> Any:
     figure = _figure(6.4, 4.6, title)
     known = [i for i, kept in enumerate(found["kept_by_distance"]) if kept is not None]
+    assert known, "asked for only where there are distances"
     labels = [_bin(found["distances"], i) for i in known]
     for number, (name, what) in enumerate(
         (("kept_by_distance", "share of visible keys kept"), ("mass_by_distance", "share of the mass"))
@@ -115,7 +117,9 @@ def _place(found: dict[str, Any], title: str) -> Any:
     below = figure.add_subplot(2, 1, 2)
     below.plot(middle, _plotted(by_place["bits"]), marker="o", markersize=3, color="C3")
     below.set_ylabel("entropy, bits", fontsize=8)
-    below.set_ylim(bottom=0)
+    below.set_ylim(0, 1.1 * max([0.1, *(value for value in by_place["bits"] if value is not None)]))
+    for panel in (axes, below):
+        panel.set_xlim(0, 1)
     below.set_xlabel("place in the sequence", fontsize=8)
     for panel in (axes, below):
         panel.tick_params(labelsize=7)
@@ -129,7 +133,7 @@ def _plotted(values: list[float | None]) -> list[float]:
 
 def _tokens(found: dict[str, Any], title: str) -> Any:
     families = [family for family in FAMILIES if family in found["by_token"]]
-    figure = _figure(9.0, 1.4 + 2.0 * len(families), title)
+    figure = _figure(11.0, 1.6 + 2.0 * len(families), title)
     panels = (
         (("query_kept", "as query: keys kept"), ("query_mass", "as query: mass on them")),
         (
@@ -145,12 +149,14 @@ def _tokens(found: dict[str, Any], title: str) -> Any:
             wide = 0.8 / len(parts)
             for number, (part, what) in enumerate(parts):
                 places = [i + number * wide for i in range(len(classes))]
-                axes.barh(places, _plotted([facts[part] for facts in classes.values()]), wide, label=what)
+                values = _plotted([facts[part] for facts in classes.values()])
+                axes.barh(places, values, wide, label=what, color=f"C{number + 2 * column}")
+            axes.set_xlim(0, 1)
             axes.set_yticks([i + 0.4 - wide / 2 for i in range(len(classes))])
             axes.set_yticklabels(list(classes) if column == 0 else [])
             axes.invert_yaxis()
             axes.tick_params(labelsize=7)
             axes.grid(axis="x", alpha=0.3)
             if row == 0:
-                axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts))
+                axes.legend(fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts))
     return figure

@@ -14,6 +14,7 @@ from astbench.analysis.rows import DISTANCES, RowFacts, overlap, row_facts, samp
 from astbench.analysis.tokens import FAMILIES, classes, texts_of
 from astbench.backbones.hooks import AttentionSlot
 from astbench.errors import ConfigError
+from astbench.runs.picture import layer_name
 from astbench.training.module import TaskModule
 from astbench_kernels import BlockLayout
 from astbench_registry.block_selection import Call
@@ -37,7 +38,7 @@ class Sums:
         self._sums[name] = self._sums[name] + values if name in self._sums else values
         self._counts[name] = self._counts[name] + count.cpu() if name in self._counts else count.cpu().clone()
 
-    def mean(self, name: str) -> list[Any] | float | None:
+    def mean(self, name: str) -> Any:
         """The means as plain numbers, None where nothing was counted."""
         if name not in self._sums:
             return None
@@ -72,11 +73,11 @@ class Observer:
         self._module, self._rows = module, rows
         self.layers: dict[str, Sums] = {}
         self.all = Sums()
-        self.sequences = 0
+        self.sequences = self.queries = 0
         self._classes: dict[str, Tensor] = {}  # family -> int64 (batch, tokens), -1 in padding
         self._tokenizer = module.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         self._text = texts_of(self._tokenizer)
-        self._before: tuple[tuple[int, ...], Tensor] | None = None
+        self._before: dict[str, Tensor] = {}  # what the last layer of each stack chose
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -101,7 +102,7 @@ class Observer:
             batch: On the model's device.
             counts: How often each token occurs in everything that is analysed.
         """
-        self._before = None
+        self._before = {}
         ids = batch["input_ids"]
         self.sequences += len(ids)
         valid = batch.get("attention_mask")
@@ -125,30 +126,41 @@ class Observer:
             call = Call.of(attention.shape, q, k, v, mask, named.get("scale"), named.get("context"))
             rows = sampled_rows(q.shape[2], self._rows, q.device)
             facts = row_facts(call, stats.layout, rows)
-            self._add(slot.path, facts)
+            of_input = slot.pattern.endswith("_self") and not self._in_a_decoder_behind_an_encoder(slot)
+            self._add(slot, facts, of_input)
             self._add_neighbours(slot.path, call, stats.layout, rows, facts)
-            if slot.pattern.endswith("_self"):
+            if of_input:
                 self._add_tokens(facts, rows)
 
         return hook
 
-    def _add(self, path: str, facts: RowFacts) -> None:
-        layer = self.layers.setdefault(path, Sums())
+    def _in_a_decoder_behind_an_encoder(self, slot: AttentionSlot) -> bool:
+        """Whether it reads other tokens than the input's."""
+        config = self._module.swapped.model.config
+        return bool(getattr(config, "is_encoder_decoder", False)) and "decoder" in slot.path.split(".")
+
+    def _add(self, slot: AttentionSlot, facts: RowFacts, of_input: bool) -> None:
+        first = not self.layers or next(iter(self.layers)) == slot.path
+        layer = self.layers.setdefault(slot.path, Sums())
+        self.queries += int(facts.real.sum()) if first else 0
         real = facts.real[:, None]
         for name in ("kept", "mass", "best", "bits"):
             values = getattr(facts, name) * real
             layer.add(name, values.sum((0, 2)), real.sum().item())
+            if not of_input:
+                continue
             place = (facts.place * PLACES).long().clamp(max=PLACES - 1)
             of_rows = values.mean(1)
             sums = of_rows.new_zeros(PLACES).index_add_(0, place.flatten(), of_rows.flatten())
             counts = of_rows.new_zeros(PLACES).index_add_(0, place.flatten(), facts.real.float().flatten())
             self.all.add(f"{name}_by_place", sums, counts.double())
         self._add_known(layer, "overlap_of_heads", facts.heads, facts.real)
+        if slot.pattern.endswith("_cross"):
+            return
         seen = facts.seen_by_distance
-        for sums in (layer, self.all):
+        for sums in (layer, self.all) if of_input else (layer,):
             sums.add("kept_by_distance", facts.kept_by_distance.mean(0), seen.cpu())
             sums.add("mass_by_distance", facts.mass_by_distance.mean(0), facts.real.sum().item())
-        self.all.add("pairs_by_distance", seen, 1.0)
 
     @staticmethod
     def _add_known(layer: Sums, name: str, values: Tensor, real: Tensor) -> None:
@@ -163,11 +175,11 @@ class Observer:
         apart = facts.real & (rows < last)
         shared = overlap(facts.chosen, beside).nanmean(1)
         self._add_known(layer, "overlap_of_neighbours", shared, apart)
-        shape = tuple(facts.chosen.shape)
-        if self._before is not None and self._before[0] == shape:
-            either, other = facts.chosen.any(1), self._before[1].any(1)
+        stack = layer_name(path).rpartition(" ")[0]  # "decoder layer", "cross layer"
+        before, self._before[stack] = self._before.get(stack), facts.chosen
+        if before is not None and before.shape == facts.chosen.shape:
+            either, other = facts.chosen.any(1), before.any(1)
             self._add_known(layer, "overlap_of_layers", overlap(either, other), facts.real)
-        self._before = shape, facts.chosen
 
     def _add_tokens(self, facts: RowFacts, rows: Tensor) -> None:
         for family, table in self._classes.items():
@@ -201,18 +213,25 @@ class Observer:
                 for number, name in enumerate(names)
             }
             for family, names in FAMILIES.items()
-            if f"{family}.share" in self.all.names()
+            if f"{family}.share" in self.all.names() and sum(share > 0 for share in self._shares(family)) > 1
         }
+        last = max((i for i, kept in enumerate(self._by_distance()) if kept is not None), default=-1) + 1
         return {
             "sequences": self.sequences,
-            "rows_a_sequence": self._rows,
-            "distances": [0, *(2**i for i in range(DISTANCES - 1))],
-            "kept_by_distance": self.all.mean("kept_by_distance"),
-            "mass_by_distance": self.all.mean("mass_by_distance"),
+            "queries": self.queries,
+            "distances": [0, *(2**i for i in range(DISTANCES - 1))][:last],
+            "kept_by_distance": self._by_distance()[:last],
+            "mass_by_distance": (self.all.mean("mass_by_distance") or [])[:last],
             "by_place": {name: self.all.mean(f"{name}_by_place") for name in ("kept", "mass", "best", "bits")},
             "by_token": tokens,
             "layers": layers,
         }
+
+    def _by_distance(self) -> list[float | None]:
+        return self.all.mean("kept_by_distance") or []
+
+    def _shares(self, family: str) -> list[float]:
+        return self.all.mean(f"{family}.share") or []
 
 
 PARTS = ("share", "query_kept", "query_mass", "query_bits", "key_kept", "key_mass")

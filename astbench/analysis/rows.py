@@ -59,10 +59,10 @@ class RowFacts:
 
 
 def sampled_rows(length: int, most: int, device: torch.device) -> Tensor:
-    """int64: at most so many rows, spread evenly, the first and the last among them."""
+    """int64: at most so many rows, each in the middle of one of as many equal parts."""
     if length <= most:
         return torch.arange(length, device=device)
-    return torch.linspace(0, length - 1, most, device=device).round().long().unique()
+    return ((torch.arange(most, device=device) + 0.5) * length / most).long()
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def _by_block(of_keys: Tensor, layout: BlockLayout) -> Tensor:
 
 
 def _distance(call: Call, rows: Tensor) -> Tensor:
-    """int64 `(rows, keys)`: the bin of each pair's distance; of cross-attention there is none, all are in the first."""
+    """int64 `(rows, keys)`: the bin of each pair's distance; of cross-attention, which has none, all in the first."""
     keys = torch.arange(call.k.shape[2], device=rows.device)
     if call.mask.cross:
         return torch.zeros(len(rows), len(keys), dtype=torch.int64, device=rows.device)

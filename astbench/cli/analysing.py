@@ -76,7 +76,7 @@ class Analysing(pl.Callback):
                 module(batch)
         found = {"schema": 1, "attention": module.swapped.name, "batches": len(self._batches), **observer.result()}
         write_json(folder / FILE, found)
-        title = f"{module.swapped.name}: {found['sequences']} sequences, {self._rows} queries of each"
+        title = f"{module.swapped.name}: {found['queries']:,} queries of {found['sequences']} sequences"
         pictures = draw(found, folder.path, title)
         _say(found, folder)
         return {"analysis": {"file": FILE, "pictures": pictures, "batches": len(self._batches), "rows": self._rows}}
@@ -89,7 +89,7 @@ def _say(found: dict[str, Any], folder: RunFolder) -> None:
         values = [v for layer in layers for v in _listed(layer.get(name)) if v is not None]
         return sum(values) / len(values) if values else None
 
-    console.say(f"analysis of {found['sequences']} sequences, {found['rows_a_sequence']} queries of each")
+    console.say(f"analysis of {found['queries']:,} queries of {found['sequences']} sequences, means over queries")
     console.table(
         {
             "visible keys kept": _shown(mean("kept")),
@@ -97,7 +97,7 @@ def _say(found: dict[str, Any], folder: RunFolder) -> None:
             "entropy": f"{_shown(mean('bits'))} bits of dense attention",
             "overlap of blocks": f"next token {_shown(mean('overlap_of_neighbours'))}, two heads "
             f"{_shown(mean('overlap_of_heads'))}, layer before {_shown(mean('overlap_of_layers'))}",
-            "written": f"{folder / FILE}, heads, distance, place and tokens as .svg and .png",
+            "written": f"{folder / FILE}, and pictures beside it",
         }
     )
 

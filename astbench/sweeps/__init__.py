@@ -1,1 +1,1 @@
-"""Sweeps: many runs from one file, run once each, and gone on with where they stopped. See docs/sweeps.md."""
+"""Sweeps: many runs from one file, each once. See docs/sweeps.md."""

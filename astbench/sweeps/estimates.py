@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ START = 10.0
 """Seconds that a command needs before its run begins, which no record counts."""
 
 _IGNORED = ("seed_everything", "run_dir")
+_TOKENS = ("data.length", "data.context", "data.max_length", "data.batch_size")
+"""Options that the tokens of a step grow with."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def _known(folder: Path, record: dict[str, Any]) -> Known:
 
 
 def estimate(cell: Cell, known: Sequence[Known]) -> Estimate | None:
-    """From the nearest run of the same command and task; training is scaled by the number of steps. None without one.
+    """From the nearest run of the same command and task, scaled by steps and by the tokens of a step. None without one.
 
     The nearest run is the one with the fewest other options; one of the same attention comes first.
     """
@@ -100,4 +103,10 @@ def estimate(cell: Cell, known: Sequence[Known]) -> Estimate | None:
     seconds = nearest.seconds
     if nearest.steps and isinstance(steps, int) and steps > 0 and nearest.training <= seconds:
         seconds = seconds - nearest.training + nearest.training * steps / nearest.steps
-    return Estimate(START + seconds, nearest.memory, nearest.name)
+    more = math.prod(_ratio(asked.get(key), nearest.options.get(key)) for key in _TOKENS)
+    return Estimate(START + seconds * more, int(nearest.memory * max(1.0, more)), nearest.name)
+
+
+def _ratio(asked: Any, held: Any) -> float:
+    known = all(isinstance(one, int | float) and not isinstance(one, bool) and one > 0 for one in (asked, held))
+    return asked / held if known else 1.0

@@ -38,6 +38,11 @@ class Journal:
         found = self._data["cells"].get(cell)
         return dict(found) if isinstance(found, dict) else {}
 
+    def failure(self, cell: str) -> str:
+        """Why its last attempt failed; empty if it did not."""
+        entry = self.entry(cell)
+        return str(entry.get("error") or "it failed") if entry.get("state") == "failed" else ""
+
     def started(self, cell: str, words: list[str]) -> None:
         """A process was started for it."""
         attempts = int(self.entry(cell).get("attempts", 0)) + 1
@@ -62,8 +67,14 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: one does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ConfigError(
+            f"folder: {folder} cannot be written ({error.strerror}); name another in the sweep"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

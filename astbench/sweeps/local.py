@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from astbench.errors import ConfigError
 from astbench.sweeps.spec import Cell
 
 PATIENCE = 120.0
@@ -54,18 +55,22 @@ class Local:
         jobs: Most processes at a time.
         gpus: Names of the devices to share out, as CUDA_VISIBLE_DEVICES takes them; none where there are none.
         logs: Folder for what each cell prints.
+
+    Attributes:
+        stopped: Cells that were asked to stop, since this process was.
     """
 
     def __init__(self, jobs: int, gpus: Sequence[str], logs: Path) -> None:
         self._jobs, self._gpus, self._logs = jobs, gpus, logs
         self._running: list[_Running] = []
+        self.stopped: list[Ended] = []
 
     def run(self, cells: Sequence[Cell], words: Callable[[Cell], list[str]]) -> Iterator[Ended]:
         """Run all; each as it ends.
 
         Args:
             cells: In the order in which they start.
-            words: What to type for a cell; called when its turn has come.
+            words: What to type for a cell; called when its turn has come. A ConfigError of it ends that cell alone.
 
         Raises:
             Stopped: this process was asked to stop; the cells that ran were, too, and had time to save.
@@ -76,7 +81,12 @@ class Local:
             while waiting or self._running:
                 while waiting and len(self._running) < self._jobs:
                     cell = waiting.pop(0)
-                    self._start(cell, words(cell))
+                    try:
+                        typed = words(cell)
+                    except ConfigError as error:
+                        yield Ended(cell, error.exit_code, 0.0, str(error))
+                        continue
+                    self._start(cell, typed)
                 yield from self._gone()
                 time.sleep(_LOOK)
 
@@ -124,6 +134,8 @@ class Local:
                 except subprocess.TimeoutExpired:
                     one.process.kill()
                     one.process.wait()
+                spent = time.monotonic() - one.began
+                self.stopped.append(Ended(one.cell, one.process.returncode, spent, last_words(one.log)))
             self._running.clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -12,13 +13,17 @@ from typing import Any
 
 from astbench.console import say
 from astbench.errors import ConfigError
+from astbench.files.writing import write_text
+from astbench.runs.folder import CONFIG, RECORD
 from astbench.sweeps.estimates import Estimate, Known, estimate, known_runs
 from astbench.sweeps.journal import Journal, alone
 from astbench.sweeps.local import PATIENCE, Ended, Local
 from astbench.sweeps.spec import Cell, Sweep, expand
 from astbench.sweeps.states import BEGUN, DONE, FAILED, MISSING, RESUMABLE, RUNNING, Found, look, wanted
+from astbench.tables.records import SIDECAR
 
 _LOOK = 0.2
+_OPEN = (MISSING, BEGUN, RESUMABLE)
 _SIGNALS = (130, 143, -2, -15)
 
 
@@ -29,11 +34,17 @@ class Planned:
     cell: Cell
     found: Found
     estimate: Estimate | None
+    failure: str = ""
+
+    @property
+    def state(self) -> str:
+        """How far it is; of a cell that failed before it could leave a record, the journal knows."""
+        return FAILED if self.failure and self.found.state in _OPEN else self.found.state
 
     @property
     def open(self) -> bool:
         """Whether something is left to do without being asked to try again."""
-        return self.found.state in (MISSING, BEGUN, RESUMABLE)
+        return self.state in _OPEN
 
 
 def plan(sweep: Sweep, results: Path) -> tuple[list[Planned], list[str], list[Known]]:
@@ -48,23 +59,27 @@ def plan(sweep: Sweep, results: Path) -> tuple[list[Planned], list[str], list[Kn
         RegistryError, NameOrPluginError: an unknown attention or task.
     """
     cells, notes = expand(sweep)
+    if any((sweep.folder / name).is_file() for name in (CONFIG, RECORD)):
+        raise ConfigError(f"folder: {sweep.folder} is the folder of a run; name another in the sweep")
     for cell in cells:
         wanted(cell)  # all of them first: a sweep that cannot run ends before it begins
     groups = sorted(path for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
     known = known_runs([*groups, sweep.folder])
-    return [Planned(cell, look(cell), estimate(cell, known)) for cell in cells], notes, known
+    journal = Journal(sweep.folder, sweep.path)
+    return [Planned(c, look(c), estimate(c, known), journal.failure(c.name)) for c in cells], notes, known
 
 
 def show(sweep: Sweep, planned: Sequence[Planned], notes: Sequence[str], jobs: int) -> None:
     """The plan: a line a cell, and what all of it takes."""
     open_ = [one for one in planned if one.open]
-    say(f"{sweep.path}: {len(planned)} cells in {sweep.folder}, {len(open_)} to run, {jobs} at a time")
+    cells = f"{len(planned)} cell{'s' if len(planned) > 1 else ''}"
+    say(f"{sweep.path}: {cells} in {sweep.folder}, {len(open_)} to run, {jobs} at a time")
     for note in notes:
         say(f"  {note}")
     width = max(len(one.cell.name) for one in planned)
     for one in planned:
-        takes = f"{_about(one.estimate)}" if one.open else _reason(one.found)
-        say(f"  {one.cell.name:<{width}}  {one.found.state:<9}  {takes}".rstrip())
+        takes = f"{_about(one.estimate)}" if one.open else _reason(one)
+        say(f"  {one.cell.name:<{width}}  {one.state:<9}  {takes}".rstrip())
     say(total([one.estimate for one in open_], jobs))
 
 
@@ -78,7 +93,7 @@ def total(estimates: Sequence[Estimate | None], jobs: int) -> str:
     seconds = sum(one.seconds for one in known) / len(known) * len(estimates) / min(jobs, len(estimates))
     most = max(one.memory for one in known) * min(jobs, len(estimates))
     unknown = f"; {len(estimates) - len(known)} taken for as long as the others" if len(known) < len(estimates) else ""
-    return f"about {duration(seconds)} in all, up to {most / 1e9:.1f} GB at a time{unknown}"
+    return f"about {duration(seconds)} for what is left, up to {most / 1e9:.1f} GB at a time{unknown}"
 
 
 def _about(found: Estimate | None) -> str:
@@ -87,8 +102,10 @@ def _about(found: Estimate | None) -> str:
     return f"about {duration(found.seconds)}, {found.memory / 1e9:.1f} GB (after {found.after})"
 
 
-def _reason(found: Found) -> str:
-    return str((found.record or {}).get("error") or "") if found.state == FAILED else ""
+def _reason(one: Planned) -> str:
+    if one.state != FAILED:
+        return ""
+    return one.failure or str((one.found.record or {}).get("error") or "")
 
 
 def duration(seconds: float) -> str:
@@ -118,9 +135,10 @@ def run(sweep: Sweep, *, jobs: int, retry: bool, plugins: Sequence[str], results
             planned, notes, known = plan(sweep, results)
         show(sweep, planned, notes, jobs)
         journal = Journal(sweep.folder, sweep.path)
+        _write_sidecar(sweep)
         if retry:
             _put_aside(sweep, [one.cell for one in planned if one.found.state == FAILED])
-        cells = [one.cell for one in planned if one.open or (retry and one.found.state == FAILED)]
+        cells = [one.cell for one in planned if one.open or (retry and one.state == FAILED)]
         left = {cell.name: cell for cell in cells}
 
         def words(cell: Cell) -> list[str]:
@@ -128,12 +146,24 @@ def run(sweep: Sweep, *, jobs: int, retry: bool, plugins: Sequence[str], results
             journal.started(cell.name, typed)
             return typed
 
-        for ended in Local(jobs, visible_gpus() if jobs > 1 else [], sweep.folder / "logs").run(cells, words):
-            del left[ended.cell.name]
-            line = _ended(ended, journal, known)
-            rest = [estimate(cell, known) for cell in left.values()]
-            say(f"[{len(cells) - len(left)}/{len(cells)}] {line}" + (f"; {total(rest, jobs)}" if rest else ""))
+        local = Local(jobs, visible_gpus() if jobs > 1 else [], sweep.folder / "logs")
+        try:
+            for ended in local.run(cells, words):
+                del left[ended.cell.name]
+                line = _ended(ended, journal, known)
+                rest = [estimate(cell, known) for cell in left.values()]
+                say(f"[{len(cells) - len(left)}/{len(cells)}] {line}" + (f"; {total(rest, jobs)}" if rest else ""))
+        finally:
+            for ended in local.stopped:
+                say(_ended(ended, journal, known))
         return _conclude(planned, journal)
+
+
+def _write_sidecar(sweep: Sweep) -> None:
+    """`astbench table NAME --results=FOLDER` shows the sweep, with nothing written by hand."""
+    file = sweep.folder / SIDECAR
+    if sweep.command != "bench" and not file.exists():
+        write_text(file, f"kind: sweep\ntitle: {json.dumps(sweep.folder.name)}\n")
 
 
 def _wait_for(one: Planned) -> bool:
@@ -180,7 +210,8 @@ def _ended(ended: Ended, journal: Journal, known: list[Known]) -> str:
     if ended.code in _SIGNALS:
         journal.ended(cell.name, "stopped", ended.code, ended.seconds, ended.said)
         return f"{cell.name} was stopped: {ended.said}"
-    why = f"killed by signal {-ended.code} (9: out of memory?)" if ended.code < 0 else ended.said
+    why = f"killed by signal {-ended.code}" if ended.code < 0 else ended.said
+    why += ", which the system sends when memory is used up" if ended.code == -9 else ""
     why = why or "it left no finished run"
     journal.ended(cell.name, "failed", ended.code, ended.seconds, why)
     return f"{cell.name} FAILED with {ended.code} after {duration(ended.seconds)}: {why}"
@@ -193,7 +224,8 @@ def _scores(record: dict[str, Any]) -> str:
 
 def _conclude(planned: Sequence[Planned], journal: Journal) -> int:
     """Count the cells by what became of them."""
-    states = {one.cell.name: look(one.cell).state for one in planned}
+    found = {one.cell.name: look(one.cell).state for one in planned}
+    states = {name: FAILED if state in _OPEN and journal.failure(name) else state for name, state in found.items()}
     done = sum(state == DONE for state in states.values())
     say(f"{done} of {len(states)} cells done")
     for name, state in states.items():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,13 @@ MOST_CELLS = 10_000
 
 _KEYS = ("command", "config", "folder", "options", "axes", "exclude", "profiles")
 _OF_PROFILE = ("config", "options", "axes")
+_TAKEN = ("logs", "failed", "sweep.json", "table.yaml")
+"""Names in a sweep's folder that no cell may have."""
+
+_LONGEST_NAME = 80
 _OWN = ("run_dir", "resume", "config", "plugins", "trust_config")
 _GROUPS = ("attention", "task", "backbone", "data", "optim", "trainer")
-_TYPED = {"seed_everything": "seed", "attention.name": "attention", "task.name": "task", "backbone.name": "backbone"}
+_TYPED = {"seed_everything": "seed", "attention.name": "attention", "task.name": "task", "backbone": "backbone.name"}
 """Options that have a shorter name; in a sweep they go by that one."""
 
 Options = dict[str, Any]
@@ -100,8 +106,9 @@ def read_sweep(path: Path, profile: str | None = None) -> Sweep:
     """
     said = _mapping(_read(path), str(path), _KEYS)
     profiles = said.get("profiles") or {}
-    if not isinstance(profiles, dict):
-        raise ConfigError(f"{path}: profiles must be a mapping of name to options, got {shown(profiles)}")
+    if not isinstance(profiles, dict) or not all(re.fullmatch(r"[\w.-]*\w", str(name)) for name in profiles):
+        raise ConfigError(f"{path}: profiles must be a mapping of simple names to options, got {shown(profiles)}")
+    profiles = {str(name): options for name, options in profiles.items()}
     if profile is None and profiles:
         raise ConfigError(f"{path} has profiles; choose one with --profile: {', '.join(map(str, profiles))}")
     chosen: dict[str, Any] = {}
@@ -147,34 +154,78 @@ def expand(sweep: Sweep) -> tuple[list[Cell], list[str]]:
     cells: dict[str, Cell] = {}
     taken: set[str] = set()
     foreign: dict[str, set[str]] = {}
-    excluded = 0
+    excluded, idle = 0, list(sweep.exclude)
     for values in itertools.product(*sweep.axes.values()):
-        options, configs = {**sweep.options}, sweep.configs
-        for value in values:
-            options |= value.options
-            configs += value.configs
-        if any(_matches(options, rule) for rule in sweep.exclude):
+        options, configs = _joined(sweep, values)
+        if matching := [rule for rule in sweep.exclude if _matches(options, rule)]:
             excluded += 1
+            idle = [rule for rule in idle if rule not in matching]
             continue
         dropped = set() if sweep.command == "bench" else _foreign(options)
         taken |= options.keys() - dropped
         for key in dropped:
             foreign.setdefault(key, set()).add(str(options["attention"]))
         labels = [v.label for v in values if v.configs or not v.options or not v.options.keys() <= dropped]
-        name = "-".join(filter(None, map(_as_name, labels))) or "run"
+        name = _folder_name(sweep, labels)
         kept = {key: value for key, value in options.items() if key not in dropped}
         cell = Cell(name, sweep.command, configs, kept, sweep.folder / name)
-        if cells.setdefault(name, cell) != cell:
+        if cells.setdefault(name.casefold(), cell) != cell:
             raise ConfigError(f"{sweep.path}: two cells are called {name}; give values a name of their own with `as`")
     if unknown := sorted(foreign.keys() - taken):
         whose = ", ".join(sorted(foreign[unknown[0]]))
         raise ConfigError(f"{sweep.path}: no attention of the sweep takes {unknown[0]} ({whose})")
     if not cells:
         raise ConfigError(f"{sweep.path}: exclude leaves no cell")
+    _refuse_doubles(sweep, list(cells.values()))
     notes = [f"{key} is not for {', '.join(sorted(names))}" for key, names in sorted(foreign.items())]
     if excluded:
         notes.append(f"{excluded} of {count} combinations are excluded")
+    notes += [f"exclude {json.dumps(rule)} matches nothing" for rule in idle]
     return list(cells.values()), notes
+
+
+def _joined(sweep: Sweep, values: Sequence[Value]) -> tuple[Options, tuple[str, ...]]:
+    """Options and configs of one combination of values.
+
+    Raises:
+        ConfigError: two axes set the same option.
+    """
+    options, configs = {**sweep.options}, sweep.configs
+    set_by: dict[str, str] = {}
+    for axis, value in zip(sweep.axes, values, strict=True):
+        for key in value.options:
+            if key in set_by:
+                raise ConfigError(f"{sweep.path}: axes.{set_by[key]} and axes.{axis} both set {key}; leave it to one")
+            set_by[key] = axis
+        options |= value.options
+        configs += value.configs
+    return options, configs
+
+
+def _folder_name(sweep: Sweep, labels: Sequence[str]) -> str:
+    """The cell's, from the labels of its values: safe as a folder, not too long, and not one that the sweep needs."""
+    parts = [re.sub(r"[^\w.+=-]+", "-", label).strip("-.") for label in labels]
+    if not all(parts):
+        empty = labels[parts.index("")]
+        raise ConfigError(f"{sweep.path}: a value called {shown(empty)} leaves no name for a folder; name it with `as`")
+    name = "-".join(parts) or "run"
+    if len(name.encode()) > _LONGEST_NAME:
+        name = (
+            f"{name.encode()[:_LONGEST_NAME].decode(errors='ignore')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        )
+    if name.casefold() in _TAKEN:
+        raise ConfigError(f"{sweep.path}: no cell may be called {name}, which the sweep itself needs; use `as`")
+    return name
+
+
+def _refuse_doubles(sweep: Sweep, cells: Sequence[Cell]) -> None:
+    """The same run under two names would be measured twice and counted twice."""
+    seen: dict[str, str] = {}
+    for cell in cells:
+        does = json.dumps([cell.configs, cell.options], sort_keys=True)
+        if does in seen:
+            raise ConfigError(f"{sweep.path}: {seen[does]} and {cell.name} are the same run; leave one out")
+        seen[does] = cell.name
 
 
 def _read(path: Path) -> Any:
@@ -190,7 +241,7 @@ def _read(path: Path) -> Any:
 
 def _mapping(data: Any, where: str, known: Sequence[str]) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise ConfigError(f"{where} must hold some of {', '.join(known)}")
+        raise ConfigError(f"{where} must be a mapping with some of {', '.join(known)}")
     for key in data:
         if key not in known:
             raise ConfigError(f"{where} takes no {shown(key)}; it takes {', '.join(known)}")
@@ -221,8 +272,21 @@ def _options(path: Path, said: Any, command: str, where: str = "options") -> Opt
                 raise ConfigError(f"{path}: {where} takes no {name}: {_INSTEAD.get(name, 'the sweep gives it')}")
             if not re.fullmatch(r"[A-Za-z_][\w.]*", name):
                 raise ConfigError(f"{path}: {where} holds {shown(name)}, which is no option")
+            if not _plain(held):
+                raise ConfigError(f"{path}: {where}.{name} must be text, a number, a list or a mapping, got {held}")
+            if name in found:
+                raise ConfigError(f"{path}: {where} sets {name} twice")
             found[name] = held
     return found
+
+
+def _plain(value: Any) -> bool:
+    """Whether it can be typed as it is: YAML also knows dates, sets and numbers that are none."""
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(held) for key, held in value.items())
+    return value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 _INSTEAD = {
@@ -252,9 +316,14 @@ def _value(path: Path, axis: str, value: Any, command: str) -> Value:
     if isinstance(value, dict):
         options = {key: held for key, held in value.items() if key not in ("as", "config")}
         configs = _configs(path, value.get("config"))
+        checked = _options(path, options, command, f"axes.{axis}")
         parts = [*(Path(file).stem for file in configs), *(_label(key, held) for key, held in options.items())]
-        return Value(str(value.get("as", "-".join(parts))), _options(path, options, command, f"axes.{axis}"), configs)
-    return Value(_label(axis, value), _options(path, {axis: value}, command, f"axes.{axis}"))
+        called = value.get("as", "-".join(parts))
+        if not isinstance(called, str | int | float) or isinstance(called, bool):
+            raise ConfigError(f"{path}: axes.{axis}: `as` must be a name, got {shown(called)}")
+        return Value(str(called), checked, configs)
+    checked = _options(path, {axis: value}, command, f"axes.{axis}")
+    return Value(_label(axis, value), checked)
 
 
 def _label(key: str, value: Any) -> str:
@@ -262,11 +331,6 @@ def _label(key: str, value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     last = key.removeprefix("--").rpartition(".")[2]
     return text if last in ("attention", "task", "name", "backbone") else f"{last}{text}"
-
-
-def _as_name(label: str) -> str:
-    """A label as part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._+=]+", "-", label).strip("-.")[:80]
 
 
 def _exclude(path: Path, said: Any, command: str) -> tuple[Options, ...]:
@@ -297,7 +361,7 @@ def _foreign(options: Mapping[str, Any]) -> set[str]:
 
 def _options_of(attention: str) -> set[str]:
     config = config_class(attention)
-    return {*config.__dataclass_fields__, *config.renamed}
+    return {*(option.name for option in fields(config)), *config.renamed}
 
 
 def _typed(value: Any) -> str:

@@ -16,7 +16,7 @@ from astbench.files.text import read_text
 from astbench.runs.folder import CONFIG, LAST, LOCK, PREVIOUS, RECORD, left_behind
 from astbench.runs.record import read_record
 from astbench.sweeps.spec import Cell
-from astbench.tables.defaults import GROUPS, Options, bench_defaults, defaults, flatten
+from astbench.tables.defaults import Options, bench_defaults, defaults, flatten
 from astbench.tables.repeat import NO_EFFECT, TRAINS, find_source
 
 DONE, RESUMABLE, BEGUN, FAILED, RUNNING, MISSING = "done", "to resume", "to repeat", "failed", "running", "to run"
@@ -28,6 +28,8 @@ ENDED = ("failed", "diverged", "out_of_memory")
 _THREADS = "trainer.threads"
 
 _LONG = {"seed": "seed_everything", "attention": "attention.name", "task": "task.name", "backbone": "backbone.name"}
+_BESIDE = ("ckpt_path", "init_from", "checkpoint_every", "loggers")
+"""Options without a group that no default is needed for."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ def wanted(cell: Cell) -> Options:
         ConfigError: a config that cannot be read, or an option that there is none of.
         RegistryError, NameOrPluginError: an unknown attention or task.
     """
-    configs = [_config(path) for path in cell.configs]
+    configs = [*_of_checkpoint(cell), *(_config(path) for path in cell.configs)]
     given = {_LONG.get(key, key) if cell.command != "bench" else key: value for key, value in cell.options.items()}
     if cell.command == "bench":
         plain = bench_defaults()
         laid = configs
+        if unknown := next((key for key in given if key not in plain), None):
+            raise ConfigError(f"{cell.name}: there is no option --{unknown}; see `astbench bench --help`")
     else:
         laid = [_flat(config) for config in configs]
         names = {
@@ -97,7 +101,7 @@ def wanted(cell: Cell) -> Options:
         laid = [_of_attention(layer, attention) for layer in laid]
         known = {".".join(key.split(".")[:2]) for key in plain}
         for key in given:
-            if key.partition(".")[0] in GROUPS and ".".join(key.split(".")[:2]) not in known:
+            if key not in _BESIDE and ".".join(key.split(".")[:2]) not in known:
                 raise ConfigError(f"{cell.name}: there is no option --{key}; see `astbench {cell.command} --help`")
     found = dict(plain)
     for layer in (*laid, given):
@@ -140,6 +144,16 @@ def _same(held: Any, asked: Any) -> bool:
     if isinstance(held, list | tuple) and isinstance(asked, list | tuple):
         return len(held) == len(asked) and all(_same(a, b) for a, b in zip(held, asked, strict=True))
     return False
+
+
+def _of_checkpoint(cell: Cell) -> list[dict[str, Any]]:
+    """The config of the run that a cell evaluates, as the command line takes it first."""
+    asked = cell.options.get("ckpt_path")
+    if not isinstance(asked, str) or cell.command == "fit":
+        return []
+    path = Path(asked).expanduser()
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    return [_config(str(file))] if file.is_file() else []
 
 
 def _config(path: str) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from astbench.tables.defaults import flatten
 from astbench.tables.integrity import OF_A_CORPUS
 from astbench.tables.records import Record, Run
+from astbench.tables.repeat import NO_EFFECT, TRAINS
 from astbench.tables.student import interval, quantile
 
 OF_THE_MACHINE = (
@@ -76,24 +78,28 @@ class Verdict:
         scores: Each metric of the record.
         exact: Every metric and every item is the same, to the last bit.
         other_data: How the examples differ; empty where they are the same.
+        other_options: Options that decide what is computed and differ.
         other_machine: What else differs.
     """
 
     scores: tuple[Score, ...]
     exact: bool
     other_data: str
+    other_options: tuple[str, ...]
     other_machine: tuple[str, ...]
 
     @property
     def holds(self) -> bool:
-        """The same examples, and every metric inside."""
-        return not self.other_data and all(score.inside for score in self.scores)
+        """The same options and examples, and every metric inside."""
+        return not self.other_data and not self.other_options and all(score.inside for score in self.scores)
 
     def lines(self) -> list[str]:
         """For a reader."""
         told = [str(score) for score in self.scores]
         if self.other_data:
             told.append(f"other examples: {self.other_data}")
+        if self.other_options:
+            told.append(f"other options, so another experiment: {'; '.join(self.other_options)}")
         if self.other_machine:
             told.append(f"other: {'; '.join(self.other_machine)}")
         if self.exact:
@@ -115,10 +121,12 @@ def verdict(run: Run, seeds: Sequence[Run], record: Record, items: Mapping[str, 
     scores = tuple(_score(name, value, metrics.get(name), run, seeds, held) for name, value in run.metrics.items())
     same_items = _scores_of(held) == _scores_of(items)
     other = _other_data(run.record, record)
+    options = tuple(_other_options(run, record))
     return Verdict(
         scores=scores,
-        exact=same_items and not other and all(score.same for score in scores),
+        exact=same_items and not other and not options and all(score.same for score in scores),
         other_data=other,
+        other_options=options,
         other_machine=tuple(_other_machine(run.record, record)),
     )
 
@@ -162,6 +170,19 @@ def _other_data(held: Record, now: Record) -> str:
         for split in before
         if split in after and before[split] != after[split]
     )
+
+
+PLACES = ("run_dir", "init_from", "data.path", "data.num_workers", "backbone.name", "attention.backend")
+"""Options that say where something lies or which kernel runs, and not what is computed."""
+
+
+def _other_options(run: Run, now: Record) -> Iterator[str]:
+    """Options that both records have, and that are not the same; the trainer's own are the machine's."""
+    held, found = {**flatten(run.record["config"]), **run.entry.also}, flatten(now["config"])
+    for key, value in held.items():
+        ours = not key.startswith("trainer.") or key in TRAINS
+        if ours and key in found and found[key] != value and key not in (*PLACES, *NO_EFFECT):
+            yield f"--{key} {value} on record, {found[key]} now"
 
 
 def _fingerprints(record: Record) -> dict[str, str]:

@@ -14,7 +14,7 @@ distance, place and kind of token: share of keys, mass on them, what the best ch
 overlaps.
 
   --batches N     evaluation batches that are looked at (default: 4)
-  --rows N        queries looked at in each sequence, spread evenly (default: 64)
+  --rows N        queries looked at in each sequence, at most, spread evenly (default: 64)
 
 The run folder holds analysis.json and the pictures. For attentions that choose blocks. See docs/analysis.md."""
 

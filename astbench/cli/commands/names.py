@@ -12,7 +12,7 @@ OWN = {
     "check": "run the conformance suite on an attention",
     "bench": "time and memory of attention layers over the length",
     "analyze": "what an attention chose, by layer, head, distance and token, beside dense attention",
-    "run": "a sweep: many runs from one file, gone on with where they stopped",
+    "run": "a sweep: many runs from one file, each once; a second start does what is left",
     "table": "result tables from records: shown, written into documents, or compared with them",
     "reproduce": "run the command behind a row of a table again, and say whether it comes out the same",
     "doctor": "what this machine has, which backends work here and why the others do not",

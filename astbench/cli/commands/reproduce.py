@@ -119,16 +119,27 @@ def _words(book: Book, run: Run, options: list[str]) -> list[str]:
         ConfigError: what only the recording machine had is not named.
     """
     again = repeat(run, book.read_recipes)
-    given = {option.partition("=")[0] for option in options}
+    given = {_LONG.get(name, name) for option in options if (name := option.partition("=")[0])}
     words = [again.command, *([f"--config={book.recipes.parent / again.recipe}"] if again.recipe else [])]
     for key, value in again.options.items():
         option = f"--{again.typed(key)}"
-        if {option, f"--{key}"} & given:
+        if f"--{key}" in given:
             continue
         if isinstance(value, str) and value.startswith("/"):
             raise ConfigError(f"{_name(run)} was run with a folder of its own machine; name yours with {option}=FOLDER")
         words.append(f"{option}={value if isinstance(value, str) else json.dumps(value)}")
+    evaluated = run.record.get("checkpoint") if again.command != "fit" else None
+    if evaluated and "--ckpt_path" not in given:
+        words.append(f"--ckpt_path={evaluated}")
     return [*words, *options]
+
+
+_LONG = {
+    "--seed": "--seed_everything",
+    "--attention": "--attention.name",
+    "--task": "--task.name",
+    "--backbone": "--backbone.name",
+}
 
 
 def _repeat(book: Book, run: Run, words: list[str], folder: Path) -> bool:
@@ -138,14 +149,18 @@ def _repeat(book: Book, run: Run, words: list[str], folder: Path) -> bool:
             f"{_name(run)} measures times, which belong to a machine; run the command above, and lay its table beside"
         )
     if folder.exists():
-        raise ConfigError(f"--run_dir={folder} holds a run already; name another")
-    start = run.record["config"].get("init_from") or run.record.get("checkpoint")
-    named = [Path(w.partition("=")[2]) for w in words if w.startswith(("--init_from=", "--ckpt_path="))]
-    if start and not any(path.exists() for path in named):
-        raise ConfigError(
-            f"{_name(run)} starts from the run {start}, which is not here; reproduce that one first, with "
-            f"--run_dir={start}, or name it with --init_from=FOLDER"
-        )
+        raise ConfigError(f"--run_dir={folder} is there already; name another")
+    for word in words:
+        option, _, start = word.partition("=")
+        if option == "--ckpt_path" and not Path(start).exists():
+            raise ConfigError(
+                f"{_name(run)} evaluates {start}, which is not here; name the run that trained it, --ckpt_path=FOLDER"
+            )
+        if option == "--init_from" and not Path(start).exists():
+            raise ConfigError(
+                f"{_name(run)} starts from the run {start}, which is not here; reproduce that one first, with "
+                f"--run_dir={start}, or name it with --init_from=FOLDER"
+            )
     done = subprocess.run([sys.executable, "-m", "astbench", *words])
     if done.returncode:
         raise _Failed(f"the command ended with {done.returncode}; nothing to compare", done.returncode)

@@ -1,4 +1,4 @@
-"""`astbench run SWEEP.yaml`: many runs from one file, each once, and gone on with where they stopped."""
+"""`astbench run SWEEP.yaml`: many runs from one file, each once; a second start does what is left."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from astbench.errors import ConfigError
 
 _USAGE = """usage: astbench run SWEEP.yaml [--plan] [options]
 
-Runs every combination of a sweep's values as a command of its own. What is finished stays, what stopped goes on, and
-what failed is kept with its reason. Started again, it does what is left.
+Runs every combination of a sweep's values as a command of its own. What is finished stays, what was stopped goes on, and
+what failed is kept with its reason. A second start does what is left.
 
   SWEEP.yaml         command, config, folder, options, axes, exclude and profiles; see docs/sweeps.md
   --plan             say what would run, how far it is and what it takes, and stop
@@ -19,7 +19,7 @@ what failed is kept with its reason. Started again, it does what is left.
   --jobs N           processes at a time; cores and GPUs are shared out among them (default: 1)
   --retry            try again what failed; its folders move to failed/
   --plugins FILE     attentions and tasks of your own, for every cell; may be given several times
-  --results FOLDER   records from which times are told beforehand (default: results)
+  --results FOLDER   records from which times are estimated (default: results)
 
 A stop (Ctrl-C, SIGTERM) stops the cells, which save first. Exit codes: 0 every cell is done, 1 not every one."""
 

@@ -72,7 +72,8 @@ def _table(name: str, caption: str, runs: Sequence[Run]) -> Table:
     if metric is None:
         raise DataError(f"records of {name} hold none of the metrics {', '.join(SCORES)}")
     settings.sort(key=lambda one: one.mean(metric) * (1 if metric in _LOWER else -1))
-    others = [place for place, one in enumerate(settings) if one.attention != "dense"]
+    has_dense = any(one.attention == "dense" for one in settings)
+    others = [place for place, one in enumerate(settings) if has_dense and one.attention != "dense"]
     gaps = {i: differences(settings[i], _dense(settings[i], settings), SCORES[metric]) for i in others}
     told = dict(zip(gaps, holm([p_value(gap) for gap in gaps.values()]), strict=True))
     rows = []

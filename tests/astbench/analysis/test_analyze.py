@@ -21,9 +21,10 @@ def test_a_run_is_analysed(astbench, trained, tmp_path):
     folder = tmp_path / "out"
     done = astbench("analyze", f"--ckpt_path={trained}", "--rows=16", "--batches", "1", f"--run_dir={folder}")
     assert done.code == 0, done.err
-    assert "sequences, 16 queries of each" in done.out and "best choice of as many blocks" in done.out
+    assert " sequences, means over queries" in done.out and "best choice of as many blocks" in done.out
     found = json.loads((folder / "analysis.json").read_text())
     record = json.loads((folder / "record.json").read_text())
+    assert 0 < found["queries"] <= 16 * found["sequences"]
     assert record["state"] == "done" and record["analysis"]["batches"] == 1 and record["metrics"]
     assert len(found["layers"]) == 3
     for layer in found["layers"].values():
@@ -39,6 +40,22 @@ def test_a_run_is_analysed(astbench, trained, tmp_path):
         assert (folder / name).stat().st_size > 1000
         if name.endswith(".png"):
             assert len(Image.open(folder / name).convert("L").getcolors(256)) > 5, f"{name} is blank"
+
+
+def test_of_a_translation_distances_are_the_encoders(astbench, run, tmp_path):
+    """Cross-attention has no distance, and a decoder reads other tokens; its layers are listed all the same."""
+    words = ["--attention=ast", "--task=wmt14", "--trainer.max_steps=2", "--data.batch_size=4", "--data.max_eval=8"]
+    code, said = run(["fit", *words, f"--run_dir={tmp_path / 'run'}"])
+    assert code == 0, said
+    done = astbench("analyze", f"--ckpt_path={tmp_path / 'run'}", "--batches=1", f"--run_dir={tmp_path / 'out'}")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    kinds = {path.split(".")[-1] for path in found["layers"]}
+    assert {"encoder_attn", "self_attn"} <= kinds and any("decoder" in path for path in found["layers"])
+    assert found["kept_by_distance"][0] == 1.0, "a token's own block is always kept"
+    assert sum(found["mass_by_distance"]) == pytest.approx(1.0, abs=1e-4)
+    decoder = [layer for path, layer in found["layers"].items() if path.endswith("self_attn") and "decoder" in path]
+    assert all("overlap_of_layers" in layer for layer in decoder[1:])
 
 
 def test_the_share_kept_is_the_density(astbench, trained, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from astbench.cli.stopping import SIGNALS
 from astbench.errors import ConfigError, Terminated
 from astbench.sweeps import local
+from astbench.sweeps.estimates import estimate, known_runs
 from astbench.sweeps.journal import JOURNAL, alone
 from astbench.sweeps.run import run
 from astbench.sweeps.spec import expand, read_sweep
@@ -78,11 +80,12 @@ def test_failures_are_kept_with_their_reason_and_tried_again_when_asked(sweep, c
     assert entries["lr0.2-seed0"]["error"] == "it cannot be" and entries["lr0.3-seed0"]["exit_code"] == 2
     assert "killed by signal 9" in entries["lr0.5-seed0"]["error"]
     said = capsys.readouterr().out
-    assert "1 of 4 cells done" in said and "lr0.3-seed0: to run: --optim.lr is refused" in said and "--retry" in said
+    assert "1 of 4 cells done" in said and "lr0.3-seed0: failed: --optim.lr is refused" in said and "--retry" in said
     start(found)
-    assert begun(found)["lr0.2-seed0"] == 1, "what failed is not tried again by itself"
+    assert begun(found) == {"lr0.2-seed0": 1, "lr0.5-seed0": 1, "lr0.1-seed0": 1}, "nothing failed is tried by itself"
+    assert "lr0.3-seed0  failed     --optim.lr is refused" in capsys.readouterr().out
     start(found, retry=True)
-    assert begun(found)["lr0.2-seed0"] == 2
+    assert begun(found) == {"lr0.2-seed0": 2, "lr0.5-seed0": 2, "lr0.1-seed0": 1}
     kept = json.loads((found.folder / "failed" / "lr0.2-seed0-1" / "record.json").read_text())
     assert kept["state"] == "failed"
 
@@ -130,6 +133,7 @@ def test_a_sweep_that_is_stopped_goes_on(sweep, how, monkeypatch):
     os.kill(process, how)
     os.waitpid(process, 0)
     assert (found.folder / "told").exists() == (how == signal.SIGTERM)
+    assert journal(found)["lr0.4-seed0"]["state"] == ("stopped" if how == signal.SIGTERM else "running")
     monkeypatch.setattr(local, "CHILD", STAND_IN)
     goes_on = forked(lambda: start(found))
     wait_for(found.folder / "lr0.4-seed1" / "ready")
@@ -174,8 +178,69 @@ def test_a_run_killed_before_its_first_checkpoint_is_repeated(sweep):
     start(found)
     (cell,), _ = expand(found)
     assert look(cell).state == "to repeat"
-    start(found)
+    start(found, retry=True)
     assert begun(found) == {"lr0.5-seed0": 2}
+
+
+def test_a_folder_that_cannot_be_is_named(sweep):
+    found = sweep("[0.1]")
+    Path("runs").mkdir()
+    (Path("runs") / "s").write_text("a file")
+    with pytest.raises(ConfigError, match="folder: runs/s cannot be written"):
+        start(found)
+
+
+def test_a_sweep_does_not_run_in_a_runs_folder(sweep):
+    found = sweep("[0.1]")
+    start(found)
+    inside = found.folder / "lr0.1-seed0"
+    Path("s.yaml").write_text(AXES.format(rates="[0.1]", seeds="[0]") + f"folder: {inside}\n")
+    with pytest.raises(ConfigError, match="is the folder of a run"):
+        start(read_sweep(Path("s.yaml")))
+
+
+def test_the_table_needs_nothing_written_by_hand(sweep):
+    found = sweep("[0.1]")
+    start(found)
+    assert (found.folder / "table.yaml").read_text() == 'kind: sweep\ntitle: "s"\n'
+    (found.folder / "table.yaml").write_text("kind: sweep\ntitle: Mine\n")
+    start(found)
+    assert "Mine" in (found.folder / "table.yaml").read_text()
+
+
+def test_options_of_an_evaluation_are_those_of_its_run(sweep, tmp_path):
+    """As the command line takes them: first the run's config, then the sweep's, then what is said."""
+    run_ = tmp_path / "trained"
+    run_.mkdir()
+    (run_ / "config.yaml").write_text(
+        "attention: {name: ast, top_k: 3}\ntask: {name: triviaqa}\ndata: {max_length: 128, stride: 31}\n"
+    )
+    Path("s.yaml").write_text(f"command: validate\noptions: {{ckpt_path: {run_}}}\naxes: {{data.stride: [32]}}\n")
+    (cell,), _ = expand(read_sweep(Path("s.yaml")))
+    found = wanted(cell)
+    told = [found[key] for key in ("attention.name", "attention.top_k", "data.max_length", "data.stride")]
+    assert told == ["ast", 3, 128, 32]
+
+
+def test_an_estimate_grows_with_steps_and_tokens(sweep):
+    found = sweep("[0.1]")
+    start(found)
+    (cell,), _ = expand(found)
+    (known,) = known_runs([found.folder])
+    assert (known.seconds, known.training, known.steps) == (7.0, 6.0, 3)
+    options = {**known.options, "trainer.max_steps": 3, "data.max_length": 128, "data.batch_size": 4}
+    known = replace(known, options=options)
+
+    def seconds(**more):
+        asked = {key.replace("__", "."): value for key, value in more.items()}
+        return estimate(replace(cell, options={**cell.options, **asked}), [known])
+
+    same = seconds(trainer__max_steps=3, data__max_length=128, data__batch_size=4)
+    assert same.seconds == 17.0 and same.memory == 10**9
+    assert seconds(trainer__max_steps=6, data__max_length=128, data__batch_size=4).seconds == 10 + 1 + 12
+    twice = seconds(trainer__max_steps=3, data__max_length=256, data__batch_size=4)
+    assert twice.seconds == 24.0 and twice.memory == 2 * 10**9
+    assert estimate(cell, []) is None
 
 
 def test_a_damaged_journal_is_told(sweep):
@@ -206,6 +271,8 @@ def test_options_are_those_of_the_command_line(sweep, tmp_path):
         ("options: {task: triviaqa}\naxes: {seed: [0]}", 2, "the sweep names no attention"),
         ("options: {task: triviaqa, attention: dnse}\naxes: {seed: [0]}", 4, "dnse"),
         ("options: {task: trivia, attention: dense}\naxes: {seed: [0]}", 4, "trivia"),
+        ("options: {task: triviaqa, attention: dense, seeed: 1}\naxes: {seed: [0]}", 2, "no option --seeed"),
+        ("command: bench\noptions: {atention: dense}\naxes: {seed: [0]}", 2, "no option --atention"),
         ("options: {task: triviaqa, attention: dense, optim.rl: 1}\naxes: {seed: [0]}", 2, "no option --optim.rl"),
         ("config: none.yaml\noptions: {task: triviaqa, attention: dense}\naxes: {seed: [0]}", 2, "--config=none.yaml"),
     ],
@@ -244,7 +311,7 @@ def test_a_real_fit_is_found_done(astbench, tmp_path, monkeypatch):
     assert done.code == 0, done.err
     assert look(cell).state == "done"
     planned = astbench("run", "s.yaml", "--plan")
-    assert planned.code == 0 and "1 cells in runs/s, 0 to run" in planned.out
+    assert planned.code == 0 and "1 cell in runs/s, 0 to run" in planned.out
     Path("s.yaml").write_text(f"options:\n  task: triviaqa\n{lines}{axes.replace('0.5', '0.25')}")
     assert "to run" in astbench("run", "s.yaml", "--plan").out
 

@@ -89,6 +89,8 @@ def test_exclusions_take_lists(sweep):
     text = "axes: {attention: [ast, dense], seed: [0, 1, 2]}\nexclude: [{attention: dense, seed: [1, 2]}]\n"
     assert names(sweep(text)) == ["ast-seed0", "ast-seed1", "ast-seed2", "dense-seed0"]
     assert expand(sweep(text))[1] == ["2 of 6 combinations are excluded"]
+    idle = expand(sweep("axes: {seed: [0, 1]}\nexclude: [{sede: 1}]\n"))[1]
+    assert idle == ['exclude {"sede": 1} matches nothing']
     with pytest.raises(ConfigError, match="exclude leaves no cell"):
         expand(sweep("axes: {seed: [1]}\nexclude: [{seed: 1}]\n"))
 
@@ -119,7 +121,17 @@ def test_a_bench_has_no_groups(sweep):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("[]", "must hold some of command, config"),
+        ("[]", "must be a mapping with some of command, config"),
+        ("axes: {seed: [2020-01-01]}", "axes.seed.seed must be text, a number, a list or a mapping, got 2020-01-01"),
+        ("axes: {optim.lr: [.nan]}", "axes.optim.lr.optim.lr must be text, a number"),
+        ("axes: {seed: [{seed: 1, as: logs}]}", "no cell may be called logs"),
+        ("axes: {seed: [{seed: 1, as: ' ..'}]}", "leaves no name for a folder"),
+        ("axes: {seed: [{seed: 1, as: null}]}", "`as` must be a name, got 'None'"),
+        ("axes: {a: [{seed: 1, as: x}], b: [{seed: 2, as: y}]}", "axes.a and axes.b both set seed; leave it to one"),
+        ("axes: {a: [{seed: 1, as: x}, {seed: 1, as: y}]}", "x and y are the same run; leave one out"),
+        ("options: {seed: 1, seed_everything: 2}\naxes: {optim.lr: [1]}", "options sets seed twice"),
+        ("axes: {a: [{seed: 1, as: x}, {seed: 2, as: X}]}", "two cells are called X"),
+        ("profiles: {../x: {}}\naxes: {seed: [0]}", "profiles must be a mapping of simple names"),
         ("axes: {}", "has no axes"),
         ("axes: {seed: 3}", "axes.seed must be a list of values, got '3'"),
         ("axes: {seed: []}", "axes.seed must be a list of values"),
@@ -157,3 +169,17 @@ def test_names_are_safe_as_folders(sweep):
     found = sweep("axes: {data.path: ['../../etc', /tmp/x y], seed: [0]}\n")
     assert names(found) == ["path..-..-etc-seed0", "path-tmp-x-y-seed0"]
     assert all(cell.folder.parent == found.folder for cell in expand(found)[0])
+    assert names(sweep("axes: {seed: [{seed: 1, as: ä}, {seed: 2, as: ö}]}\n")) == ["ä", "ö"]
+    long = names(sweep(f"axes: {{data.path: [{'a' * 300}, {'a' * 301}]}}\n"))
+    assert len({*long}) == 2 and all(len(name) < 100 for name in long)
+
+
+def test_fields_that_are_no_options_are_dropped(sweep):
+    """`moba` has the fields of its base class, and a `density` that nobody can set."""
+    cells, notes = expand(sweep("axes: {attention: [ast, moba], attention.density: [0.25, 0.5]}\n"))
+    assert [cell.name for cell in cells] == ["ast-density0.25", "ast-density0.5", "moba"]
+    assert notes == ["attention.density is not for moba"]
+
+
+def test_a_profile_may_be_a_number(sweep):
+    assert sweep("axes: {seed: [0]}\nprofiles: {1: {}}\n", "1").folder == Path("runs/s-1")

@@ -58,7 +58,7 @@ def test_a_real_run_comes_out_bit_for_bit(recorded, astbench, tmp_path, monkeypa
     assert done.out.splitlines()[-1] == "  REPRODUCED bit for bit"
     assert (tmp_path / "runs/reproduced/mine/first/record.json").exists()
     again = astbench("reproduce", "mine", "1", f"--results={recorded}", "--run_dir=runs/reproduced/mine/first")
-    assert again.code == 2 and "holds a run already" in again.err
+    assert again.code == 2 and "is there already; name another" in again.err
 
 
 def test_printing_runs_nothing(recorded, ran, astbench):
@@ -70,9 +70,24 @@ def test_printing_runs_nothing(recorded, ran, astbench):
 def test_options_are_laid_over(recorded, ran, astbench):
     done = astbench("reproduce", "mine/first", f"--results={recorded}", "--data.stride=32", "--run_dir=here")
     assert done.code == 0, done.err
-    assert [word for word in ran.words if "stride" in word] == ["--data.stride=32"] and ran.words[
-        -1
-    ] == "--run_dir=here"
+    assert [word for word in ran.words if "stride" in word] == ["--data.stride=32"]
+    assert ran.words[-1] == "--run_dir=here"
+    astbench("reproduce", "mine/first", f"--results={recorded}", "--seed=3", "--backbone=x", "--run_dir=there")
+    named = [word for word in ran.words if word.startswith(("--seed", "--backbone"))]
+    assert named == ["--seed=3", "--backbone=x"]
+
+
+def test_a_run_that_evaluates_names_its_checkpoint(recorded, ran, astbench, tmp_path):
+    results = shutil.copytree(recorded, tmp_path / "results")
+    file = results / "mine/first/record.json"
+    record = json.loads(file.read_text()) | {"command": "validate", "checkpoint": "runs/gone/last.ckpt"}
+    file.write_text(json.dumps(record))
+    words = ["reproduce", "mine/first", f"--results={results}"]
+    done = astbench(*words)
+    assert done.code == 2 and "evaluates runs/gone/last.ckpt, which is not here" in done.err and ran.words is None
+    assert "--ckpt_path=runs/gone/last.ckpt" in astbench(*words, "--print").out
+    here = astbench(*words, f"--ckpt_path={tmp_path}")
+    assert here.code == 0 and f"--ckpt_path={tmp_path}" in ran.words, here.err
 
 
 @pytest.mark.parametrize(
@@ -80,6 +95,8 @@ def test_options_are_laid_over(recorded, ran, astbench):
     [
         (lambda record, items: record["metrics"].update(f1=1.0), 1, "f1 0 on record, 1 now: OUTSIDE 0 to 0"),
         (lambda record, items: record["metrics"].pop("em"), 1, "em 0 is missing now"),
+        (lambda record, items: record["config"]["attention"].update(density=0.5), 1, "--attention.density 0.25 on"),
+        (lambda record, items: record["config"]["data"].update(num_workers=1), 0, "REPRODUCED bit for bit"),
         (lambda record, items: record["versions"].update(torch="9.9"), 0, "torch 2."),
         (
             lambda record, items: record["data"]["fingerprints"].update(validation="0" * 16),

@@ -95,8 +95,7 @@ def test_each_is_compared_on_its_own_examples_and_task(tmp_path):
 
 def test_refusals(tmp_path):
     dense, ast = run(tmp_path, "dense", 0, ITEMS), run(tmp_path, "ast", 0, ITEMS)
-    with pytest.raises(DataError, match="`ast` has no dense run on the same examples"):
-        rows(ast)
+    assert rows(ast)[0][5:] == ("", ""), "without any dense run there is nothing to compare with"
     other = run(tmp_path, "ast", 1, ITEMS[:2])
     with pytest.raises(DataError, match="no dense run on the same examples"):
         rows(dense, other)
