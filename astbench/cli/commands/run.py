@@ -10,8 +10,8 @@ from astbench.errors import ConfigError
 
 _USAGE = """usage: astbench run SWEEP.yaml [--plan] [options]
 
-Runs every combination of a sweep's values as a command of its own. What is finished stays, what was stopped goes on, and
-what failed is kept with its reason. A second start does what is left.
+Runs every combination of a sweep's values as a command of its own. What is finished stays, what was stopped goes on,
+and what failed is kept with its reason. A second start does what is left.
 
   SWEEP.yaml         command, config, folder, options, axes, exclude and profiles; see docs/sweeps.md
   --plan             say what would run, how far it is and what it takes, and stop
