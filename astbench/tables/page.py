@@ -9,7 +9,7 @@ from pathlib import Path
 from astbench.errors import DataError
 from astbench.tables import labels
 from astbench.tables.layout import Row, Table, markdown, stale_runs
-from astbench.tables.pages import benches, perplexity, questions, recall, sweeps, translation
+from astbench.tables.pages import benches, chosen, perplexity, questions, recall, sweeps, translation
 from astbench.tables.records import Group, Run
 from astbench.tables.repeat import Recipe, Repeat, repeat
 
@@ -23,6 +23,7 @@ KINDS: dict[str, Maker] = {
     "seeds": perplexity.seeds,
     "translation": translation.tables,
     "sweep": sweeps.tables,
+    "chosen": chosen.tables,
     "mqar": recall.mqar,
     "needle": recall.needle,
     "cost": benches.cost,
@@ -34,6 +35,9 @@ KINDS: dict[str, Maker] = {
 SHORT: dict[str, Callable[[Group], Table]] = {"questions": questions.short, "over_dense": perplexity.short}
 """`kind` -> what makes the short table of a README."""
 
+
+PICTURES = ("curves", "heads", "distance", "place", "tokens")
+"""Plots that a bench and an analysis leave beside their record."""
 
 DENSITY = "Density is the share of the visible (query, key) pairs that was attended to."
 """Said on every page that has such a column."""
@@ -127,13 +131,17 @@ def _rows(numbers: Sequence[int]) -> str:
 
 def _curves(table: Table, at: Path) -> list[str]:
     """Links to the plots beside the records, called by the rows that they belong to."""
-    links = []
-    for run in dict.fromkeys(run for row in table.rows for run in row.runs):
-        file = run.folder / "curves.svg"
-        if file.is_file():
-            numbers = [number for number, row in enumerate(table.rows, start=1) if run in row.runs]
-            links.append(f"[{_rows(numbers)}]({_link(file, at)})")
-    return [f"Curves: {', '.join(links)}."] if links else []
+    told = []
+    for name in PICTURES:
+        links = []
+        for run in dict.fromkeys(run for row in table.rows for run in row.runs):
+            file = run.folder / f"{name}.svg"
+            if file.is_file():
+                numbers = [number for number, row in enumerate(table.rows, start=1) if run in row.runs]
+                links.append(f"[{_rows(numbers)}]({_link(file, at)})")
+        if links:
+            told.append(f"{name.capitalize()}: {', '.join(links)}.")
+    return ["\n".join(told)] if told else []
 
 
 def commands(row: Row, recipes: Sequence[Recipe]) -> list[str]:

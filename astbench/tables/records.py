@@ -93,7 +93,15 @@ class Run:
         Raises:
             DataError: the file is missing or no JSON.
         """
-        return _json(self.folder / ITEMS)
+        return self.beside(ITEMS)
+
+    def beside(self, name: str) -> dict[str, Any]:
+        """What another JSON file in the run's folder holds.
+
+        Raises:
+            DataError: the file is missing or no JSON.
+        """
+        return _json(self.folder / name)
 
 
 @dataclass(frozen=True)

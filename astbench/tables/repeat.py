@@ -45,7 +45,7 @@ class Repeat:
     """A command line that sets every option as the record has it.
 
     Attributes:
-        command: fit, validate, test or bench.
+        command: fit, validate, test, bench or analyze.
         recipe: Path of the recipe; None if none is nearer than the defaults.
         options: What is given beside it, `group.option` -> value.
     """
@@ -93,6 +93,9 @@ def repeat(run: Run, recipes: Sequence[Recipe]) -> Repeat:
     recipe, options = min(
         found, key=lambda one: (len(one[1]), "attention.name" in one[1], one[0] is None, one[0] or "")
     )
+    analysis = run.record.get("analysis")
+    if analysis:
+        return Repeat("analyze", recipe, options | {key: analysis[key] for key in ("batches", "rows")})
     return Repeat(command, recipe, options)
 
 
