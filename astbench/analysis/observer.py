@@ -46,10 +46,6 @@ class Sums:
         found: list[Any] | float = means.tolist()
         return _no_nan(found)
 
-    def sum(self, name: str) -> Tensor:
-        """The sum itself."""
-        return self._sums[name]
-
     def names(self) -> list[str]:
         """What was added to."""
         return list(self._sums)
