@@ -72,8 +72,9 @@ def rarity(ids: Sequence[int], counts: Counter[int]) -> list[int]:
     return [quarter[counts[token]] for token in ids]
 
 
-_CONTINUES, _BLANK = "##", "▁"
-"""Marks of WordPiece and SentencePiece: a token that goes on with a word, and one that begins with a blank."""
+_CONTINUES, _BLANK, _BYTE_BLANK = "##", "▁", "Ġ"
+"""Marks of WordPiece, of SentencePiece and of BPE over bytes: a token that goes on with a word, and ones that begin with
+a blank."""
 
 
 def texts_of(tokenizer: Any) -> Callable[[int], str]:
@@ -82,7 +83,9 @@ def texts_of(tokenizer: Any) -> Callable[[int], str]:
     Args:
         tokenizer: Of transformers. Decoding one token alone often loses the blank, so the token's own name is asked.
     """
-    pieces = any(token.startswith(_CONTINUES) and token != _CONTINUES for token in tokenizer.get_vocab())
+    names = tokenizer.get_vocab()
+    of_bytes = any(name.startswith(_BYTE_BLANK) for name in names)  # decoding one of its tokens keeps the blank
+    pieces = not of_bytes and any(name.startswith(_CONTINUES) and name.strip("#") for name in names)
 
     @cache
     def text(token: int) -> str:

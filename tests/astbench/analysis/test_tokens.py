@@ -59,7 +59,7 @@ def test_texts_of_three_families_of_tokenizers():
     for names, wanted in (
         (("cat", "##alog", "##"), [" cat", "alog", "##"]),
         (("▁cat", "alog", "▁"), [" cat", "alog", " "]),
-        (("Ġcat", "alog", "Ċ"), [" cat", "alog", "\n"]),
+        (("Ġcat", "alog", "Ċ", "####", "##a"), [" cat", "alog", "\n"]),
     ):
         text = texts_of(tokenizer(*names))
         assert [text(i) for i in range(2)] == wanted[:2]
