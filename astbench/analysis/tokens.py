@@ -73,8 +73,7 @@ def rarity(ids: Sequence[int], counts: Counter[int]) -> list[int]:
 
 
 _CONTINUES, _BLANK, _BYTE_BLANK = "##", "▁", "Ġ"
-"""Marks of WordPiece, of SentencePiece and of BPE over bytes: a token that goes on with a word, and ones that begin with
-a blank."""
+"""Marks of WordPiece, SentencePiece and BPE over bytes: a token that goes on with a word, and two for a blank."""
 
 
 def texts_of(tokenizer: Any) -> Callable[[int], str]:
