@@ -16,6 +16,8 @@ from astbench_kernels import BlockLayout
 from astbench_registry.block_selection import Call
 from astbench_registry.block_selection.dense_weights import dense_weights
 
+GOLDEN = (math.sqrt(5) - 1) / 2
+
 DISTANCES = 18
 """Bins of distance: 0, 1, 2 to 3, 4 to 7, ... tokens; the last one is open."""
 
@@ -59,10 +61,15 @@ class RowFacts:
 
 
 def sampled_rows(length: int, most: int, device: torch.device) -> Tensor:
-    """int64: at most so many rows, each in the middle of one of as many equal parts."""
+    """int64: at most so many rows, one of each of as many equal parts, at all places in their blocks alike.
+
+    Within its part a row's place moves on by the golden ratio: at equal distances, which blocks divide too, all would
+    stand at one place in their blocks.
+    """
     if length <= most:
         return torch.arange(length, device=device)
-    return ((torch.arange(most, device=device) + 0.5) * length / most).long()
+    part = torch.arange(most, device=device, dtype=torch.float64)
+    return ((part + (0.5 + part * GOLDEN) % 1.0) * length / most).long()
 
 
 @torch.no_grad()

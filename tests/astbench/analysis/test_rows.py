@@ -128,5 +128,8 @@ def test_carried_lists_grow_within_a_tile():
 
 def test_sampled_rows():
     assert sampled_rows(3, 8, torch.device("cpu")).tolist() == [0, 1, 2]
-    assert sampled_rows(1000, 5, torch.device("cpu")).tolist() == [100, 300, 500, 700, 900]
+    rows = sampled_rows(4096, 64, torch.device("cpu"))
+    assert torch.equal(rows // 64, torch.arange(64)), "one of each part"
+    places = torch.bincount(rows % 64 // 8, minlength=8)
+    assert places.min() >= 6 and places.max() <= 10, "at all places in blocks of 64"
     assert sampled_rows(1000, 1, torch.device("cpu")).tolist() == [500]
