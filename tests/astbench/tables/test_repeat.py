@@ -40,6 +40,13 @@ def typed(line):
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.group}/{run.name}")
 def test_command_makes_the_recorded_options(run):
     command, config, given = typed(repeat(run, RECIPES).line())
+    analysis = run.record.get("analysis")
+    if analysis:  # of the evaluation that it came with
+        assert command == "analyze" and run.record["command"] == "validate"
+        command = "validate"
+        assert {key: given.pop(key) for key in ("batches", "rows")} == {
+            key: analysis[key] for key in ("batches", "rows")
+        }
     assert command == run.record["command"]
     if command == "bench":
         given = {("attention" if key == "attention.name" else key): value for key, value in given.items()}
