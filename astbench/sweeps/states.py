@@ -17,7 +17,7 @@ from astbench.runs.folder import CONFIG, LAST, LOCK, PREVIOUS, RECORD, left_behi
 from astbench.runs.record import read_record
 from astbench.sweeps.spec import Cell
 from astbench.tables.defaults import Options, bench_defaults, defaults, flatten
-from astbench.tables.repeat import NO_EFFECT, TRAINS, find_source
+from astbench.tables.repeat import LONG, NO_EFFECT, TRAINS, find_source
 
 DONE, RESUMABLE, BEGUN, FAILED, RUNNING, MISSING = "done", "to resume", "to repeat", "failed", "running", "to run"
 """States of a cell: BEGUN holds a run that stopped before there was anything to go on from."""
@@ -27,7 +27,6 @@ ENDED = ("failed", "diverged", "out_of_memory")
 
 _THREADS = "trainer.threads"
 
-_LONG = {"seed": "seed_everything", "attention": "attention.name", "task": "task.name", "backbone": "backbone.name"}
 _BESIDE = ("ckpt_path", "init_from", "checkpoint_every", "loggers")
 """Options without a group that no default is needed for."""
 
@@ -82,7 +81,7 @@ def wanted(cell: Cell) -> Options:
         RegistryError, NameOrPluginError: an unknown attention or task.
     """
     configs = [*_of_checkpoint(cell), *(_config(path) for path in cell.configs)]
-    given = {_LONG.get(key, key) if cell.command != "bench" else key: value for key, value in cell.options.items()}
+    given = {LONG.get(key, key) if cell.command != "bench" else key: value for key, value in cell.options.items()}
     if cell.command == "bench":
         plain = bench_defaults()
         laid = configs
@@ -169,7 +168,7 @@ def _config(path: str) -> dict[str, Any]:
 def _flat(config: Mapping[str, Any]) -> Options:
     """A file's options by `group.option`; a name may stand for its group."""
     groups = {
-        key: {"name": value} if isinstance(value, str) and key in _LONG else value for key, value in config.items()
+        key: {"name": value} if isinstance(value, str) and key in LONG else value for key, value in config.items()
     }
     flat = flatten(groups)
     return {k: v for k, v in flat.items() if "." in k or k in config or (k == "seed_everything" and "seed" in config)}

@@ -24,7 +24,10 @@ NO_EFFECT = ("attention.mass", "trainer.enable_progress_bar")
 TRAINS = ("optim.", "trainer.max_steps", "trainer.gradient_clip_val")
 """How options begin that change no number of a run that only evaluates."""
 
-_SHORT = {"seed_everything": "seed", "attention.name": "attention", "task.name": "task"}
+LONG = {"seed": "seed_everything", "attention": "attention.name", "task": "task.name", "backbone": "backbone.name"}
+"""Options that may be typed by a shorter name, by that name."""
+
+_SHORT = {LONG[name]: name for name in ("seed", "attention", "task")}
 
 
 @dataclass(frozen=True)

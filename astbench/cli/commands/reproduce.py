@@ -8,15 +8,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from astbench import console
 from astbench.cli.messages import nearest
+from astbench.cli.own_parser import OwnParser
 from astbench.errors import AstbenchError, ConfigError, DataError
 from astbench.runs.folder import RECORD
 from astbench.tables.documents import Book
 from astbench.tables.records import ITEMS, Run
-from astbench.tables.repeat import repeat
+from astbench.tables.repeat import LONG, repeat
 from astbench.tables.verdict import verdict
 
 _USAGE = """usage: astbench reproduce TABLE ROW [--option=value ...]
@@ -33,11 +33,6 @@ within its interval: of seeds where there are several, else of the items that we
   --results, --docs, --recipes FOLDER   as for `astbench table`
 
 Exit codes: 0 reproduced, 1 not."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"astbench reproduce: {message}")
 
 
 def run(words: list[str]) -> int:
@@ -61,7 +56,7 @@ def run(words: list[str]) -> int:
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(prog="astbench reproduce", add_help=False, allow_abbrev=False)
+    parser = OwnParser("reproduce")
     parser.add_argument("what", nargs="+", metavar="ROW")
     parser.add_argument("--print", action="store_true")
     parser.add_argument("--run_dir", type=Path)
@@ -119,27 +114,19 @@ def _words(book: Book, run: Run, options: list[str]) -> list[str]:
         ConfigError: what only the recording machine had is not named.
     """
     again = repeat(run, book.read_recipes)
-    given = {_LONG.get(name, name) for option in options if (name := option.partition("=")[0])}
+    given = {LONG.get(name, name) for option in options if (name := option.partition("=")[0].removeprefix("--"))}
     words = [again.command, *([f"--config={book.recipes.parent / again.recipe}"] if again.recipe else [])]
     for key, value in again.options.items():
         option = f"--{again.typed(key)}"
-        if f"--{key}" in given:
+        if key in given:
             continue
         if isinstance(value, str) and value.startswith("/"):
             raise ConfigError(f"{_name(run)} was run with a folder of its own machine; name yours with {option}=FOLDER")
         words.append(f"{option}={value if isinstance(value, str) else json.dumps(value)}")
     evaluated = run.record.get("checkpoint") if again.command != "fit" else None
-    if evaluated and "--ckpt_path" not in given:
+    if evaluated and "ckpt_path" not in given:
         words.append(f"--ckpt_path={evaluated}")
     return [*words, *options]
-
-
-_LONG = {
-    "--seed": "--seed_everything",
-    "--attention": "--attention.name",
-    "--task": "--task.name",
-    "--backbone": "--backbone.name",
-}
 
 
 def _repeat(book: Book, run: Run, words: list[str], folder: Path) -> bool:

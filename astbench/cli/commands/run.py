@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
+from astbench.cli.own_parser import OwnParser
 from astbench.errors import ConfigError
 
 _USAGE = """usage: astbench run SWEEP.yaml [--plan] [options]
@@ -22,11 +22,6 @@ and what failed is kept with its reason. A second start does what is left.
   --results FOLDER   records from which times are estimated (default: results)
 
 A stop (Ctrl-C, SIGTERM) stops the cells, which save first. Exit codes: 0 every cell is done, 1 not every one."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"astbench run: {message}")
 
 
 def run(words: list[str]) -> int:
@@ -53,7 +48,7 @@ def run(words: list[str]) -> int:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="astbench run", add_help=False, allow_abbrev=False)
+    parser = OwnParser("run")
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--profile")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from astbench import console
 from astbench.cli.messages import nearest
+from astbench.cli.own_parser import OwnParser
 from astbench.errors import ConfigError
 
 _USAGE = """usage: astbench table [NAME ...] [--write | --check] [options]
@@ -25,11 +25,6 @@ Result tables, computed from records (RESULTS/NAME/RUN/record.json) and nothing 
 
 A table.yaml beside the runs of a NAME may say what was measured (title, scope, kind of table), which rows are stale,
 and which records are left out; then it names every record."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"astbench table: {message}")
 
 
 def run(words: list[str]) -> int:
@@ -60,7 +55,7 @@ def run(words: list[str]) -> int:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="astbench table", add_help=False, allow_abbrev=False)
+    parser = OwnParser("table")
     parser.add_argument("names", nargs="*", metavar="NAME")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true")
