@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from astbench.backbones.load import max_positions
@@ -17,6 +18,9 @@ from astbench.tasks.lm.data import WikiTextData, tokenizer_name
 from astbench.training.module import TaskModule
 from astbench.training.seeds import derived_seed
 from astbench_registry.registry import make_config
+
+LOGITS_AT_A_TIME = 2**25
+"""Whose log-softmax is held at once while training: 128 MiB."""
 
 
 class Scored(NamedTuple):
@@ -82,7 +86,7 @@ class LanguageModel(TaskModule):
         ids = batch["input_ids"]
         padding = {"attention_mask": batch["attention_mask"].long()} if "attention_mask" in batch else {}
         logits = self.model(input_ids=ids, use_cache=False, **padding).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")
+        return token_losses(logits.flatten(0, 1), ids[:, 1:].flatten()).view(len(ids), -1)
 
     def token_by_token(self, ids: Tensor, scored: int) -> Tensor:
         """As :meth:`forward`, each token from those before it alone; only the last `scored` tokens, the rest is 0."""
@@ -202,6 +206,22 @@ class LanguageModel(TaskModule):
             "prompt": texts["prompt"].replace("\n", "\\n"),
             "continuation": texts["text"].replace("\n", "\\n"),
         }
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target: `(tokens, vocabulary)`, int64 `(tokens,)` -> float32 `(tokens,)`.
+
+    Some tokens at a time, their log-softmax made again for the gradient: a window of 8,192 tokens has logits of 1.6 GB.
+    """
+    step = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
+    parts = zip(logits.split(step), targets.split(step), strict=True)
+    if len(logits) <= step:
+        return _token_losses(logits, targets)
+    return torch.cat([checkpoint(_token_losses, *part, use_reentrant=False) for part in parts])
+
+
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def perplexities(total: Scored) -> dict[str, float]:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from astbench_registry.block_selection import block_scores
-from astbench_registry.block_selection.scores import KEYS
+from astbench_registry.block_selection import block_scores, scores
+from astbench_registry.block_selection.scores import KEYS, _in_pieces
 from astbench_registry.registry import make_config
 
 
@@ -41,6 +41,32 @@ def test_scores_are_logarithms_of_summed_exponentials_of_largest_products(case, 
     if grad:
         ours, theirs = (torch.autograd.grad((x * seen).cos().sum(), (query, key)) for x in (some, wanted))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_in_pieces_as_on_a_gpu_the_same(case, monkeypatch):
+    groups, blocks, parts, pool = case
+    query, key = factors(groups, blocks, parts, grad=True)
+
+    def reach(rows):
+        return rows // 4 + 1
+
+    monkeypatch.setattr(scores, "SCORES_AT_A_TIME", 12 * 7 * blocks * parts)  # seven groups
+    found = [way(query, key, blocks, reach, pool) for way in (block_scores, _in_pieces)]
+    seen = torch.arange(blocks) < reach(torch.arange(groups))[:, None]
+    torch.testing.assert_close(found[0] * seen, found[1] * seen, rtol=0, atol=1e-12)
+    grads = [torch.autograd.grad((x * seen).cos().sum(), (query, key)) for x in found]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-10)
+
+
+def test_rows_that_nothing_learned_from_have_no_gradient():
+    query, key = factors(200, 40, 8, grad=True)
+    learned = torch.zeros(200, 1)
+    learned[[3, 150]] = 1
+    found, wanted = (x * learned for x in (block_scores(query, key, 40), written_out(query, key, 40, 1)))
+    ours, theirs = (torch.autograd.grad(x.cos().sum(), (query, key)) for x in (found, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    assert bool((ours[0].abs().sum((0, 1, 3)) > 0).equal(learned[:, 0] > 0))
 
 
 def test_of_large_and_of_absent_tokens_too():
