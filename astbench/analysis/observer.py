@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astbench.analysis.explorer import Explorer
 from astbench.analysis.rows import DISTANCES, RowFacts, overlap, row_facts, sampled_rows, seen_blocks
 from astbench.analysis.tokens import FAMILIES, classes, texts_of
 from astbench.backbones.hooks import AttentionSlot
@@ -74,6 +75,8 @@ class Observer:
         self._tokenizer = module.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         self._text = texts_of(self._tokenizer)
         self._before: dict[str, Tensor] = {}  # what the last layer of each stack chose
+        self.explorer: Explorer | None = None  # of the first sequence
+        self._first_batch = True
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -102,6 +105,9 @@ class Observer:
         ids = batch["input_ids"]
         self.sequences += len(ids)
         valid = batch.get("attention_mask")
+        self._first_batch = self.explorer is None
+        if self.explorer is None:
+            self.explorer = Explorer([self._text(token) for token in ids[0].tolist()])
         special = set(self._tokenizer.all_special_ids)
         found = {family: torch.full(ids.shape, -1) for family in FAMILIES}
         for row, sequence in enumerate(ids.cpu()):
@@ -127,6 +133,8 @@ class Observer:
             self._add_neighbours(slot.path, call, stats.layout, rows, facts)
             if of_input:
                 self._add_tokens(facts, rows)
+                if self._first_batch and self.explorer is not None:
+                    self.explorer.add(slot.path, facts, rows, stats.layout.block_size)
 
         return hook
 

@@ -36,6 +36,7 @@ class RowFacts:
         heads: float32 `(batch, rows)`: overlap (intersection over union) of two heads' blocks, mean over pairs; NaN
             for a single head.
         chosen: Bool `(batch, H, rows, blocks)`: visible blocks that it sees.
+        mass_of_block: float32, as `chosen`: share of its mass.
         kept_by_distance: float64 `(H, DISTANCES)`: pairs kept.
         seen_by_distance: float64 `(DISTANCES,)`: pairs visible.
         mass_by_distance: float64 `(H, DISTANCES)`: mass.
@@ -52,6 +53,7 @@ class RowFacts:
     bits: Tensor
     heads: Tensor
     chosen: Tensor
+    mass_of_block: Tensor
     kept_by_distance: Tensor
     seen_by_distance: Tensor
     mass_by_distance: Tensor
@@ -109,6 +111,7 @@ def row_facts(call: Call, layout: BlockLayout, rows: Tensor) -> RowFacts:
         bits=torch.special.entr(weights).sum(-1) / math.log(2),
         heads=overlap_of_heads(chosen),
         chosen=chosen & real[:, None, :, None],
+        mass_of_block=mass,
         kept_by_distance=_binned(kept.double().sum(0), distance),
         seen_by_distance=_binned(seen.double().sum(0)[None], distance)[0],
         mass_by_distance=_binned(weights.double().sum(0), distance),

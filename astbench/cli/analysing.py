@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -12,11 +13,9 @@ from astbench import console
 from astbench.analysis.figures import draw
 from astbench.analysis.observer import Observer
 from astbench.errors import ConfigError
-from astbench.files.writing import write_json
-from astbench.runs.folder import RunFolder
+from astbench.files.writing import write_json, write_text
+from astbench.runs.folder import ANALYSIS, EXPLORER, RunFolder
 from astbench.training.module import TaskModule
-
-FILE = "analysis.json"
 
 
 class Analysing(pl.Callback):
@@ -75,11 +74,13 @@ class Analysing(pl.Callback):
                 observer.begin(batch, counts)
                 module(batch)
         found = {"schema": 1, "attention": module.swapped.name, "batches": len(self._batches), **observer.result()}
-        write_json(folder / FILE, found)
+        write_json(folder / ANALYSIS, found)
+        if observer.explorer is not None:
+            write_text(folder / EXPLORER, json.dumps(observer.explorer.result(module.swapped.name), ensure_ascii=False))
         title = f"{module.swapped.name}: {found['queries']:,} queries of {found['sequences']} sequences"
         pictures = draw(found, folder.path, title)
         _say(found, folder)
-        return {"analysis": {"file": FILE, "pictures": pictures, "batches": len(self._batches), "rows": self._rows}}
+        return {"analysis": {"file": ANALYSIS, "pictures": pictures, "batches": len(self._batches), "rows": self._rows}}
 
 
 def _say(found: dict[str, Any], folder: RunFolder) -> None:
@@ -97,7 +98,7 @@ def _say(found: dict[str, Any], folder: RunFolder) -> None:
             "entropy": f"{_shown(mean('bits'))} bits of dense attention",
             "overlap of blocks": f"next token {_shown(mean('overlap_of_neighbours'))}, two heads "
             f"{_shown(mean('overlap_of_heads'))}, layer before {_shown(mean('overlap_of_layers'))}",
-            "written": f"{folder / FILE}, and pictures beside it",
+            "written": f"{folder / ANALYSIS}, and pictures beside it",
         }
     )
 

@@ -21,6 +21,7 @@ from astbench.files.writing import TEMPORARY, sha256, write_json
 CONFIG, RECORD, DONE, METRICS = "config.yaml", "record.json", "done.json", "metrics.csv"
 LAST, PREVIOUS, MANIFEST, LOCK = "last.ckpt", "previous.ckpt", "manifest.json", ".lock"
 TOKENIZER = "tokenizer"
+ANALYSIS, EXPLORER = "analysis.json", "explorer.json"
 
 _OF_TOKENIZER = {"holds": TOKENIZER}
 """The manifest's entry of the tokenizer's digest."""

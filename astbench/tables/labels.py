@@ -35,7 +35,7 @@ def described(run: Run) -> str:
 def _ast(run: Run) -> list[str]:
     options = run.attention
     said = []
-    if learned(run) == "all weights" and options["distill_weight"] and not options.get("detach"):
+    if learned(run) == "all weights" and options.get("distill_weight") and not options.get("detach"):
         said.append("distillation moves all weights")
     if options.get("sub_blocks", 1) > 1:
         said.append(f"{options['sub_blocks']} means a block")
@@ -44,13 +44,13 @@ def _ast(run: Run) -> list[str]:
         said.append(f"{'an index' if calibrated else 'a random index'} of {options['index_dim']} dimensions")
         if options.get("index_pool", 1) > 1:
             said.append(f"the largest of {options['index_pool']} tokens")
-    if options["budget"] == "adaptive":
+    if options.get("budget") == "adaptive":
         said.append("as many as have their share")
-    if options["budget"] == "calibrated":
+    if options.get("budget") == "calibrated":
         said.append(f"calibrated to {options['density']:g}")
     if options.get("patterns"):
         said.append("with patterns")
-    if options["coarse_stride"]:
+    if options.get("coarse_stride"):
         said.append("with coarse tokens")
     if options.get("rest"):
         said.append("the rest as one token")

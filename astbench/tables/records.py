@@ -154,7 +154,7 @@ def read_groups(results: Path) -> dict[str, Group]:
 
 def _group(folder: Path) -> Group:
     said = _sidecar(folder / SIDECAR)
-    records = {file.parent.name: _record(file) for file in sorted(folder.glob(f"*/{RECORD}"))}
+    records = {file.parent.name: read_record(file) for file in sorted(folder.glob(f"*/{RECORD}"))}
     entries = _entries(folder / SIDECAR, said, records)
     left_out = {**_unfinished(records, entries), **_left_out(folder / SIDECAR, said, records)}
     runs = [
@@ -202,7 +202,12 @@ def kind_of(record: Record) -> str:
     return kinds[task]
 
 
-def _record(file: Path) -> Record:
+def read_record(file: Path) -> Record:
+    """A record that this version reads.
+
+    Raises:
+        DataError: no JSON, another schema, no record of a run, or one that names code.
+    """
     record = _json(file)
     if record.get("schema") != SCHEMA:
         raise DataError(f"{file} has schema {record.get('schema')}; this astbench reads {SCHEMA}")

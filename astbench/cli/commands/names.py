@@ -14,6 +14,7 @@ OWN = {
     "analyze": "what an attention chose, by layer, head, distance and token, beside dense attention",
     "run": "a sweep: many runs from one file, each once; a second start does what is left",
     "table": "result tables from records: shown, written into documents, or compared with them",
+    "report": "one page of HTML from records: leaderboard, costs, runs, what was chosen",
     "reproduce": "run the command behind a row of a table again, and say whether it comes out the same",
     "doctor": "what this machine has, which backends work here and why the others do not",
 }
