@@ -111,16 +111,18 @@ class AttentionSlot(nn.Module):
                 f"{type(self.attention).__name__} must return an AttentionOutput with an output (batch, num_heads, "
                 f"query_length, head_dim) = {wanted}, got {shape}"
             )
-        self._refuse_lost_losses(output)
-        out, self.losses, self.stats, self.log_prob = output
-        return out
+        # A graph task has a number while a backward pass runs; torch.utils.checkpoint asks in the same way.
+        in_backward = torch._C._current_graph_task_id() != -1
+        self._refuse_lost_losses(output, in_backward)
+        if not in_backward:  # else checkpointing repeats the layer: its second losses would keep all of its graph alive
+            _, self.losses, self.stats, self.log_prob = output
+        return output.out
 
-    def _refuse_lost_losses(self, output: AttentionOutput) -> None:
+    def _refuse_lost_losses(self, output: AttentionOutput, in_backward: bool) -> None:
         """Reentrant checkpointing runs layers without gradients first: their losses come after `losses()` was read."""
         repeated = self._ran_without_gradient and torch.is_grad_enabled()
         self._ran_without_gradient = self.training and not torch.is_grad_enabled()
-        # A graph task has a number while a backward pass runs; torch.utils.checkpoint asks in the same way.
-        if repeated and torch._C._current_graph_task_id() != -1 and (output.losses or output.log_prob is not None):
+        if repeated and in_backward and (output.losses or output.log_prob is not None):
             raise CapabilityError(
                 f"reentrant checkpointing loses the losses of attention '{self.attention.name}' ({self.path}): use "
                 'model.gradient_checkpointing_enable({"use_reentrant": False})'
