@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +16,10 @@ from astbench.files.writing import write_text
 from astbench.runs.folder import CONFIG, RECORD
 from astbench.sweeps.estimates import Estimate, Known, estimate, known_runs
 from astbench.sweeps.journal import Journal, alone
-from astbench.sweeps.local import PATIENCE, Ended, Local
+from astbench.sweeps.launcher import PATIENCE, Ended, Launcher
+from astbench.sweeps.local import Local
 from astbench.sweeps.spec import Cell, Sweep, expand
-from astbench.sweeps.states import BEGUN, DONE, FAILED, MISSING, RESUMABLE, RUNNING, Found, look, wanted
+from astbench.sweeps.states import BEGUN, DONE, FAILED, MISSING, RESUMABLE, RUNNING, Found, look, wanted, words_to_start
 from astbench.tables.records import SIDECAR
 
 _LOOK = 0.2
@@ -115,7 +115,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def run(sweep: Sweep, *, jobs: int, retry: bool, plugins: Sequence[str], results: Path) -> int:
+LAUNCHERS = ("local", "slurm", "ray")
+"""Who runs the cells."""
+
+
+def run(sweep: Sweep, *, jobs: int, retry: bool, plugins: Sequence[str], results: Path, launcher: str = "local") -> int:
     """Run what is open; 0 when every cell is done, 1 otherwise.
 
     Args:
@@ -124,9 +128,10 @@ def run(sweep: Sweep, *, jobs: int, retry: bool, plugins: Sequence[str], results
         retry: Try again what failed; its folder moves to `failed/`.
         plugins: Code that every cell loads.
         results: Folder of groups of records, for the estimates.
+        launcher: One of :data:`LAUNCHERS`; the sweep's file holds its options.
 
     Raises:
-        ConfigError: as :func:`plan`, or another sweep runs there.
+        ConfigError: as :func:`plan`, another sweep runs there, or the launcher cannot be had.
         Stopped: asked to stop; cells that ran have saved what can be resumed.
     """
     with alone(sweep.folder):
@@ -142,21 +147,34 @@ def run(sweep: Sweep, *, jobs: int, retry: bool, plugins: Sequence[str], results
         left = {cell.name: cell for cell in cells}
 
         def words(cell: Cell) -> list[str]:
-            typed = _words(cell, plugins)
+            typed = words_to_start(cell, plugins)
             journal.started(cell.name, typed)
             return typed
 
-        local = Local(jobs, visible_gpus() if jobs > 1 else [], sweep.folder / "logs")
+        started = _launcher(launcher, sweep, jobs, plugins)
         try:
-            for ended in local.run(cells, words):
+            for ended in started.run(cells, words):
                 del left[ended.cell.name]
                 line = _ended(ended, journal, known)
                 rest = [estimate(cell, known) for cell in left.values()]
                 say(f"[{len(cells) - len(left)}/{len(cells)}] {line}" + (f"; {total(rest, jobs)}" if rest else ""))
         finally:
-            for ended in local.stopped:
+            for ended in started.stopped:
                 say(_ended(ended, journal, known))
         return _conclude(planned, journal)
+
+
+def _launcher(name: str, sweep: Sweep, jobs: int, plugins: Sequence[str]) -> Launcher:
+    logs, options = sweep.folder / "logs", sweep.launchers.get(name, {})
+    if name == "slurm":
+        from astbench.sweeps.slurm import Slurm
+
+        return Slurm(jobs, logs, options, plugins)
+    if name == "ray":
+        from astbench.sweeps.ray_cluster import RayCluster
+
+        return RayCluster(jobs, logs, options, plugins)
+    return Local(jobs, visible_gpus() if jobs > 1 else [], logs)
 
 
 def _write_sidecar(sweep: Sweep) -> None:
@@ -173,16 +191,6 @@ def _wait_for(one: Planned) -> bool:
     while (running := look(one.cell).state == RUNNING) and time.monotonic() < end:
         time.sleep(_LOOK)
     return not running
-
-
-def _words(cell: Cell, plugins: Sequence[str]) -> list[str]:
-    """What starts a cell, or goes on with it; a run that stopped before its first checkpoint makes room."""
-    state = look(cell).state
-    if state == RESUMABLE:
-        return ["fit", f"--resume={cell.folder}", *[f"--plugins={plugin}" for plugin in plugins]]
-    if state == BEGUN:
-        shutil.rmtree(cell.folder)
-    return cell.words(plugins)
 
 
 def _put_aside(sweep: Sweep, cells: Sequence[Cell]) -> None:

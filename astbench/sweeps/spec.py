@@ -22,8 +22,9 @@ COMMANDS = ("fit", "validate", "test", "bench")
 
 MOST_CELLS = 10_000
 
-_KEYS = ("command", "config", "folder", "options", "axes", "exclude", "profiles")
-_OF_PROFILE = ("config", "options", "axes")
+_KEYS = ("command", "config", "folder", "options", "axes", "exclude", "profiles", "slurm", "ray")
+_OF_PROFILE = ("config", "options", "axes", "slurm", "ray")
+_LAUNCHERS = ("slurm", "ray")
 _TAKEN = ("logs", "failed", "sweep.json", "table.yaml")
 """Names in a sweep's folder that no cell may have."""
 
@@ -83,6 +84,7 @@ class Sweep:
         options: Of every cell.
         axes: Name -> values; cells are their product.
         exclude: Cells that have all these options are left out.
+        launchers: Name -> its options.
     """
 
     path: Path
@@ -92,6 +94,7 @@ class Sweep:
     options: Options
     axes: Mapping[str, tuple[Value, ...]]
     exclude: tuple[Options, ...] = field(default=())
+    launchers: Mapping[str, Options] = field(default_factory=dict)
 
 
 def read_sweep(path: Path, profile: str | None = None) -> Sweep:
@@ -134,7 +137,15 @@ def read_sweep(path: Path, profile: str | None = None) -> Sweep:
         options={**_options(path, said.get("options"), command), **_options(path, chosen.get("options"), command)},
         axes=axes,
         exclude=_exclude(path, said.get("exclude"), command),
+        launchers={name: {**_of(path, name, said), **_of(path, name, chosen)} for name in _LAUNCHERS},
     )
+
+
+def _of(path: Path, launcher: str, said: Options) -> Options:
+    found = said.get(launcher) or {}
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ConfigError(f"{path}: {launcher} must be a mapping of its options, got {shown(found)}")
+    return found
 
 
 def expand(sweep: Sweep) -> tuple[list[Cell], list[str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,16 @@ def look(cell: Cell) -> Found:
         return Found(FAILED, record)
     saved = any((cell.folder / name).is_file() for name in (LAST, PREVIOUS))
     return Found(RESUMABLE if saved and cell.command == "fit" else BEGUN, record)
+
+
+def words_to_start(cell: Cell, plugins: Sequence[str]) -> list[str]:
+    """What starts a cell, or goes on with it; a run that stopped before its first checkpoint makes room."""
+    state = look(cell).state
+    if state == RESUMABLE:
+        return ["fit", f"--resume={cell.folder}", *[f"--plugins={plugin}" for plugin in plugins]]
+    if state == BEGUN:
+        shutil.rmtree(cell.folder)
+    return cell.words(plugins)
 
 
 def wanted(cell: Cell) -> Options:

@@ -16,7 +16,9 @@ and what failed is kept with its reason. A second start does what is left.
   SWEEP.yaml         command, config, folder, options, axes, exclude and profiles; see docs/sweeps.md
   --plan             say what would run, how far it is and what it takes, and stop
   --profile NAME     one of the file's profiles; needed where it has some
-  --jobs N           processes at a time; cores and GPUs are shared out among them (default: 1)
+  --jobs N           cells at a time; on this machine they share its cores and GPUs (default: 1)
+  --launcher NAME    who runs them: local, slurm (through submitit) or ray; their options stand in SWEEP.yaml
+                     under slurm and ray (default: local)
   --retry            try again what failed; its folders move to failed/
   --plugins FILE     attentions and tasks of your own, for every cell; may be given several times
   --results FOLDER   records from which times are estimated (default: results)
@@ -44,7 +46,14 @@ def run(words: list[str]) -> int:
         planned, notes, _ = runner.plan(sweep, given.results)
         runner.show(sweep, planned, notes, given.jobs)
         return 0
-    return runner.run(sweep, jobs=given.jobs, retry=given.retry, plugins=given.plugins, results=given.results)
+    return runner.run(
+        sweep,
+        jobs=given.jobs,
+        retry=given.retry,
+        plugins=given.plugins,
+        results=given.results,
+        launcher=given.launcher,
+    )
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -53,6 +62,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--profile")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--launcher", choices=("local", "slurm", "ray"), default="local")
     parser.add_argument("--retry", action="store_true")
     parser.add_argument("--plugins", action="append", default=[])
     parser.add_argument("--results", type=Path, default=Path("results"))

@@ -134,7 +134,6 @@ def test_a_sweep_that_is_stopped_goes_on(sweep, how, monkeypatch):
     os.waitpid(process, 0)
     assert (found.folder / "told").exists() == (how == signal.SIGTERM)
     assert journal(found)["lr0.4-seed0"]["state"] == ("stopped" if how == signal.SIGTERM else "running")
-    monkeypatch.setattr(local, "CHILD", STAND_IN)
     goes_on = forked(lambda: start(found))
     wait_for(found.folder / "lr0.4-seed1" / "ready")
     assert begun(found) == {"lr0.1-seed0": 1, "lr0.1-seed1": 1, "lr0.4-seed0": 2, "lr0.4-seed1": 1}
