@@ -377,6 +377,7 @@ def _quiet() -> None:
         ".*treespec.*",
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*GPU available but not used.*",
+        ".*`srun` command is available.*",  # a cell of a sweep is one process, however it was started
         ".*resuming from a checkpoint that ended before the epoch ended.*",  # the sampler goes on where it stood
         ".*recommended to use `self.log.*sync_dist=True.*",  # every process has gathered all guesses by then
         ".*is smaller than the logging interval.*",
