@@ -9,7 +9,7 @@ from pathlib import Path
 from astbench.errors import DataError
 from astbench.tables import labels
 from astbench.tables.layout import Row, Table, markdown, stale_runs
-from astbench.tables.pages import benches, chosen, perplexity, questions, recall, sweeps, translation
+from astbench.tables.pages import benches, chosen, perplexity, questions, recall, scaling, sweeps, translation
 from astbench.tables.records import Group, Run
 from astbench.tables.repeat import Recipe, Repeat, repeat
 
@@ -23,6 +23,7 @@ KINDS: dict[str, Maker] = {
     "seeds": perplexity.seeds,
     "translation": translation.tables,
     "sweep": sweeps.tables,
+    "scaling": scaling.tables,
     "chosen": chosen.tables,
     "mqar": recall.mqar,
     "needle": recall.needle,

@@ -20,6 +20,37 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     return middle - half, middle + half
 
 
+def slope(
+    points: Sequence[tuple[str, float, float]], confidence: float = 0.95
+) -> tuple[float, float | None, float | None] | None:
+    """Least-squares slope of y over x with an own intercept for each group, and the ends of its interval.
+
+    Args:
+        points: Group, x, y.
+        confidence: Of the interval.
+
+    Returns:
+        None where no group has two values of x; ends of None where nothing is left to tell the noise from.
+    """
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for name, x, y in points:
+        groups.setdefault(name, []).append((x, y))
+    centred = []
+    for held in groups.values():
+        mean_x, mean_y = (statistics.fmean(values) for values in zip(*held, strict=True))
+        centred += [(x - mean_x, y - mean_y) for x, y in held]
+    spread = sum(x * x for x, _ in centred)
+    if spread <= 1e-12:
+        return None
+    middle = sum(x * y for x, y in centred) / spread
+    freedom = len(points) - len(groups) - 1
+    if freedom < 1:
+        return middle, None, None
+    noise = sum((y - middle * x) ** 2 for x, y in centred) / freedom
+    half = quantile(0.5 + confidence / 2, freedom) * math.sqrt(noise / spread)
+    return middle, middle - half, middle + half
+
+
 def p_value(values: Sequence[float]) -> float:
     """Chance of a mean as far from 0 as this, were the true one 0: Student's test, two-sided.
 
