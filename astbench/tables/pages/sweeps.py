@@ -53,7 +53,7 @@ class Setting:
 
 
 def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
-    """The settings of a sweep, the best first; a table for each task.
+    """The settings of a sweep, the best first, and what they took: two tables for each task.
 
     Raises:
         DataError: a setting has no dense one on the same examples to be compared with.
@@ -62,16 +62,22 @@ def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
     for run in group.runs:
         by_task.setdefault(str(run.record["config"]["task"]["name"]), []).append(run)
     if len(by_task) == 1:
-        return [_table(group.name, group.title, group.runs)]
-    return [_table(f"{group.name}.{task}", f"{group.title}: {task}", runs) for task, runs in by_task.items()]
+        named: list[tuple[str, str, str, Sequence[Run]]] = [("scores", "budget", group.title, group.runs)]
+    else:
+        named = [(task, f"{task}-budget", f"{group.title}: {task}", runs) for task, runs in by_task.items()]
+    return [
+        table
+        for scores, budget, title, runs in named
+        for table in (
+            _table(f"{group.name}.{scores}", title, runs),
+            _budget(f"{group.name}.{budget}", f"{title}: what it took", runs),
+        )
+    ]
 
 
 def _table(name: str, caption: str, runs: Sequence[Run]) -> Table:
-    settings = settings_of(runs)
-    metric = next((metric for metric in SCORES if metric in runs[0].metrics), None)
-    if metric is None:
-        raise DataError(f"records of {name} hold none of the metrics {', '.join(SCORES)}")
-    settings.sort(key=lambda one: one.mean(metric) * (1 if metric in _LOWER else -1))
+    metric = _metric(name, runs)
+    settings = _by_score(settings_of(runs), metric)
     has_dense = any(one.attention == "dense" for one in settings)
     others = [place for place, one in enumerate(settings) if has_dense and one.attention != "dense"]
     gaps = {i: differences(settings[i], _dense(settings[i], settings), SCORES[metric]) for i in others}
@@ -92,6 +98,44 @@ def _table(name: str, caption: str, runs: Sequence[Run]) -> Table:
         "over dense (95% over the items)",
         "p (Holm)",
     )
+    return Table(name, caption, head, 1, tuple(rows))
+
+
+def _metric(name: str, runs: Sequence[Run]) -> str:
+    metric = next((metric for metric in SCORES if metric in runs[0].metrics), None)
+    if metric is None:
+        raise DataError(f"records of {name} hold none of the metrics {', '.join(SCORES)}")
+    return metric
+
+
+def _by_score(settings: Sequence[Setting], metric: str) -> list[Setting]:
+    return sorted(settings, key=lambda one: one.mean(metric) * (1 if metric in _LOWER else -1))
+
+
+def _budget(name: str, caption: str, runs: Sequence[Run]) -> Table:
+    """Means over the seeds; what a record does not hold is left empty."""
+    rows = []
+    for one in _by_score(settings_of(runs), _metric(name, runs)):
+        records = [run.record for run in one.runs]
+        parameters = [record["parameters"] for record in records if "parameters" in record]
+        train = [record["train"] for record in records if "wall_seconds" in record.get("train", {})]
+        memory = [
+            max(v for v in r["peak_memory"].values() if isinstance(v, int)) for r in records if "peak_memory" in r
+        ]
+        rows.append(
+            Row(
+                (
+                    one.label,
+                    cells.thousands(parameters[0]["total"]) if parameters else "",
+                    cells.thousands(parameters[0]["attention"]) if parameters else "",
+                    cells.thousands(one.runs[0].steps) if train else "",
+                    cells.mean((t["wall_seconds"] for t in train), 0) if train else "",
+                    cells.mean((m / 2**20 for m in memory), 0) if memory else "",
+                ),
+                one.runs,
+            )
+        )
+    head = ("setting", "parameters", "the attention's own", "steps", "training, s", "peak memory, MiB")
     return Table(name, caption, head, 1, tuple(rows))
 
 

@@ -90,7 +90,20 @@ def test_each_is_compared_on_its_own_examples_and_task(tmp_path):
     for one in few:
         one.record["config"]["task"]["name"] = "needle"
     names = [table.name for table in tables(group(*few, *many), {})]
-    assert names == ["g.needle", "g.mqar"]
+    assert names == ["g.needle", "g.needle-budget", "g.mqar", "g.mqar-budget"]
+
+
+def test_what_each_took(tmp_path):
+    dense, *ast = (run(tmp_path, name, seed, ITEMS) for name, seed in (("dense", 0), ("ast", 0), ("ast", 1)))
+    for one, seconds in zip(ast, (10.0, 20.0), strict=True):
+        one.record["parameters"] = {"total": 1200, "attention": 200}
+        one.record["train"] = {"steps": 3000, "wall_seconds": seconds}
+        one.record["peak_memory"] = {"cpu_bytes": 2**21, "kind": "rss"}
+    scores, took = tables(group(dense, *ast), {})
+    assert (scores.name, took.name) == ("g.scores", "g.budget")
+    found = {row.cells[0]: row.cells[1:] for row in took.rows}
+    assert found == {"`ast`": ("1,200", "200", "3,000", "15", "2"), "`dense`": ("",) * 5}
+    assert [row.runs for row in took.rows] == [row.runs for row in scores.rows]
 
 
 def test_refusals(tmp_path):
