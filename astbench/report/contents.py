@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,19 +31,19 @@ OWN = "runs"
 """The group of runs that were given one by one."""
 
 
-def contents(book: Book, folders: Sequence[Path]) -> dict[str, Any]:
+def contents(book: Book, folders: Sequence[Path], *, alone: bool = False) -> dict[str, Any]:
     """Everything that the page shows.
 
     Args:
-        book: Records in groups, their tables, and the recipes that repeat them. Its results may be missing where there
-            are `folders`.
+        book: Records in groups, their tables, and the recipes that repeat them.
         folders: Of runs, to be shown too.
+        alone: Show nothing else.
 
     Raises:
         DataError: a record that cannot be read, or no record at all.
     """
     own = [read_run(folder) for folder in folders]
-    groups = book.groups if book.results.is_dir() or not own else {}
+    groups = {} if alone else book.groups
     runs = [run for group in groups.values() for run in group.runs] + own
     benches = [run for run in runs if run.record["command"] == "bench"]
     scored = [run for run in runs if run.record["command"] != "bench" and run.record.get("metrics")]
@@ -55,7 +54,7 @@ def contents(book: Book, folders: Sequence[Path]) -> dict[str, Any]:
         ] + ([{"name": OWN, "title": "Runs given one by one", "scope": "", "tables": []}] if own else []),
         "runs": [_run(run, book, groups) for run in scored],
         "benches": [_bench(run) for run in benches],
-        "patterns": {_id(run): explorer for run in scored if (explorer := _explorer(run.folder))},
+        "patterns": {_id(run): explorer for run in scored if (explorer := _explorer(run))},
     }  # fmt: skip
 
 
@@ -101,7 +100,7 @@ def _run(run: Run, book: Book, groups: dict[str, Group]) -> dict[str, Any]:
     task = config["task"]["name"]
     metric = TASKS[task].metric if task in TASKS else next(iter(run.metrics))
     data = config.get("data", {})
-    train, memory = record.get("train") or {}, record.get("peak_memory") or {}
+    train = record.get("train") or {}
     return {
         **_origin(run),
         "label": labels.described(run).replace("`", ""),
@@ -123,11 +122,11 @@ def _run(run: Run, book: Book, groups: dict[str, Group]) -> dict[str, Any]:
         "own_parameters": (record.get("parameters") or {}).get("attention"),
         "steps": train.get("steps", 0),
         "train_seconds": train.get("wall_seconds"),
-        "memory": max((value for value in memory.values() if isinstance(value, int)), default=None),
+        "memory": run.memory,
         "backends": record.get("backends", []),
         "stale": run.entry.stale,
         "repeat": _repeat(run, book),
-        "config": {key: value for key, value in flatten(config).items() if not key.startswith("model.")},
+        "config": flatten(config),
         "curves": _curves(run.folder / METRICS),
     }
 
@@ -191,14 +190,10 @@ def _curves(file: Path) -> dict[str, list[list[float]]]:
     return found
 
 
-def _explorer(folder: Path) -> dict[str, Any] | None:
-    file = folder / EXPLORER
-    if not file.is_file():
+def _explorer(run: Run) -> dict[str, Any] | None:
+    if not (run.folder / EXPLORER).is_file():
         return None
-    try:
-        found = json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is no JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("schema") != 1:
-        raise DataError(f"{file} is none of what `astbench analyze` writes")
+    found = run.beside(EXPLORER)
+    if found.get("schema") != 1:
+        raise DataError(f"{run.folder / EXPLORER} is none of what `astbench analyze` writes")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -19,7 +20,6 @@ def page(contents: dict[str, Any], title: str) -> str:
     parts = {name: (assets / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")}
     # Inside of a script element only `<` could end it or begin a comment.
     data = json.dumps(contents, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    text = parts["page.html"].replace("{{title}}", html.escape(title))
-    return (
-        text.replace("{{style}}", parts["page.css"]).replace("{{data}}", data).replace("{{script}}", parts["page.js"])
-    )
+    filled = {"title": html.escape(title), "style": parts["page.css"], "data": data, "script": parts["page.js"]}
+    # In one go: what a record holds is never taken for a place to fill.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], parts["page.html"])

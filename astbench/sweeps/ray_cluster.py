@@ -76,6 +76,8 @@ class RayCluster(Launcher):
             return None
         try:
             return Ended(one.cell, *self._ray.get(one.reference))
+        except self._ray.exceptions.RayTaskError as error:  # the worker lives; what it did raised
+            return Ended(one.cell, 1, time.monotonic() - one.began, str(error).strip().splitlines()[-1])
         except self._ray.exceptions.RayError as error:
             said = f"its worker was lost: {str(error).strip().splitlines()[0]}"
             return Ended(one.cell, 1, time.monotonic() - one.began, said)

@@ -41,15 +41,10 @@ class Slurm(Launcher):
             import submitit
         except ImportError as error:
             raise ConfigError("--launcher=slurm needs submitit: pip install 'astbench[slurm]'") from error
-        given = {"slurm_max_num_timeout": 100, **options}
-        cluster = given.pop("cluster", "slurm")
-        most = given.pop("slurm_max_num_timeout")
+        given = {"cluster": "slurm", "slurm_max_num_timeout": 100, **options}
+        of_executor = {name: given.pop(name) for name in ("cluster", "slurm_max_num_timeout")}
         try:
-            self._executor: Any = submitit.AutoExecutor(
-                folder=logs / "slurm",
-                cluster=cluster,
-                **({"slurm_max_num_timeout": most} if cluster == "slurm" else {}),
-            )
+            self._executor: Any = submitit.AutoExecutor(folder=logs / "slurm", **of_executor)
             self._executor.update_parameters(**given)
         except (RuntimeError, ValueError, TypeError, NameError) as error:
             raise ConfigError(f"--launcher=slurm: {' '.join(str(error).split())}") from error

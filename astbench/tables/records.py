@@ -87,6 +87,13 @@ class Run:
         """Training steps; 0 for a run that only evaluates."""
         return int(self.record.get("train", {}).get("steps", 0))
 
+    @property
+    def memory(self) -> int | None:
+        """Peak bytes of the GPU, or of the process where there was none; None of records that do not say."""
+        held = self.record.get("peak_memory") or {}
+        found = held.get("gpu_bytes") or held.get("cpu_bytes")
+        return None if found is None else int(found)
+
     def items(self) -> dict[str, Any]:
         """What was scored, one by one.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from astbench import console
 from astbench.cli.own_parser import OwnParser
+from astbench.errors import ConfigError
 
 _USAGE = """usage: astbench report [RUN ...] [--out FILE] [options]
 
@@ -17,6 +18,7 @@ server and no network.
   RUN                folders of finished runs to show beside the records; one in which `astbench analyze` wrote
                      explorer.json has a page of its choices
   --out FILE         where it is written (default: report.html)
+  --alone            show the given runs and no records
   --results FOLDER   records (default: results)
   --recipes FOLDER   recipes, from which the commands that repeat a run are made (default: recipes)
   --title TEXT       the page's title (default: astbench)"""
@@ -28,13 +30,15 @@ def run(words: list[str]) -> int:
         print(_USAGE)
         return 0
     given = _parse(words)
+    if given.alone and not given.runs:
+        raise ConfigError("astbench report: --alone shows the given runs and nothing else; name one")
     from astbench.files.writing import write_text
     from astbench.report.contents import contents
     from astbench.report.page import page
     from astbench.tables.documents import Book
 
     book = Book(given.results, Path("docs"), given.recipes)
-    shown = contents(book, given.runs)
+    shown = contents(book, given.runs, alone=given.alone)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     text = page(shown, given.title)
     write_text(given.out, text)
@@ -51,6 +55,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser = OwnParser("report")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--alone", action="store_true")
     parser.add_argument("--title", default="astbench")
     for option in ("results", "recipes"):
         parser.add_argument(f"--{option}", type=Path, default=Path(option))

@@ -112,7 +112,9 @@ def _loss(run: Run) -> float:
 
 
 def _memory(run: Run) -> float:
-    return float(max(value for value in run.record["peak_memory"].values() if isinstance(value, int)))
+    if run.memory is None:
+        raise KeyError("peak_memory")
+    return float(run.memory)
 
 
 def _time_of_a_token(run: Run) -> float:

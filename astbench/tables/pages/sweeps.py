@@ -119,9 +119,7 @@ def _budget(name: str, caption: str, runs: Sequence[Run]) -> Table:
         records = [run.record for run in one.runs]
         parameters = [record["parameters"] for record in records if "parameters" in record]
         train = [record["train"] for record in records if "wall_seconds" in record.get("train", {})]
-        memory = [
-            max(v for v in r["peak_memory"].values() if isinstance(v, int)) for r in records if "peak_memory" in r
-        ]
+        memory = [run.memory for run in one.runs if run.memory is not None]
         rows.append(
             Row(
                 (

@@ -95,6 +95,17 @@ def test_leaderboard_sorts_and_filters_by_mouse_and_keyboard(go):
     assert "longformer" in all_of(page, "h2")[0].text and "#/run/" in page.current_url
 
 
+def test_a_thousand_runs_load_in_seconds(browser, tmp_path):
+    found = contents(Book(ROOT / "results", ROOT / "docs", ROOT / "recipes"), [])
+    runs = [{**run, "id": f"{run['id']}-{n}"} for n in range(1000 // len(found["runs"]) + 1) for run in found["runs"]]
+    (tmp_path / "many.html").write_text(page({**found, "runs": runs[:1000]}, "many"))
+    browser.get((tmp_path / "many.html").as_uri())
+    assert len(all_of(browser, "#board tbody tr")) == 1000
+    timing = browser.execute_script("return performance.getEntriesByType('navigation')[0].duration")
+    print(f"{(tmp_path / 'many.html').stat().st_size / 1e6:.1f} MB, loaded in {timing / 1000:.2f} s")
+    assert 0 < timing < 10_000
+
+
 def test_every_page_draws_something(go):
     for place, css, least in (
         ("#/frontier/smollm2", "svg a circle", 20),

@@ -58,7 +58,7 @@ def test_a_run_beside_the_records_with_its_curves(tree, tmp_path):
     run = next(run for run in found["runs"] if run["id"] == "runs/mine")
     assert run["curves"] == {"train/loss": [[0, 3.5], [1, 2.5], [3, 1.0]], "val/accuracy": [[2, 40.0]]}
     assert found["groups"][-1]["name"] == "runs"
-    alone = contents(Book(tmp_path / "none", tmp_path, tmp_path), [folder])
+    alone = contents(Book(tmp_path / "none", tmp_path, tmp_path), [folder], alone=True)
     assert [run["id"] for run in alone["runs"]] == ["runs/mine"]
 
 
@@ -66,14 +66,14 @@ def test_what_was_chosen_comes_along(tree, tmp_path):
     folder = shutil.copytree(tree / "results" / "needle" / "dense", tmp_path / "mine")
     (folder / "explorer.json").write_text('{"schema": 1, "layers": {}}')
     assert contents(book(tree), [folder])["patterns"] == {"runs/mine": {"schema": 1, "layers": {}}}
-    for text in ("{", "[]", '{"schema": 2}'):
+    for text, said in (("{", "is no JSON"), ("[]", "holds no mapping"), ('{"schema": 2}', "is none of what")):
         (folder / "explorer.json").write_text(text)
-        with pytest.raises(DataError, match=r"explorer\.json is no"):
+        with pytest.raises(DataError, match=rf"explorer\.json {said}"):
             contents(book(tree), [folder])
 
 
 def test_no_text_of_a_record_becomes_markup(tree, tmp_path):
-    evil = "</script><script>alert(1)</script><!--"
+    evil = "</script><script>alert(1)</script><!-- {{script}}{{data}}"
     folder = shutil.copytree(tree / "results" / "needle" / "dense", tmp_path / "mine")
     record = json.loads((folder / "record.json").read_text())
     record["signature"] = evil
@@ -89,6 +89,8 @@ def test_refused(astbench, tree, tmp_path):
     for words, said in (
         (["nowhere"], "nowhere is not the folder of a run"),
         (["--results=nowhere"], "--results=nowhere is not a folder"),
+        (["--results=nowhere", str(tree / "results" / "needle" / "dense")], "--results=nowhere is not a folder"),
+        (["--alone"], "--alone shows the given runs"),
         (["--style=x"], "unrecognized arguments: --style=x"),
     ):
         done = astbench("report", *words, f"--out={tmp_path / 'page.html'}")
