@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from os.path import exists, isdir  # of names that the system refuses pathlib's own raise
+from os.path import exists, isdir, isfile  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from astbench.backbones.load import require_positions
@@ -21,12 +19,14 @@ from astbench.files.paths import asked_path
 from astbench.files.text import plain
 from astbench.tasks.base import TaskData, at_least
 from astbench.tasks.mt import demo, sources
+from astbench.tasks.mt.batches import Collate, PairDataset, TokenRows, by_length
 from astbench.tasks.mt.doubts import swapped
 from astbench.tasks.mt.sources import Pair
-from astbench.training.sampler import Draw, StepBatchSampler
+from astbench.tasks.mt.unseen import Unseen
+from astbench.training.sampler import StepBatchSampler
 
-IGNORED = -100
-"""Label of padding: no loss there."""
+TABLES = (".tsv", ".tsv.gz", ".txt", ".txt.gz", ".zip")
+"""How names of tables of pairs end."""
 
 
 class TranslationData(TaskData):
@@ -39,7 +39,11 @@ class TranslationData(TaskData):
         columns: For `local` with a table: which of its columns hold English and German, counted from 1, such as 2,4.
             If not given, they are the first two, and a table that does not look like it is refused.
         direction: en-de or de-en.
-        train_name: For `local`: what the training files are called before their ending.
+        train_name: For `local` with a folder: what the training files are called before their ending. Several,
+            separated by commas, are read one after the other; one may be a table of pairs.
+        unseen: For `local`: what no training pair may hold, without regard to case and punctuation.
+            A sentence leaves out every pair that holds it on a side; `@FILE` every pair of which a side is a line
+            of that file in the folder. Counted in the notes of the record.
         validation_name: For `local`: what the validation files are called; `../FOLDER/NAME` leads elsewhere.
         test_name: For `local`: what the test files are called.
         holdout: For `local` with one table: one English sentence in this many is held out for validation, and
@@ -69,6 +73,7 @@ class TranslationData(TaskData):
         columns: str | None = None,
         direction: Literal["en-de", "de-en"] = "en-de",
         train_name: str = "train",
+        unseen: list[str] | None = None,
         validation_name: str = "val",
         test_name: str = "test",
         holdout: int = 50,
@@ -95,6 +100,9 @@ class TranslationData(TaskData):
         self.columns = None if columns is None else _columns(columns)
         if columns is not None and source != "local":
             raise ConfigError(f"--data.columns={columns} is of a local table; --data.source is {source}")
+        if unseen and source != "local":
+            raise ConfigError(f"--data.unseen is of local files; --data.source is {source}")
+        self.unseen = list(unseen or [])
         self.direction, self.eval_split = direction, eval_split
         self.names = {"train": train_name, "validation": validation_name, "test": test_name}
         self.holdout, self.demo_train, self.demo_eval = holdout, demo_train, demo_eval
@@ -134,6 +142,9 @@ class TranslationData(TaskData):
 
     def _read_split(self, split: str) -> None:
         pairs = self._read(split)
+        if split == "train" and self.unseen:
+            pairs, notes = Unseen(self.unseen, _folder(self.path)).without(pairs)
+            self.notes += notes
         self.totals[split] = len(pairs)
         pairs = pairs[: self.max_train if split == "train" else self.max_eval]
         if not any(pair.en and pair.de for pair in pairs):
@@ -159,10 +170,7 @@ class TranslationData(TaskData):
         if isdir(path):
             if self.columns is not None:
                 raise ConfigError(f"--data.columns is of one table, and --data.path={path} is a folder; name the table")
-            pairs = sources.read_parallel(path, self.names[split], f"{split}_name")
-            if swapped(pairs):
-                self.notes.append(f"the English side of {self.names[split]} looks like German, the German like English")
-            return pairs
+            return [pair for name in self._names(split) for pair in self._read_name(path, name, f"{split}_name")]
         if not exists(path):
             raise DataError(f"--data.path={str(path)[:200]} does not exist")
         if self._table is None:
@@ -170,6 +178,20 @@ class TranslationData(TaskData):
             for pair in sources.read_table(path, self.columns):
                 self._table[sources.split_of(pair, self.holdout)].append(pair)
         return self._table[split]
+
+    def _names(self, split: str) -> list[str]:
+        """What the files of a split are called: several for training."""
+        return self.names[split].split(",") if split == "train" else [self.names[split]]
+
+    def _read_name(self, folder: Path, name: str, option: str) -> list[Pair]:
+        """Parallel files of a folder, or a table that the name leads to."""
+        table = folder / name
+        if option == "train_name" and name.endswith(TABLES) and isfile(table):
+            return sources.read_table(table)
+        pairs = sources.read_parallel(folder, name, option)
+        if swapped(pairs):
+            self.notes.append(f"the English side of {name} looks like German, the German like English")
+        return pairs
 
     def _asked(self) -> list[str]:
         if bool(self.text.strip()) == bool(self.file):
@@ -309,75 +331,10 @@ class TranslationData(TaskData):
         }
 
 
-class TokenRows:
-    """Token ids of many sentences in one array: lists of Python numbers would take ten times the memory."""
-
-    def __init__(self, rows: Iterator[list[int]]) -> None:
-        chunks, lengths = [], []
-        for ids in rows:
-            chunks.append(np.asarray(ids, dtype=np.int32))
-            lengths.append(len(ids))
-        self.ids = np.concatenate(chunks) if chunks else np.empty(0, np.int32)
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self._ends = self.lengths.cumsum()
-
-    def __getitem__(self, index: int) -> Tensor:
-        end = self._ends[index]
-        return torch.from_numpy(self.ids[end - self.lengths[index] : end].astype(np.int64))
-
-
-class PairDataset(Dataset[dict[str, Any]]):
-    """Tokenized pairs.
-
-    Args:
-        source: Of every sentence.
-        target: Of every sentence; None where there is none to know.
-        kept: Rows of both that are used; all by default.
-    """
-
-    def __init__(self, source: TokenRows, target: TokenRows | None, kept: np.ndarray | None = None) -> None:
-        self.source, self.target = source, target
-        self.kept = np.arange(len(source.lengths)) if kept is None else kept
-        longest = source.lengths if target is None else np.maximum(source.lengths, target.lengths)
-        self.lengths = longest[self.kept]
-
-    def __len__(self) -> int:
-        return len(self.kept)
-
-    def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
-        row = int(self.kept[draw.example if isinstance(draw, Draw) else draw])
-        item = {"index": row, "source": self.source[row]}
-        return item if self.target is None else {**item, "target": self.target[row]}
-
-
-class Collate:
-    """Rows padded to the longest of the batch: `input_ids`, `attention_mask`, `labels` and `index`."""
-
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch; without targets it has no labels."""
-        lengths = torch.tensor([len(item["source"]) for item in items])
-        ids = self._padded([item["source"] for item in items], self.pad)
-        batch = {
-            "input_ids": ids,
-            "attention_mask": torch.arange(ids.shape[1]) < lengths[:, None],
-            "index": torch.tensor([item["index"] for item in items]),
-        }
-        if "target" in items[0]:
-            batch["labels"] = self._padded([item["target"] for item in items], IGNORED)
-        return batch
-
-    def _padded(self, rows: list[Tensor], value: int) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-
-def by_length(lengths: np.ndarray) -> list[int]:
-    """Sentences by length, from the middle on: the first batch's attention is looked at, and should be ordinary."""
-    order: list[int] = np.argsort(lengths, kind="stable").tolist()
-    middle = len(order) // 2
-    return order[middle:] + order[:middle]
+def _folder(path: str) -> Path:
+    """Where the files of a local source lie."""
+    found = asked_path(path)
+    return found if isdir(found) else found.parent
 
 
 def _columns(given: str) -> tuple[int, int]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from astbench.errors import ConfigError
 from astbench.tasks.base import gathered
+from astbench.tasks.mt.batches import IGNORED
 from astbench.tasks.mt.config import PLACES, TranslationConfig
-from astbench.tasks.mt.data import IGNORED, TranslationData
+from astbench.tasks.mt.data import TranslationData
 from astbench.training.averaging import KEY, WeightAverage, final_weights
 from astbench.training.module import TaskModule
 from astbench.training.sharding import FullyShardedStrategy

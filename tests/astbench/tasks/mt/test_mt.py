@@ -18,8 +18,9 @@ from astbench.backbones.swap import swap_attention
 from astbench.backbones.tokenizers import train_bpe
 from astbench.errors import ConfigError, DataError
 from astbench.tasks.mt import demo as mt_demo
+from astbench.tasks.mt.batches import IGNORED, Collate, PairDataset, TokenRows, by_length
 from astbench.tasks.mt.config import TranslationConfig
-from astbench.tasks.mt.data import IGNORED, Collate, PairDataset, TokenRows, TranslationData, by_length
+from astbench.tasks.mt.data import TranslationData
 from astbench.tasks.mt.sources import HUB, Pair, fingerprint, read_parallel, read_sentences, read_table, split_of
 from astbench.tasks.mt.task import Translation, score_sentences
 from astbench.training.averaging import KEY, WeightAverage, final_weights
