@@ -79,3 +79,17 @@ def choose_blocks(
     from astbench_kernels.triton.selection.choose import choose_blocks as run
 
     return run(rows, blocks, rule, budget, seen=seen)
+
+
+def choose_carried(*args: Any, **kwargs: Any) -> BlockLayout:
+    """See :func:`astbench_kernels.triton.selection.carried.choose_carried`."""
+    from astbench_kernels.triton.selection.carried import choose_carried as run
+
+    return run(*args, **kwargs)
+
+
+def carried_refusals(*args: Any, **kwargs: Any) -> list[str]:
+    """See :func:`astbench_kernels.triton.selection.carried.carried_refusals`."""
+    from astbench_kernels.triton.selection.carried import carried_refusals as ask
+
+    return ask(*args, **kwargs)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from astbench_kernels.layout import BlockLayout, ceil_div
-from astbench_kernels.triton import choose_blocks, interpreted, pool_blocks, triton_attention
+from astbench_kernels.triton import choose_blocks, choose_carried, interpreted, pool_blocks, triton_attention
 from astbench_kernels.triton.launch import OPTIONS, Launch, writing_down
 from astbench_kernels.triton.selection.rule import BlockRule
 
@@ -57,7 +57,10 @@ class ReportedCall:
 
 @dataclass(frozen=True)
 class ReportedChoice:
-    """A kind of choice that the predictor's kernels are shipped for; `rank` is what its factors add to `head_dim`."""
+    """A kind of choice that the predictor's kernels are shipped for; `rank` is what its factors add to `head_dim`.
+
+    With `tile` the lists are carried, and a block has `columns`, of which `pool` count by their largest.
+    """
 
     head_dim: int = 128
     rank: int = 32
@@ -69,6 +72,10 @@ class ReportedChoice:
     causal: bool = True
     padding: bool = False
     dtype: str = "bfloat16"
+    tile: int = 0
+    columns: int = 1
+    pool: int = 1
+    by_share: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,10 @@ SHORT = [ReportedCall(), ReportedCall(query_group=1), ReportedCall(query_group=1
 """The calls of a quick look: lists that many rows share, lists per token, and a decoding step."""
 
 
-SHORT_CHOICES = [ReportedChoice(), ReportedChoice(num_blocks=2048)]
-"""The choices of a quick look: scores in registers, and through the scratch."""
+_INDEX = ReportedChoice(head_dim=16, rank=1, num_blocks=128, block_size=64, tile=64, columns=64, pool=16)
+
+SHORT_CHOICES = [ReportedChoice(), ReportedChoice(num_blocks=2048), replace(_INDEX, by_share=True)]
+"""The choices of a quick look: scores in registers, through the scratch, and lists carried by an index of tokens."""
 
 
 def matrix() -> Iterator[ReportedCall]:
@@ -155,6 +164,10 @@ def choices() -> Iterator[ReportedChoice]:
         yield replace(choice, head_dim=16, block_size=4, dtype="float32")
         yield replace(choice, head_dim=96, block_size=48, dtype="float16")
         yield replace(choice, head_dim=256, block_size=128)
+    for num_blocks, pool in product((16, 512, 4096), (1, 16, 64)):
+        yield replace(_INDEX, num_blocks=num_blocks, pool=pool, kv_heads=2)
+    yield replace(_INDEX, columns=1, pool=1, head_dim=64, rank=32, padding=True)
+    yield replace(_INDEX, tile=128, block_size=128, columns=128)
 
 
 def launches_of_choice(choice: ReportedChoice) -> list[Launch]:
@@ -175,11 +188,16 @@ def launches_of_choice(choice: ReportedChoice) -> list[Launch]:
     )
     dim = choice.head_dim + choice.rank
     left = torch.zeros(batch, choice.heads, rows, dim)
-    right = torch.zeros(batch, choice.kv_heads, choice.num_blocks, dim)
+    right = torch.zeros(batch, choice.kv_heads, choice.num_blocks * choice.columns, dim)
     seen = torch.ones(batch, choice.num_blocks, dtype=torch.bool) if choice.padding else None
     with writing_down() as written:
         pool_blocks(k, k, valid, choice.block_size)
-        choose_blocks(left, right, rule, lambda visible: visible, seen=seen)
+        if choice.tile:
+            share, real = 0.1 if choice.by_share else None, valid if valid is None else valid[:, :1].expand(-1, rows)
+            options = {"pool": choice.pool, "share": share, "seen": seen, "real": real}
+            choose_carried(left, right, rule, choice.tile, lambda visible: visible, **options)
+        else:
+            choose_blocks(left, right, rule, lambda visible: visible, seen=seen)
     return written
 
 

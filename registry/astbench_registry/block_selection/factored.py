@@ -12,7 +12,7 @@ from torch import Tensor
 
 from astbench_kernels import BlockLayout
 from astbench_kernels.layout import ceil_div
-from astbench_kernels.triton import choose_blocks
+from astbench_kernels.triton import carried_refusals, choose_blocks, choose_carried
 from astbench_kernels.triton.selection.rule import BlockRule
 from astbench_registry.block_selection.base import BlockSelectingAttention, Choice
 from astbench_registry.block_selection.call import Call
@@ -94,16 +94,20 @@ class FactoredBlockSelection(BlockSelectingAttention):
     def fusible(self, call: Call) -> bool:
         """Whether the kernels that keep no scores make the same choice in this call.
 
-        They keep each row's best by the factors, within the budget, and nothing learns from it. A variant that
-        overrides :meth:`selection`, :meth:`choose`, :meth:`selector_losses` or :meth:`rest_token`, or has several rows
-        a block, says here when that makes a difference.
+        They keep each row's best by the factors, within the budget, and nothing learns from it; for carried lists also
+        by several rows a block, and by :meth:`least_share`. A variant that overrides :meth:`selection`,
+        :meth:`choose`, :meth:`selector_losses` or :meth:`rest_token`, or has several rows a block, says here when that
+        makes a difference.
         """
         return not (self.training and torch.is_grad_enabled())
 
     def choice(self, call: Call, backend: str) -> Choice:
         """See the base class; by the fused kernels where they make the same choice."""
-        if backend == "triton" and self.selector.tile(call.mask) is None and self.fusible(call):
-            return Choice(self.fused_layout(call))
+        if backend == "triton" and self.fusible(call):
+            tile = self.selector.tile(call.mask)
+            layout = self.fused_layout(call) if tile is None else self.fused_carried_layout(call, tile)
+            if layout is not None:
+                return Choice(layout)
         selection = self.selection(call)
         features = self._known_features(call, selection, fused=False)
         scores = self._products(call, features, selection)
@@ -115,11 +119,51 @@ class FactoredBlockSelection(BlockSelectingAttention):
     @torch.no_grad()
     def fused_layout(self, call: Call) -> BlockLayout:
         """The choice by kernels that keep no scores and wait for nothing; see :meth:`fusible`."""
-        grid, mask, config = self.selector.grid(call), call.mask, self.config
+        grid = self.selector.grid(call)
         rows, columns = self.factors(call, self._known_features(call, grid, fused=True), grid)
         if columns.shape[2] != grid.num_blocks:
             raise NotImplementedError(f"{type(self).__name__} has several rows a block: its fusible() has to say no")
-        rule = BlockRule(
+        budget = partial(self.selector.budget, density=self.density_at(call.context.step))
+        return choose_blocks(rows, columns, self._rule(call, grid), budget, seen=_seen_blocks(call, grid))
+
+    @torch.no_grad()
+    def fused_carried_layout(self, call: Call, tile: int) -> BlockLayout | None:
+        """The same for lists that tiles carry; None where the kernels do not serve the call.
+
+        They do not where it begins inside a tile, as a step of decoding does, nor rows of very many blocks.
+        """
+        grid, share = self.selector.grid(call), self.least_share()
+        rule = self._rule(call, grid)
+        rows, columns = self.factors(call, self._known_features(call, grid, fused=True), grid)
+        if carried_refusals(rule, tile, columns.shape[2] // max(1, grid.num_blocks), self.pool):
+            return None
+        budget = partial(self.selector.budget, density=self.density_at(call.context.step))
+        if share is not None:
+            budget = partial(torch.clamp, max=self.config.min_blocks)
+        layout = choose_carried(
+            rows.float(),
+            columns.float(),
+            rule,
+            tile,
+            budget,
+            pool=self.pool,
+            share=share,
+            seen=_seen_blocks(call, grid),
+            real=call.mask.valid_queries(call.q.shape[2]),
+        )
+        kept = call.context.summaries
+        if isinstance(kept, BlockSummaries):
+            kept.running.remember(call, layout)
+        return layout
+
+    def least_share(self) -> Tensor | float | None:
+        """The share of a row's free mass from which on a block is kept; None where the budget is a number of blocks."""
+        return None
+
+    def _rule(self, call: Call, grid: Grid) -> BlockRule:
+        """What follows from positions, as the kernels take it."""
+        mask, config = call.mask, self.config
+        return BlockRule(
             block_size=grid.block_size,
             query_group=grid.query_group,
             query_length=call.q.shape[2],
@@ -129,11 +173,6 @@ class FactoredBlockSelection(BlockSelectingAttention):
             local_blocks=None if mask.cross else config.local_blocks,
             sink_block=config.sink_block,
         )
-        seen = None
-        if mask.key_valid is not None:
-            seen = valid_in_blocks(mask.key_valid, grid.num_blocks, grid.block_size).any(-1)
-        budget = partial(self.selector.budget, density=self.density_at(call.context.step))
-        return choose_blocks(rows, columns, rule, budget, seen=seen)
 
     def _products(self, call: Call, features: BlockFeatures, grid: Grid) -> Tensor:
         factors = self.factors(call, features, grid)
@@ -169,3 +208,10 @@ class FactoredBlockSelection(BlockSelectingAttention):
         # Not a product with zero: padding may hold NaN.
         wide = wide.masked_fill(~valid[:, None, :, None], 0.0)
         return block_mean(in_blocks(wide, groups, group), valid_in_blocks(valid, groups, group))
+
+
+def _seen_blocks(call: Call, grid: Grid) -> Tensor | None:
+    """Bool `(batch, blocks)`: False for blocks of padding alone; None without padding."""
+    if call.mask.key_valid is None:
+        return None
+    return valid_in_blocks(call.mask.key_valid, grid.num_blocks, grid.block_size).any(-1)

@@ -17,7 +17,7 @@ class ASTConfig(BlockSelectionConfig):
         rank: Width of the predictor's learned term.
         sub_blocks: Means that sum up a block's keys, each of `block_size / sub_blocks` tokens; its score is the
             logarithm of the summed exponentials of theirs. More of them see more of what one mean hides, and the
-            predictor costs that many times as much; on a GPU it holds their scores, without the fused kernel's choice.
+            predictor costs that many times as much; on a GPU it holds their scores where lists are not carried.
         index_dim: Dimensions of an index of tokens: queries and keys are projected to so many, and a block's score is
             the logarithm of its tokens' summed exponentials. It finds what a mean hides, and costs N M index_dim.
             Random at first; `--backbone.calibrate` starts it from the model's own queries and keys. 0: a block is

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 ATTENTION = ("query_major.forward", "query_major.backward", "key_major.forward", "key_major.backward", "decode.forward")
-CHOICE = ("choose.choose_in_registers", "choose.choose_through_scratch")
+CHOICE = ("choose.choose_in_registers", "choose.choose_through_scratch", "carried.score_rows")
 
 
 def report(arch, *options):
@@ -58,6 +58,7 @@ def test_short_set(arch):
     # Every schedule, both directions, the kernels that make the lists ready, the one that merges split lists, and
     # those that choose.
     others = {"lists._order", "lists._count", "lists._scatter", "decode.merge", "pool.pool"}
+    others |= {"carried.find_thresholds", "carried.list_blocks"}
     assert {*ATTENTION, *CHOICE} | others <= {row["kernel"] for row in rows}
     check(rows)
 

@@ -170,31 +170,17 @@ _SIZES = ["num_rows", "groups", "num_blocks", "num_tiles", "width", "query_offse
 
 
 @triton.jit
-def _order_of_scores(
-    rows, row, exists, blocks, block, seen, groups, num_blocks, query_offset, query_length,
+def rank_scores(
+    scores, block, first, last, exists, seen, num_blocks,
     CAUSAL: tl.constexpr, OWN: tl.constexpr, REACH: tl.constexpr, FIRST: tl.constexpr, HAS_SEEN: tl.constexpr,
-    DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """int32 (rows, keys) in the order of the scores: _HIGHEST where it is always kept, _LOWEST where it is hidden.
+    """int32 (rows, blocks) in the order of the scores: _HIGHEST where it is always kept, _LOWEST where it is hidden.
 
-    A block that a row sees either competes or is always kept, so the rest tell how many it sees.
+    `first` and `last` are the positions of each row's group. A block that a row sees either competes or is always
+    kept, so the rest tell how many it sees.
     """
     there = block < num_blocks
-    scores = tl.zeros([ROWS, KEYS], tl.float32)
-    for start in range(0, DIM, STEP):
-        column = start + tl.arange(0, STEP)
-        left = tl.load(
-            rows + row.to(tl.int64)[:, None] * DIM + column[None, :],
-            mask=exists[:, None] & (column < DIM)[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            blocks + block[None, :] * DIM + column[:, None], mask=there[None, :] & (column < DIM)[:, None], other=0.0
-        )
-        scores += matmul(left, right, True)
-    first = query_offset + (row % groups) * GROUP
-    last = tl.minimum(first + GROUP, query_offset + query_length) - 1
     begin = block * BLOCK_SIZE
     if HAS_SEEN:
         there = there & (tl.load(seen + block, mask=there, other=0) != 0)
@@ -212,6 +198,34 @@ def _order_of_scores(
     order = bits ^ ((bits >> 31) & _HIGHEST)
     order = tl.minimum(tl.maximum(order, _LOWEST + 1), _HIGHEST - 1)
     return tl.where(always_kept, _HIGHEST, tl.where(candidate, order, _LOWEST))
+
+
+@triton.jit
+def _order_of_scores(
+    rows, row, exists, blocks, block, seen, groups, num_blocks, query_offset, query_length,
+    CAUSAL: tl.constexpr, OWN: tl.constexpr, REACH: tl.constexpr, FIRST: tl.constexpr, HAS_SEEN: tl.constexpr,
+    DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """:func:`rank_scores` of the factors' products, (rows, keys)."""
+    there = block < num_blocks
+    scores = tl.zeros([ROWS, KEYS], tl.float32)
+    for start in range(0, DIM, STEP):
+        column = start + tl.arange(0, STEP)
+        left = tl.load(
+            rows + row.to(tl.int64)[:, None] * DIM + column[None, :],
+            mask=exists[:, None] & (column < DIM)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            blocks + block[None, :] * DIM + column[:, None], mask=there[None, :] & (column < DIM)[:, None], other=0.0
+        )
+        scores += matmul(left, right, True)
+    first = query_offset + (row % groups) * GROUP
+    last = tl.minimum(first + GROUP, query_offset + query_length) - 1
+    return rank_scores(
+        scores, block, first, last, exists, seen, num_blocks, CAUSAL, OWN, REACH, FIRST, HAS_SEEN, BLOCK_SIZE
+    )
 
 
 @triton.jit

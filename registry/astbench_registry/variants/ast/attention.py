@@ -101,10 +101,15 @@ class AdaptiveSparseAttention(LearnedBlockScores):
     def fusible(self, call: Call) -> bool:
         """See the base class."""
         config = self.config
-        forward = config.estimator == "soft" or config.budget != "fixed" or config.rest
-        parts = config.sub_blocks > 1 or config.index_dim > 0
+        forward = config.estimator == "soft" or config.rest or self._counts is not None
+        if self.selector.tile(call.mask) is None:  # the kernels for lists that rows have of their own do less
+            forward = forward or config.budget != "fixed" or config.sub_blocks > 1 or config.index_dim > 0
         more_kept = self._global_tokens(call) is not None
-        return super().fusible(call) and not (forward or parts or self._draws() or more_kept)
+        return super().fusible(call) and not (forward or self._draws() or more_kept)
+
+    def least_share(self) -> Tensor | float | None:
+        """See the base class."""
+        return None if self.config.budget == "fixed" else self.share
 
     def selection(self, call: Call) -> Selection:
         """Blocks that hold a global token are kept by all; groups that do keep all, and the others as many as ever."""
