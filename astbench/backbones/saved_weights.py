@@ -7,14 +7,17 @@ says that there was one.
 from __future__ import annotations
 
 import json
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from astbench.backbones.hooks import IMPLEMENTATION
+from astbench.files.hub import is_repository
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -33,11 +36,12 @@ def restore(model: PreTrainedModel, name: str, own: dict[str, Tensor]) -> list[s
     if not isinstance(saved, dict) or not own:
         return []
     folder = str(getattr(model.config, "_name_or_path", ""))
+    revision = getattr(model.config, "_commit_hash", None)
     again = "weights saved apart come with astbench.backbones.adapters.load_adapter"
     if saved.get("attention") != name:
         return [f"this model was saved with attention '{saved.get('attention')}'; the weights of '{name}' start anew"]
     try:
-        found = _read(Path(folder), own)
+        found = _read(_where(folder, revision), own)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         return [
             f"the weights of '{name}' that {folder} was saved with cannot be read ({error}); they start anew; {again}"
@@ -51,6 +55,17 @@ def restore(model: PreTrainedModel, name: str, own: dict[str, Tensor]) -> list[s
         ]
     model.load_state_dict(fitting, strict=False)
     return [f"the {len(own)} tensors of attention '{name}' come from {folder}, where the model was saved with them"]
+
+
+def _where(name: str, revision: str | None) -> Path:
+    """The folder that the model was loaded from; of one on the hub the cache's, which has its files by now."""
+    if isdir(name) or not is_repository(name):
+        return Path(name)
+    for file in (INDEX, SINGLE):
+        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            return Path(found).parent
+    raise OSError(f"{name} holds neither {SINGLE} nor {INDEX}")
 
 
 def _read(folder: Path, own: dict[str, Tensor]) -> dict[str, Tensor]:

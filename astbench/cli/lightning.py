@@ -21,10 +21,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from astbench import console
+from astbench.backbones.adapters import adapter_folder
 from astbench.backbones.presets import BackboneConfig
 from astbench.cli.analysing import Analysing
 from astbench.cli.command_line import CommandLine
-from astbench.cli.option_checks import check_options, group_options, refuse_functions, without_name
+from astbench.cli.option_checks import check_options, group_options, refuse_code, refuse_functions, without_name
 from astbench.cli.parser import ALLOWED, Parser
 from astbench.cli.processes import leading
 from astbench.cli.run_callback import RunCallback
@@ -96,7 +97,7 @@ class CLI(LightningCLI):
             "recorded as what it was",
         )
         parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run")
-        parser.add_argument("--init_from", type=str | None, default=None, help="run folder to take weights from")
+        parser.add_argument("--init_from", type=str | None, default=None, help="run or adapter to take weights from")
         parser.add_argument("--plugins", type=list[str], default=list(self.line.plugins), help="plugins to load")
         parser.add_argument("--checkpoint_every", type=int, default=100, help="optimizer steps between checkpoints")
         parser.add_argument(
@@ -138,6 +139,7 @@ class CLI(LightningCLI):
                 raise ConfigError(f"--{kind}={known} was chosen, and the options name {self.options[kind].name}")
         if not self.line.trust_config:
             refuse_functions(self.options.trainer)
+            refuse_code(self.options, self.task, self.line.typed)
         check_options(self.command, self.options, self.task)
         self._set_threads()
 
@@ -257,7 +259,7 @@ class CLI(LightningCLI):
                 resume = None
         asked = resume or options.get("ckpt_path")
         if not asked:
-            if options.init_from:
+            if options.init_from and adapter_folder(options.init_from) is None:
                 self._found(options.init_from)
             return None
         file = self._found(asked)
@@ -294,7 +296,7 @@ class CLI(LightningCLI):
         options = self.options
         folder = None
         source = checkpoint or options.init_from
-        if source:
+        if source and (checkpoint or adapter_folder(source) is None):  # an adapter's tokenizer is the backbone's
             path = Path(source)
             folder = path if path.is_dir() else path.parent
         self.datamodule.prepare(BackboneConfig(**vars(options.backbone)), options.seed_everything, folder)
@@ -321,7 +323,7 @@ def run(command: str, line: CommandLine, analysing: Analysing | None = None) -> 
         AstbenchError: what was asked for cannot be, or went wrong.
     """
     SIGNALS.check()
-    _quiet()
+    quiet_libraries()
     if not line.trust_config:
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
     assert line.task is not None
@@ -363,7 +365,7 @@ def _plain(options: Namespace) -> dict[str, Any]:
     return plain
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
     """Third parties' chatter off; our own messages say what matters."""
     import transformers
 

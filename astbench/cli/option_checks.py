@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import pydoc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 
 from astbench import console
+from astbench.backbones.adapters import adapter_folder
 from astbench.backbones.presets import BackboneConfig, resolve_preset
 from astbench.cli.bounds import check_attention_sizes, check_data_sizes, check_numbers
 from astbench.errors import ConfigError, MissingPackageError
@@ -68,6 +70,28 @@ def refuse_functions(value: Any, where: str = "trainer") -> None:
             f"--{where} names the function {name}: a config may name classes, and nothing else that is called; "
             "--trust_config lifts this for configs you trust"
         )
+
+
+def refuse_code(options: Namespace, task: Task, words: Sequence[str]) -> None:
+    """Refuse options of the data that name code, where a file and not the command line says so.
+
+    Args:
+        options: Parsed.
+        task: Whose data module says which options do.
+        words: The command line as it was typed.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for name in getattr(task.load()[1], "code_options", ()):
+        value, option = options.data[name], f"--data.{name}"
+        typed = [after for word, after in pairwise([*words, ""]) if word == option]
+        typed += [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
+        if value and value not in typed:
+            raise ConfigError(
+                f"a config says {option}={value}, and what lies there is code: type the option to run it, or "
+                "--trust_config to run whatever the config names"
+            )
 
 
 def check_options(command: str, options: Namespace, task: Task) -> None:
@@ -144,7 +168,7 @@ def _check_trained(command: str, options: Namespace, task: Task) -> None:
     head = task.load()[0].head
     if command == "predict" and head == "question_answering" and not options.get("ckpt_path"):
         raise ConfigError("predict needs a trained run: --ckpt_path=runs/NAME")
-    if command == "fit" or options.get("ckpt_path") or options.init_from:
+    if command == "fit" or options.get("ckpt_path") or (options.init_from and not adapter_folder(options.init_from)):
         return
     if resolve_preset(options.backbone.name, head):
         raise ConfigError(

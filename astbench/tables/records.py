@@ -202,6 +202,7 @@ def kind_of(record: Record) -> str:
         "wmt14": "translation",
         "mqar": "mqar",
         "needle": "needle",
+        "lm_eval": "sweep",
     }
     task = record["config"]["task"]["name"]
     if task not in kinds:

@@ -64,7 +64,7 @@ class Repeat:
 
     def line(self, without: Sequence[str] = ()) -> str:
         """As typed, options in `without` left out; folders that belong to one machine read FOLDER."""
-        given = [f"--{self.typed(key)}={_typed(v)}" for key, v in self.options.items() if key not in without]
+        given = [f"--{self.typed(key)}={written(v)}" for key, v in self.options.items() if key not in without]
         return " ".join(["astbench", self.command, *([f"--config={self.recipe}"] if self.recipe else []), *given])
 
 
@@ -155,7 +155,7 @@ def _benches(run: Run, recipes: Sequence[Recipe]) -> Iterator[tuple[str | None, 
         yield recipe.path if recipe else None, differs
 
 
-def _typed(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as one writes it on a command line."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)

@@ -14,6 +14,8 @@ from astbench.tables.records import Record, Run
 from astbench.tables.repeat import NO_EFFECT, TRAINS
 from astbench.tables.student import interval, quantile
 
+_OF_WINDOWS = ("perplexity", "nll")
+
 OF_THE_MACHINE = (
     ("torch", ("versions", "torch")),
     ("transformers", ("versions", "transformers")),
@@ -142,16 +144,33 @@ def _score(
     if len(seeds) > 1:
         values = [one.metrics[name] for one in seeds if name in one.metrics]
         return Score(name, held, now, *_of_one_more(values), f"95% of a further seed, from {len(values)} on record")
-    rows = [row for row in items.values() if isinstance(row, dict)]
-    if name in ("perplexity", "nll") and len(rows) > 1 and all("nll" in row for row in rows):
-        low, high = interval([row["nll"] for row in rows])
-        ends = (low, high) if name == "nll" else (math.exp(low), math.exp(high))
-        return Score(name, held, now, *ends, f"95% over {len(rows)} windows of the record")
-    if name not in OF_A_CORPUS and len(rows) > 1 and all(name in row for row in rows):
-        ends = interval([float(row[name]) for row in rows])
-        scale = held / mean if (mean := statistics.fmean(float(row[name]) for row in rows)) else 1.0
-        return Score(name, held, now, ends[0] * scale, ends[1] * scale, f"95% over {len(rows)} items of the record")
+    found = over_items(name, held, items)
+    if found is not None:
+        low, high, count = found
+        what = "windows" if name in _OF_WINDOWS else "items"
+        return Score(name, held, now, low, high, f"95% over {count} {what} of the record")
     return Score(name, held, now, None, None, "one seed, and its items do not give it")
+
+
+def over_items(name: str, value: float, items: Mapping[str, Any]) -> tuple[float, float, int] | None:
+    """Student's 95% interval of a metric over what was scored one by one, and how many that are.
+
+    Args:
+        name: The metric's.
+        value: The record's.
+        items: The record's.
+
+    Returns: None where the items do not give the metric, or there is one.
+    """
+    rows = [row for row in items.values() if isinstance(row, dict)]
+    if name in _OF_WINDOWS and len(rows) > 1 and all("nll" in row for row in rows):
+        low, high = interval([row["nll"] for row in rows])
+        return (low, high, len(rows)) if name == "nll" else (math.exp(low), math.exp(high), len(rows))
+    if name not in OF_A_CORPUS and len(rows) > 1 and all(name in row for row in rows):
+        low, high = interval([float(row[name]) for row in rows])
+        scale = value / mean if (mean := statistics.fmean(float(row[name]) for row in rows)) else 1.0
+        return low * scale, high * scale, len(rows)
+    return None
 
 
 def _of_one_more(values: Sequence[float]) -> tuple[float | None, float | None]:

@@ -219,6 +219,17 @@ TASKS: dict[str, Task] = {
                 "attention.density_schedule": "mixed",
             },
         ),
+        Task(
+            name="lm_eval",
+            summary="Any task of EleutherAI's lm-eval: RULER, LongBench and others (extra lmeval)",
+            module="astbench.tasks.harness.task:Harness",
+            data="astbench.tasks.harness.data:HarnessData",
+            config="astbench.tasks.harness.config:HarnessConfig",
+            sources=("lm_eval",),
+            real="",
+            metric="score",
+            commands=("test",),
+        ),
         *(
             Task(
                 name=name,

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from astbench import console
+from astbench.backbones.adapters import adapter_folder, start_from_adapter
 from astbench.backbones.load import load_backbone
 from astbench.backbones.presets import BackboneConfig, Head
 from astbench.backbones.swap import WHERE, SwapHandle, Where, swap_attention
@@ -39,7 +40,7 @@ class TaskModule(pl.LightningModule):
         optim: Fields of :class:`OptimConfig`.
         task: Fields of the task's own config.
         seed: Initial weights and every random draw derive from it.
-        init_from: Run folder whose trained backbone to start from.
+        init_from: Run folder whose trained backbone to start from, or an adapter.
     """
 
     head: ClassVar[Head]
@@ -113,8 +114,16 @@ class TaskModule(pl.LightningModule):
         return load_backbone(self.backbone, self.head, tokenizer=tokenizer)
 
     def _load_trained_backbone(self, folder: str) -> None:
-        """Weights of another run; the attention's own parameters only when that run had the same attention."""
+        """Weights of another run; the attention's own parameters only when that run had the same attention.
+
+        Of an adapter the attention's own alone.
+        """
         assert self.model is not None and self.handle is not None
+        adapter = adapter_folder(folder)
+        if adapter is not None:
+            start_from_adapter(self.handle, adapter)
+            self._own_weights_are_trained(set(self.handle.state_dict()))
+            return
         checkpoint = check_content(read_checkpoint(folder), folder)
         same_attention = checkpoint["hyper_parameters"]["attention"]["name"] == self.attention["name"]
         weights = {
@@ -129,15 +138,19 @@ class TaskModule(pl.LightningModule):
         if wrong:
             raise CheckpointError(f"--init_from={folder} was trained on another backbone: {wrong[0]} differs")
         fitting = {n for n in own & weights.keys() if same_attention and weights[n].shape == mine[n].shape}
-        if fitting:  # they begin where the other run ended
-            self._to_observe = 0
-        shares = {name for name in own if name.endswith(".calibrated_share")}
-        if shares and shares <= fitting:
-            self._to_budget, self._has_share = 0, True
+        self._own_weights_are_trained(fitting)
         if own - fitting:
             self.handle.notes.append(f"{len(own - fitting)} of the attention's {len(own)} own tensors start anew")
         usable = {n: w for n, w in weights.items() if n in wanted | fitting}
         self.model.load_state_dict(usable, strict=False)
+
+    def _own_weights_are_trained(self, names: set[str]) -> None:
+        """The attention's own weights of these names begin where another run ended: calibration would undo that."""
+        if names:
+            self._to_observe = 0
+        shares = {name for name in self.swapped.state_dict() if name.endswith(".calibrated_share")}
+        if shares and shares <= names:
+            self._to_budget, self._has_share = 0, True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that do not fit, in one line."""

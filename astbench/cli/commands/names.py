@@ -15,6 +15,7 @@ OWN = {
     "run": "a sweep: many runs from one file, each once; a second start does what is left",
     "table": "result tables from records: shown, written into documents, or compared with them",
     "report": "one page of HTML from records: leaderboard, costs, runs, what was chosen",
+    "push": "what a run trained, onto Hugging Face's hub, with a model card made from its record",
     "reproduce": "run the command behind a row of a table again, and say whether it comes out the same",
     "doctor": "what this machine has, which backends work here and why the others do not",
 }

@@ -21,11 +21,17 @@ from astbench.tables.pages import cells
 from astbench.tables.records import Group, Run
 from astbench.tables.student import holm, interval, p_value
 
-SCORES = {"perplexity": "nll", "bleu": "bleu", "f1": "f1", "accuracy": "accuracy"}
+SCORES = {"perplexity": "nll", "bleu": "bleu", "f1": "f1", "accuracy": "accuracy", "score": "score"}
 """Metric that heads a task's table, the first that a record has -> what its items hold of it."""
 
 _LOWER = ("perplexity",)
-_NAMES = {"perplexity": "perplexity a token", "bleu": "BLEU", "f1": "F1, %", "accuracy": "accuracy, %"}
+_NAMES = {
+    "perplexity": "perplexity a token",
+    "bleu": "BLEU",
+    "f1": "F1, %",
+    "accuracy": "accuracy, %",
+    "score": "score",
+}
 _NO_SETTING = ("seed_everything", "trainer.threads")
 
 
