@@ -24,6 +24,7 @@ from astbench_registry.interface import (
     CacheState,
 )
 from astbench_registry.mask import AttentionMask
+from astbench_registry.transforms.applied import AppliedTransform
 
 logger = logging.get_logger(__name__)
 
@@ -77,6 +78,7 @@ class AttentionSlot(nn.Module):
         self.stats: AttentionStats | None = None
         self.log_prob: Tensor | None = None
         self.observing = False
+        self.transform: AppliedTransform | None = None
         self._ran_without_gradient = False
 
     def forward(
@@ -98,7 +100,9 @@ class AttentionSlot(nn.Module):
             seen = replace(mask, pattern=self.pattern)
             self.attention.observe(q, k, seen)
             return _dense(q, k, v, seen, scale)
-        context = AttentionContext(self.step, self.collect_stats, self.hidden_states, self.global_tokens, summaries)
+        context = AttentionContext(
+            self.step, self.collect_stats, self.hidden_states, self.global_tokens, summaries, self.transform
+        )
         try:
             output = self.attention(q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context)
         except Exception as error:

@@ -29,7 +29,8 @@ class BackboneConfig:
             on a CPU, Triton on a GPU; the first step takes a minute, and results differ in the last digits.
         calibrate: Batches of the training split that the model runs through densely before anything else, so that an
             attention which can starts from its queries and keys (`ast` with `index_dim`). Not with `--resume` or
-            `--ckpt_path`, nor where `--init_from` brings the attention's own weights.
+            `--ckpt_path`, nor where `--init_from` brings the attention's own weights. A transform that finds
+            thresholds looks at as many, in any case.
     """
 
     name: str = "tiny"

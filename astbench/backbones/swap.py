@@ -20,6 +20,7 @@ from astbench.backbones.hooks import (
 )
 from astbench.backbones.probe import max_positions, probe_attention
 from astbench.backbones.saved_weights import restore
+from astbench.backbones.transforming import Transforming
 from astbench_registry import Capabilities, CapabilityError, Pattern, build_attention
 from astbench_registry.budget import ShareCounts
 from astbench_registry.interface import Attention, AttentionShape
@@ -42,6 +43,7 @@ class SwapHandle:
         options: Its options as plain data.
         slots: One per attached layer, pattern by pattern, in the order of the layers.
         notes: What the swap changed on the model, for the user to read.
+        transforming: The transform of attention weights at work; None for none.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class SwapHandle:
         self.layers = layers
         self.slots: list[AttentionSlot] = []
         self.notes: list[str] = []
+        self.transforming: Transforming | None = None
         self._undo: list[Any] = []
 
     def set_step(self, step: int) -> None:

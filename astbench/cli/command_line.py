@@ -28,7 +28,14 @@ _SHORT = {"-h": "--help", "-c": "--config"}
 _PLUGINS = ("--plugins", "--plugins+")
 _ANSWERED = (*_PLUGINS, "--debug", "--trust_config")
 """Options of every command that no parser behind this module needs to know."""
-_NEED_VALUE = ("--attention", "--attention.name", "--task", "--task.name", "--plugins", "--ckpt_path", "--seed")
+_CODE = ("attention", "task", "transform")
+"""Groups whose name may be that of a class in a file, `./mine.py:Mine`."""
+_NEED_VALUE = (
+    *(f"--{kind}{name}" for kind in _CODE for name in ("", ".name")),
+    "--plugins",
+    "--ckpt_path",
+    "--seed",
+)
 """Options that are looked at here, so that no parser behind this module would miss their value."""
 
 
@@ -59,6 +66,7 @@ class CommandLine:
         configs: The files, in the order in which the later wins; first the one beside a checkpoint.
         attention: Registered name; as it was said until its plugin is loaded.
         task: Registered name.
+        transform: Registered name; None for none.
         plugins: Files and modules to load, from argv and from configs that are trusted.
     """
 
@@ -68,6 +76,7 @@ class CommandLine:
     configs: tuple[ConfigFile, ...] = ()
     attention: str | None = None
     task: str | None = None
+    transform: str | None = None
     plugins: tuple[str, ...] = ()
 
     def has(self, name: str) -> bool:
@@ -112,19 +121,19 @@ class CommandLine:
         files = [Option("--config", config.path) for config in self.configs]
         return [*files, *(o for o in self.options if o.name not in (*_ANSWERED, "--help", *taken))]
 
-    def attention_options(self, command: str, *switches: str) -> dict[str, Any]:
-        """The `--attention.OPTION` values, for commands that take no other options but `switches`.
+    def attention_options(self, command: str, *switches: str, group: str = "attention") -> dict[str, Any]:
+        """The `--attention.OPTION` values, or another group's, for commands that take no other options but `switches`.
 
         Raises:
             ConfigError: another option, a file, or a value that is not YAML.
         """
         options = {}
         for option in self.others(*switches):
-            if not option.name.startswith("--attention.") or option.name == "--attention.name":
+            if not option.name.startswith(f"--{group}.") or option.name == f"--{group}.name":
                 raise ConfigError(f"astbench {command} takes no {option}")
             if option.value is None:
                 raise ConfigError(f"{option.name} needs a value: {option.name}=VALUE")
-            options[option.name.removeprefix("--attention.")] = _number(parse_yaml(option.value, option.name))
+            options[option.name.removeprefix(f"--{group}.")] = _number(parse_yaml(option.value, option.name))
         return options
 
 
@@ -156,7 +165,8 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     if line.resume:
         files = [_resumed(line.resume, [*options, *map(Option, words)])]
     line = replace(line, configs=tuple(read_config(file) for file in files))
-    line = replace(line, attention=line.value("attention.name"), task=line.value("task.name"))
+    names = {kind: line.value(f"{kind}.name") for kind in _CODE}
+    line = replace(line, attention=names["attention"], task=names["task"], transform=names["transform"])
     return replace(line, plugins=tuple(dict.fromkeys(_plugins(line))))
 
 
@@ -252,11 +262,12 @@ def _plugins(line: CommandLine) -> Iterator[str]:
     """The plugins that were typed, then those of configs, which are code that only trust lets run."""
     typed = list(_typed_plugins(line.options))
     yield from typed
-    names = [line.typed_value(f"--{kind}", f"--{kind}.name") for kind in ("attention", "task")]
+    names = [line.typed_value(f"--{kind}", f"--{kind}.name") for kind in _CODE]
     known = {plugin_key(plugin) for plugin in (*typed, *_files_of(names))}
     for config in line.configs:
         named = [str(plugin) for key in ("plugins", "plugins+") for plugin in config.data.get(key) or []]
-        for kind, chosen, typed_name in zip(("attention", "task"), (line.attention, line.task), names, strict=True):
+        chosen_names = (line.attention, line.task, line.transform)
+        for kind, chosen, typed_name in zip(_CODE, chosen_names, names, strict=True):
             if typed_name is None and chosen == config.value(kind, "name"):
                 named += _files_of([chosen])
         for plugin in named:

@@ -12,7 +12,7 @@ import yaml
 from astbench.errors import ConfigError
 from astbench.files.plain_yaml import MOST_CHARACTERS, plain_yaml
 
-NAMED = ("attention", "task", "backbone")
+NAMED = ("attention", "task", "backbone", "transform")
 """Groups whose name alone may stand for them: `attention: ast` is `attention: {name: ast}`."""
 
 LINKED = {*NAMED, "optim", "seed", "init_from"}

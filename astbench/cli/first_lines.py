@@ -38,24 +38,44 @@ def say_first_lines(
 ) -> None:
     """Print what is about to run, from :func:`run_facts`."""
     counts, handle = facts["parameters"], module.swapped
-    attention = handle.slots[0].attention
-    options = " ".join(f"{name}={value}" for name, value in attention.config.headline().items())
+    options = " ".join(f"{name}={value}" for name, value in handle.slots[0].attention.config.headline().items())
     console.say(f"astbench {command}")
     console.table(
         {
             "attention": f"{handle.name} in {len(handle.slots)} layers {options}",
+            **_transform(module),
             "task": task.name,
             "source": _source(facts["data"]),
             "backbone": f"{module.backbone.name}, {counts['total']:,} parameters, {counts['attention']:,} of them "
             f"the attention's own, {counts['trainable']:,} learn",
             "device": f"{trainer.strategy.root_device} x {trainer.world_size}, precision {trainer.precision}, "
             f"{torch.get_num_threads()} threads",
-            "backend": attention.planned_backend(next(module.parameters()).device),
+            "backend": _backend(module),
             "run folder": folder.path,
         }
     )
     for note in facts["notes"]:
         console.say(f"  note: {note}")
+
+
+def _transform(module: TaskModule) -> dict[str, str]:
+    """The transform of attention weights, where there is one."""
+    transforming = module.swapped.transforming
+    if transforming is None:
+        return {}
+    options = " ".join(f"{name}={value}" for name, value in transforming.config.headline().items())
+    return {"transform": f"{transforming.name} in {len(transforming.slots)} layers {options}"}
+
+
+def _backend(module: TaskModule) -> str:
+    """The kernel that runs; under a transform weights are written out instead, which is slower."""
+    handle, device = module.swapped, next(module.parameters()).device
+    planned = handle.slots[0].attention.planned_backend(device)
+    if handle.transforming is None:
+        return planned
+    explicit = f"explicit weights in torch on {device.type}, for the transform"
+    same = len(handle.transforming.slots) == len(handle.slots)
+    return explicit if same else f"{explicit}; {planned} in the other layers"
 
 
 def _source(data: dict[str, Any]) -> str:

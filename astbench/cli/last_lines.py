@@ -23,6 +23,12 @@ def say_last_lines(task: Task, module: TaskModule, record: Mapping[str, Any], fo
         rows["density"] = (
             f"{density:.3f} of the visible (query, key) pairs{computed}, on {', '.join(record['backends'])}"
         )
+    if transform := record.get("transform"):
+        values = transform["values"]
+        told = f"{values} different values" if values else "more than 64 different values"
+        rows["transform"] = (
+            f"{transform['zeros']:.3f} of the visible pairs are zero, {told}, a row sums to {transform['row_sum']:.3f}"
+        )
     if "train" in record:
         train = record["train"]
         wanted = module.trainer.max_steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -10,7 +9,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import closing
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +25,12 @@ from astbench.cli.analysing import Analysing
 from astbench.cli.command_line import CommandLine
 from astbench.cli.option_checks import check_options, group_options, refuse_code, refuse_functions, without_name
 from astbench.cli.parser import ALLOWED, Parser
+from astbench.cli.plain_options import as_yaml, plain_options
 from astbench.cli.processes import leading
 from astbench.cli.run_callback import RunCallback
 from astbench.cli.second_phase import parser_arguments
 from astbench.cli.stopping import SIGNALS
+from astbench.cli.transformed import TransformCallback
 from astbench.errors import AstbenchError, CheckpointError, ConfigError, refused_by_system
 from astbench.files.writing import write_text
 from astbench.runs.checkpoint_checks import check_content
@@ -42,6 +42,7 @@ from astbench.tasks import Task, find_task
 from astbench.training.optim import OptimConfig
 from astbench.training.trainer import TRAINER_DEFAULTS
 from astbench_registry.registry import config_class, current_names
+from astbench_registry.transforms.registry import transform_config_class
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
@@ -85,6 +86,14 @@ class CLI(LightningCLI):
         """Groups of our own; the model receives them as plain dictionaries."""
         parser.add_argument("--attention.name", type=str, default=self.attention, help="registered attention")
         parser.add_class_arguments(config_class(self.attention), "attention", instantiate=False)
+        parser.add_argument(
+            "--transform.name",
+            type=str | None,
+            default=self.line.transform,
+            help="registered transform of attention weights (validate, test, predict)",
+        )
+        if self.line.transform is not None:
+            parser.add_class_arguments(transform_config_class(self.line.transform), "transform", instantiate=False)
         parser.add_argument("--task.name", type=str, default=self.task.name, help="registered task")
         parser.add_class_arguments(self.task_config, "task", instantiate=False)
         parser.add_class_arguments(BackboneConfig, "backbone", instantiate=False)
@@ -134,7 +143,8 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what can be checked before anything is built or read."""
         sys.argv[1:] = [self.command, *self.line.typed]  # Lightning starts a run's other processes with these
-        for kind, known in (("attention", self.attention), ("task", self.task.name)):
+        names = {"attention": self.attention, "task": self.task.name, "transform": self.line.transform}
+        for kind, known in names.items():
             if self.options[kind].name != known:  # only names that were looked at may be imported
                 raise ConfigError(f"--{kind}={known} was chosen, and the options name {self.options[kind].name}")
         if not self.line.trust_config:
@@ -163,7 +173,11 @@ class CLI(LightningCLI):
         self.folder = RunFolder(options.run_dir) if options.run_dir else self._new_folder()
         self.run_callback = RunCallback(self.folder, self.command, self.task, options.checkpoint_every)
         trainer = self._get(self.config_init, "trainer").as_dict()
-        callbacks = [*(trainer.pop("callbacks", None) or []), self.run_callback]
+        self.transforming = (
+            TransformCallback(self.line.transform, without_name(options.transform)) if self.line.transform else None
+        )
+        ours = [self.run_callback] if self.transforming is None else [self.transforming, self.run_callback]
+        callbacks = [*(trainer.pop("callbacks", None) or []), *ours]
         if self.analysing is not None:
             callbacks.append(self.analysing)
         trainer["enable_progress_bar"] = trainer.get("enable_progress_bar") is not False
@@ -210,7 +224,7 @@ class CLI(LightningCLI):
         with closing(self.folder):
             if writer and self.line.resume is None:
                 self._save_config()
-            self.run_callback.begin(_plain(self.options), self.line.typed, checkpoint, writer=writer)
+            self.run_callback.begin(plain_options(self.options), self.line.typed, checkpoint, writer=writer)
             run: Callable[..., Any] = getattr(self.trainer, subcommand)
             with self.run_callback.recording():
                 quiet = {"verbose": False} if subcommand in ("validate", "test") else {}
@@ -220,6 +234,8 @@ class CLI(LightningCLI):
                         self.run_callback.evaluate(self.trainer, self.model, self.datamodule)
                     if self.analysing is not None:
                         self.run_callback.record.data.update(self.analysing.finish(self.model, self.folder))
+                    if self.transforming is not None:
+                        self.run_callback.record.data.update(self.transforming.record(self.model))
                     self.run_callback.finish(self.model)
                 except (SystemExit, Exception) as error:
                     # Lightning makes exits of signals, and torch errors of workers that died of one.
@@ -306,7 +322,9 @@ class CLI(LightningCLI):
         config = self.options.clone()
         for key in ("config", "run_dir", "weights_only", "verbose"):
             config.pop(key, None)
-        text = self._parser(self.command).dump(_as_yaml(config), skip_unset=False, skip_validation=True)
+        if config.transform.name is None:
+            config.pop("transform")
+        text = self._parser(self.command).dump(as_yaml(config), skip_unset=False, skip_validation=True)
         head = f"# astbench {self.command} --config={CONFIG} runs this again.\n"
         write_text(self.folder / CONFIG, head + text)
 
@@ -341,28 +359,6 @@ def run(command: str, line: CommandLine, analysing: Analysing | None = None) -> 
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
     return 0
-
-
-def _as_yaml(value: Any) -> Any:
-    """Options as YAML can say them: defaults of callbacks may be members of an enumeration, or other objects."""
-    if isinstance(value, Namespace):
-        for key, part in vars(value).items():
-            setattr(value, key, _as_yaml(part))
-        return value
-    if isinstance(value, dict):
-        return {key: _as_yaml(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_yaml(part) for part in value]
-    if isinstance(value, Enum):
-        return value.name
-    return value if value is None or type(value) in (str, bool, int, float) else str(value)
-
-
-def _plain(options: Namespace) -> dict[str, Any]:
-    """The options as JSON-able data."""
-    plain = dict(json.loads(json.dumps(options.as_dict(), default=str)))
-    plain.pop("config", None)  # where the options were read from; they are all here
-    return plain
 
 
 def quiet_libraries() -> None:

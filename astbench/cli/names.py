@@ -6,6 +6,7 @@ is built for exactly those classes.
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,9 +16,14 @@ from astbench.cli.command_line import CommandLine, read_command_line
 from astbench.errors import ConfigError, NameOrPluginError
 from astbench.tasks import find_task, load_plugin, registered_tasks
 from astbench.tasks.registry import task_of_class
-from astbench_registry import PluginError, RegistryError
+from astbench_registry import PluginError, RegistryError, UnknownAttentionError
 from astbench_registry import load_plugin as load_attentions
 from astbench_registry.registry import config_class, current_names, registered
+from astbench_registry.transforms.registry import (
+    registered_transforms,
+    transform_config_class,
+    transform_of_class,
+)
 
 
 def read_names(argv: Sequence[str]) -> CommandLine:
@@ -45,6 +51,9 @@ def _registered_as(line: CommandLine) -> CommandLine:
     if line.task and ":" in line.task:
         plugins = dict.fromkeys([*line.plugins, line.task.rpartition(":")[0]])
         line = replace(line, task=task_of_class(line.task), plugins=tuple(plugins))
+    if line.transform and ":" in line.transform:
+        plugins = dict.fromkeys([*line.plugins, line.transform.rpartition(":")[0]])
+        line = replace(line, transform=transform_of_class(line.transform), plugins=tuple(plugins))
     return line
 
 
@@ -103,8 +112,30 @@ def name_of_class(target: str) -> str:
     raise PluginError(f"{plugin} registers no class '{cls}'; it registers: {', '.join(names)}")
 
 
+def is_transform(name: str) -> bool:
+    """Whether a name, or `./mine.py:Mine`, is that of a transform rather than of an attention.
+
+    Raises:
+        UnknownAttentionError: it is neither's, with the nearest name and all of both.
+    """
+    if ":" in name:
+        target, _, cls = name.rpartition(":")
+        load_plugin(target)
+        return any(row.cls is not None and row.cls.__name__ == cls for row in registered_transforms().values())
+    attentions, transforms = registered(), registered_transforms()
+    if name in attentions or name in transforms:
+        return name not in attentions
+    names = [*attentions, *transforms]
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ";"
+    raise UnknownAttentionError(
+        f"unknown attention or transform '{name}'{hint} registered: {', '.join(attentions)}; transforms: "
+        f"{', '.join(transforms)}"
+    )
+
+
 def check_names(line: CommandLine) -> None:
-    """Both names are given and known.
+    """Both names are given and known, and that of a transform where there is one.
 
     Raises:
         ConfigError: one is missing.
@@ -117,5 +148,7 @@ def check_names(line: CommandLine) -> None:
     try:
         config_class(line.attention)
         find_task(line.task)
+        if line.transform is not None:
+            transform_config_class(line.transform)
     except RegistryError as error:
         raise NameOrPluginError(str(error)) from error

@@ -21,6 +21,7 @@ from astbench.tasks import Task
 from astbench.training.optim import OptimConfig
 from astbench_registry import AttentionConfig
 from astbench_registry.registry import make_config
+from astbench_registry.transforms.registry import make_transform_config, require_probabilities
 
 _CUT_SHORT = {
     "limit_train_batches": "--data.max_train=N",
@@ -108,6 +109,8 @@ def check_options(command: str, options: Namespace, task: Task) -> None:
     check_attention_sizes(without_name(options.attention), options.data[data_class.length_option])
     config = make_config(options.attention.name, without_name(options.attention))
     _check_attention(command, options, task, config, task_config(**without_name(options.task)))
+    if options.transform.name is not None:
+        _check_transform(command, options, config)
     BackboneConfig(**vars(options.backbone))
     OptimConfig(**vars(options.optim))
     check_numbers(options.as_dict(), "--")
@@ -146,6 +149,29 @@ def _check_attention(command: str, options: Namespace, task: Task, config: Atten
         )
     for pattern in wanted.values():
         config.can.check(name, pattern, **layer)
+
+
+def _check_transform(command: str, options: Namespace, attention: AttentionConfig) -> None:
+    """Refuse a transform where it cannot work.
+
+    Raises:
+        ConfigError: training, or thresholds that are to be found on no batches.
+        ValueError: an option of the transform.
+        CapabilityError: an attention that yields no probabilities.
+    """
+    name = options.transform.name
+    if command == "fit":
+        raise ConfigError(
+            f"--transform={name} works at inference: leave it out of fit, and give it to validate, test or predict"
+        )
+    config = make_transform_config(name, without_name(options.transform))
+    able = attention.can.yields_probabilities
+    require_probabilities(options.attention.name, able=able, what=f"--transform={name}")
+    if config.calibrated and not options.backbone.calibrate:
+        raise ConfigError(
+            f"--transform={name} with these options looks at attention values first: set --backbone.calibrate=2, the "
+            "batches of the training split that it looks at"
+        )
 
 
 def _check_trainer(trainer: Namespace, task: Task) -> None:

@@ -57,7 +57,8 @@ class RunCallback(Callback):
 
     def begin(self, config: dict[str, Any], words: Sequence[str], checkpoint: str | None, *, writer: bool) -> None:
         """First version of the record; see :meth:`RunRecord.begin`."""
-        plugins = foreign_code(config["attention"]["name"], self.task.name, config.get("plugins") or [])
+        transform = (config.get("transform") or {}).get("name")
+        plugins = foreign_code(config["attention"]["name"], self.task.name, config.get("plugins") or [], transform)
         self.record.begin(self.command, config, words, checkpoint, writer=writer, plugins=plugins)
 
     def recording(self) -> AbstractContextManager[None]:

@@ -10,7 +10,10 @@ from astbench.cli.command_line import CommandLine
 from astbench.cli.config_files import NAMED, ConfigFile, config_arguments
 
 _LONG = {"--seed": "--seed_everything", "--backbone": "--backbone.name"}
-_KNOWN_ALREADY = ("--attention", "--attention.name", "--task", "--task.name", "--resume")
+_KNOWN_ALREADY = (
+    *(f"--{kind}{name}" for kind in ("attention", "task", "transform") for name in ("", ".name")),
+    "--resume",
+)
 
 
 def parser_arguments(line: CommandLine, folder: Path) -> list[str]:
@@ -30,7 +33,7 @@ def _fitted(config: ConfigFile, line: CommandLine) -> dict[str, Any]:
     for kind in NAMED:
         if isinstance(options.get(kind), str):
             options[kind] = {"name": options[kind]}
-    for kind, name in (("attention", line.attention), ("task", line.task)):
+    for kind, name in (("attention", line.attention), ("task", line.task), ("transform", line.transform)):
         given = (options.get(kind) or {}).get("name")
         if given is not None and given == line.value(f"{kind}.name"):
             options[kind] = {**options[kind], "name": name}  # ./mine.py:Mine by the name that its class registered

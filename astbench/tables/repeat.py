@@ -24,10 +24,16 @@ NO_EFFECT = ("attention.mass", "trainer.enable_progress_bar")
 TRAINS = ("optim.", "trainer.max_steps", "trainer.gradient_clip_val")
 """How options begin that change no number of a run that only evaluates."""
 
-LONG = {"seed": "seed_everything", "attention": "attention.name", "task": "task.name", "backbone": "backbone.name"}
+LONG = {
+    "seed": "seed_everything",
+    "attention": "attention.name",
+    "task": "task.name",
+    "transform": "transform.name",
+    "backbone": "backbone.name",
+}
 """Options that may be typed by a shorter name, by that name."""
 
-_SHORT = {LONG[name]: name for name in ("seed", "attention", "task")}
+_SHORT = {LONG[name]: name for name in ("seed", "attention", "task", "transform")}
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def repeat(run: Run, recipes: Sequence[Recipe]) -> Repeat:
 def _fits(run: Run, recipes: Sequence[Recipe]) -> Iterator[tuple[str | None, Options]]:
     recorded = flatten(run.record["config"])
     attention, task, source = (recorded[key] for key in ("attention.name", "task.name", "data.source"))
-    plain = defaults(attention, task, source)
+    plain = defaults(attention, task, source, recorded.get("transform.name"))
     wanted = {**plain, **recorded, **run.entry.also}
     usual = find_source(task)
     bare = {**plain, "attention.name": None, "task.name": None}
@@ -142,7 +148,7 @@ def _laid_over(recipe: Recipe, attention: str) -> Options:
 def _differences(given: Options, wanted: Options) -> Options:
     """Options to add to what is given; the attention and the task first."""
     differs = {key: value for key, value in wanted.items() if key not in NO_EFFECT and given.get(key, ...) != value}
-    first = [key for key in ("attention.name", "task.name") if key in differs]
+    first = [key for key in ("attention.name", "task.name", "transform.name") if key in differs]
     return {key: differs[key] for key in [*first, *(k for k in differs if k not in first)]}
 
 

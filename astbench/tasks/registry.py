@@ -32,6 +32,7 @@ from astbench_registry.plugins import (
     sole_entry_point,
 )
 from astbench_registry.registry import attentions_of
+from astbench_registry.transforms.registry import transforms_of
 
 if TYPE_CHECKING:
     from astbench.tasks.base import TaskData
@@ -180,19 +181,19 @@ def _load(name: str) -> None:
 
 
 def load_plugin(target: str) -> list[str]:
-    """Import a plugin, `path/to/file.py` or `package.module`, and return the attentions and tasks it registered.
+    """Import a plugin, `path/to/file.py` or `package.module`; the attentions, transforms and tasks it registered.
 
     Raises:
-        PluginError: the file is missing, raises at import, or registers neither.
+        PluginError: the file is missing, raises at import, or registers none of them.
     """
     module = import_plugin(target)
     own = f"{module.__name__}:"
     tasks = [name for name, task in _decorated.items() if task.source == target or _module_of(task).startswith(own)]
-    names = [*attentions_of(target, module), *sorted(tasks)]
+    names = [*attentions_of(target, module), *transforms_of(target, module), *sorted(tasks)]
     if not names:
         raise PluginError(
-            f"plugin {target} registers no attention and no task; decorate a class with @register_attention or "
-            "@register_task"
+            f"plugin {target} registers no attention, no task and no transform; decorate a class with "
+            "@register_attention, @register_task or @register_transform"
         )
     return names
 

@@ -230,10 +230,9 @@ class TaskModule(pl.LightningModule):
         """Let the attention look at the dense model, once and said; weights that it was given have that in them."""
         batches, observe, budget = self.backbone.calibrate, self._to_observe, self._to_budget
         self._to_observe = self._to_budget = 0
-        if self.trainer.ckpt_path:
-            return
-        passes = [self.swapped.calibrating] if observe else []
-        if self.swapped.budget_is_calibrated and not self._has_share:
+        trained = bool(self.trainer.ckpt_path)
+        passes = [self.swapped.calibrating] if observe and not trained else []
+        if self.swapped.budget_is_calibrated and not self._has_share and not trained:
             if not batches:
                 console.say(
                     "note: --attention.budget=calibrated keeps what --attention.share says: no batches to "
@@ -242,6 +241,9 @@ class TaskModule(pl.LightningModule):
             elif budget:  # a second time with what the first one found
                 passes += [self.swapped.budgeting, self.swapped.budgeting]
             self._has_share = True
+        transforming = self.swapped.transforming
+        if transforming is not None and not transforming.started:
+            passes.append(transforming.calibrating)
         if not passes:
             return
         if self.trainer.world_size > 1:
@@ -258,7 +260,8 @@ class TaskModule(pl.LightningModule):
             with torch.no_grad(), look():
                 for batch in islice(data.train_dataloader(), batches):
                     self(self.trainer.strategy.batch_to_device(batch))
-            console.say(f"calibrated: {self.swapped.notes[-1]}")
+            found = f"--transform={transforming.name}" if transforming and look == transforming.calibrating else None
+            console.say(f"calibrated: {found or self.swapped.notes[-1]}")
         self.model.train(training)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -20,6 +20,8 @@ from astbench_registry.registry import (
     register_attention,
     registered,
 )
+from astbench_registry.transforms.config import TransformConfig
+from astbench_registry.transforms.registry import register_transform
 
 if TYPE_CHECKING:
     from astbench_registry.interface import (
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
         CacheState,
     )
     from astbench_registry.mask import AttentionMask
+    from astbench_registry.transforms.interface import Transform
 
 _LAZY = (
     "Attention",
@@ -55,12 +58,15 @@ __all__ = [
     "Pattern",
     "PluginError",
     "RegistryError",
+    "Transform",
+    "TransformConfig",
     "UnknownAttentionError",
     "attention_class",
     "build_attention",
     "config_class",
     "load_plugin",
     "register_attention",
+    "register_transform",
     "registered",
 ]
 
@@ -68,6 +74,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "AttentionMask":
         return import_module("astbench_registry.mask").AttentionMask
+    if name == "Transform":
+        return import_module("astbench_registry.transforms.interface").Transform
     if name in _LAZY:
         return getattr(import_module("astbench_registry.interface"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,6 +41,8 @@ class Capabilities:
         strictly_causal: Under a causal mask no output depends on the future, nor does any choice of keys.
         exact_at_full_density: Has a setting at which it equals dense attention.
         yields_layout: Reports which key blocks it attends to.
+        yields_probabilities: Its output is a sum of values by weights that it can give explicitly (`explicit_weights`),
+            so that a transform of attention weights can change them.
         owns_parameters: Has trainable parameters of its own.
         needs_hidden_states: Reads the layer's input, not only q, k and v.
         dtypes: Floating-point types it computes in.
@@ -62,6 +64,7 @@ class Capabilities:
     strictly_causal: bool = True
     exact_at_full_density: bool = False
     yields_layout: bool = False
+    yields_probabilities: bool = False
     owns_parameters: bool = False
     needs_hidden_states: bool = False
     dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")

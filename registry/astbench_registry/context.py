@@ -62,6 +62,9 @@ class AttentionContext:
             capability record asks for it.
         global_tokens: Bool `(batch, key_length)`: tokens that the task wants seen by all and seeing all (the
             question's, in question answering), for variants that know such tokens; None when it names none.
+        transform: Changes explicit weights before they sum values; None for the variant's own kernels. It is called
+            with weights `(batch, heads, rows, keys)` of some query rows, and bool `(batch, 1, rows, keys)`, True for
+            the pairs that the mask shows.
         summaries: What earlier calls on the same KV cache found out about its key blocks, and this one adds to; None
             when nobody keeps it. It changes no result, only what has to be computed, without gradients; but a variant
             whose capability record says `decode_state` cannot go on without it.
@@ -72,6 +75,7 @@ class AttentionContext:
     hidden_states: Tensor | None = None
     global_tokens: Tensor | None = None
     summaries: CacheState | None = None
+    transform: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,21 @@ class AttentionStats:
     def density(self) -> Tensor:
         """float64 `(heads,)`: computed pairs over visible pairs, over the batch."""
         return self.computed.sum(0) / self.visible.sum().clamp(min=1)
+
+
+class ExplicitWeights(NamedTuple):
+    """What a call's values are summed by, for variants whose capability record says `yields_probabilities`.
+
+    Attributes:
+        rows: Gives the weights of some query rows, int64 `(rows,)`: `(batch, heads, rows, key_length)`, float32 or
+            more, zero for pairs that are not attended to and in rows of padding.
+        stats: Filled when `collect_stats` is set.
+        values: What they sum, `(batch, kv_heads, key_length, value_dim)`; None: the call's own values.
+    """
+
+    rows: Callable[[Tensor], Tensor]
+    stats: AttentionStats | None = None
+    values: Tensor | None = None
 
 
 class AttentionOutput(NamedTuple):

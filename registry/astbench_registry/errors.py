@@ -9,6 +9,10 @@ class UnknownAttentionError(RegistryError):
     """No attention of that name."""
 
 
+class UnknownTransformError(RegistryError):
+    """No transform of that name."""
+
+
 class PluginError(RegistryError):
     """A plugin does not load, or clashes with another."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,11 +13,23 @@ from torch.nn.functional import pad
 from astbench_kernels import choose_backend
 from astbench_registry.budget import ShareCounts
 from astbench_registry.capabilities import AttentionConfig
-from astbench_registry.context import AttentionContext, AttentionOutput, AttentionStats, CacheState
+from astbench_registry.context import AttentionContext, AttentionOutput, AttentionStats, CacheState, ExplicitWeights
+from astbench_registry.errors import CapabilityError
 from astbench_registry.leading_padding import leading_padding, without_leading_padding
 from astbench_registry.mask import AttentionMask
 
-__all__ = ["Attention", "AttentionContext", "AttentionOutput", "AttentionShape", "AttentionStats", "CacheState"]
+__all__ = [
+    "Attention",
+    "AttentionContext",
+    "AttentionOutput",
+    "AttentionShape",
+    "AttentionStats",
+    "CacheState",
+    "ExplicitWeights",
+]
+
+WEIGHTS_AT_A_TIME = 2**20
+"""Explicit weights that are held together: 4 MiB in float32, which a core's cache holds."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +84,14 @@ class Attention(nn.Module):
 
         Unless `capabilities.any_value_size` is set, narrower values are padded with zeros to the keys' size, and the
         output is cut. Unless `shift_invariant` is, it is called with no padding in front, so that it may count blocks,
-        strides and positions from row 0; see :mod:`astbench_registry.leading_padding`.
+        strides and positions from row 0; see :mod:`astbench_registry.leading_padding`. Where the context brings a
+        transform, values are summed by :meth:`explicit_weights` that it has changed, in place of :meth:`forward`.
         """
         can, narrow = self.config.can, q.shape[-1] - v.shape[-1]
         if narrow > 0 and not can.any_value_size:
             output = self(q, k, pad(v, (0, narrow)), mask, scale=scale, context=context)
             return output._replace(out=output.out[..., :-narrow])
-        run = super().__call__
+        run = super().__call__ if context is None or context.transform is None else self._transformed
         leading = None if can.shift_invariant else leading_padding(mask.key_valid)
         if leading is None:
             output = run(q, k, v, mask, scale=scale, context=context)
@@ -109,6 +122,49 @@ class Attention(nn.Module):
             context: Step, whether statistics are wanted, hidden states.
         """
         raise NotImplementedError
+
+    def explicit_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> ExplicitWeights:
+        """The weights by which :meth:`forward` sums values outside of training, for transforms of them.
+
+        Arguments as there. Only for variants whose capability record says `yields_probabilities`.
+        """
+        raise NotImplementedError(f"attention '{self.name}' declares yields_probabilities and gives no weights")
+
+    def _transformed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> AttentionOutput:
+        """Values summed by transformed explicit weights, some rows at a time. O(N M) time."""
+        assert context is not None and context.transform is not None
+        if not self.config.can.yields_probabilities:
+            raise CapabilityError(f"attention '{self.name}' with these options yields no weights to transform")
+        with torch.autocast(q.device.type, enabled=False):
+            found = self.explicit_weights(q, k, v, mask, scale=scale, context=context)
+            values = mask.without_padding(q, k, v if found.values is None else found.values)[2]
+            parts, length, keys = [], q.shape[2], k.shape[2]
+            for rows in torch.arange(length, device=q.device).split(
+                max(1, WEIGHTS_AT_A_TIME // max(1, q.shape[0] * q.shape[1] * keys))
+            ):
+                weights = context.transform(found.rows(rows), mask.visible_rows(rows, length, keys, q.shape[0]))
+                grouped = weights.unflatten(1, (values.shape[1], -1))  # (batch, kv_heads, heads each, rows, keys)
+                parts.append((grouped @ values.to(weights.dtype)[:, :, None]).flatten(1, 2).to(q.dtype))
+        stats = None if found.stats is None else replace(found.stats, backend=f"explicit-{q.device.type}")
+        return AttentionOutput(torch.cat(parts, 2) if parts else q.new_empty(*q.shape[:3], v.shape[-1]), stats=stats)
 
     def adopt(self, layer: nn.Module) -> None:
         """Called once, when the module is put into a model, with the backbone's attention layer.

@@ -86,6 +86,23 @@ class AttentionMask:
         valid = self.valid_queries(q.shape[2])
         return q if valid is None else q.masked_fill(~valid[:, None, :, None], 0.0)
 
+    def visible_rows(self, rows: Tensor, query_length: int, key_length: int, batch: int) -> Tensor:
+        """Bool `(batch, 1, rows, key_length)`: what some query rows may see; nothing for rows of padding.
+
+        Args:
+            rows: int64 `(rows,)`, of the queries.
+            query_length: Of all queries.
+            key_length: Of all keys.
+            batch: Sequences.
+        """
+        seen = torch.ones(batch, 1, len(rows), key_length, dtype=torch.bool, device=rows.device)
+        if self.causal:
+            seen &= torch.arange(key_length, device=rows.device) <= (rows + self.query_offset)[:, None]
+        if self.key_valid is not None:
+            seen &= self.key_valid[:, None, None, :]
+        valid = self.valid_queries(query_length)
+        return seen if valid is None else seen & valid[:, None, rows, None]
+
     def dense(self, query_length: int, key_length: int, device: torch.device) -> Tensor | None:
         """Bool `(batch or 1, 1, query_length or 1, key_length)`, True = may be attended; None for everything.
 

@@ -211,18 +211,33 @@ def make_config(name: str, options: Mapping[str, Any]) -> AttentionConfig:
     """Plain options to the variant's frozen dataclass. Raises as :func:`build_attention`."""
     cls = config_class(name)
     options = cls.current(options)
+    check_options(f"attention '{name}'", "attention", cls, options)
+    return cls(**options)
+
+
+def check_options(what: str, group: str, cls: type[Any], options: Mapping[str, Any]) -> None:
+    """Refuse options that a dataclass does not have, and values that are not of their types.
+
+    Args:
+        what: Whose they are, for messages.
+        group: Before the dot of their flags.
+        cls: The dataclass.
+        options: Plain data.
+
+    Raises:
+        ValueError: by the option's name.
+    """
     known = [f.name for f in fields(cls)]
     types = option_types(cls)
     for option, value in options.items():
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ";"
-            raise ValueError(f"attention '{name}' has no option '{option}'{hint} options: {', '.join(known) or 'none'}")
+            raise ValueError(f"{what} has no option '{option}'{hint} options: {', '.join(known) or 'none'}")
         if not _finite(value):
-            raise ValueError(f"--attention.{option} must be a finite number, got {value}")
+            raise ValueError(f"--{group}.{option} must be a finite number, got {value}")
         if not _of_type(value, types.get(option, Any)):
-            raise ValueError(f"--attention.{option} must be {type_name(types[option])}, got {value!r}")
-    return cls(**options)
+            raise ValueError(f"--{group}.{option} must be {type_name(types[option])}, got {value!r}")
 
 
 def current_names(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +247,7 @@ def current_names(options: Mapping[str, Any]) -> dict[str, Any]:
     return config_class(str(name)).current(options) if known else dict(options)
 
 
-def option_types(cls: type[AttentionConfig]) -> dict[str, Any]:
+def option_types(cls: type[Any]) -> dict[str, Any]:
     """Types of the options by name; empty where a plugin's annotation is imported for type checkers only."""
     try:
         return get_type_hints(cls)

@@ -1,13 +1,14 @@
-"""`astbench check NAME`: the conformance suite, on any attention, ours or a plugin's."""
+"""`astbench check NAME`: the conformance suite, on any attention or transform, ours or a plugin's."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from astbench.cli.bounds import check_attention_sizes
-from astbench.cli.names import current_options, name_of_class, read_names
+from astbench.cli.names import current_options, is_transform, name_of_class, read_names
 from astbench.console import say
 from astbench.errors import ConfigError
+from astbench_registry.transforms.registry import make_transform_config, transform_of_class
 
 if TYPE_CHECKING:
     from astbench_registry.conformance import Result
@@ -18,11 +19,18 @@ def run(words: list[str]) -> int:
     line = read_names(words)
     if line.help:
         print(
-            "usage: astbench check NAME... [--attention.OPTION=VALUE...] [--all] [--plugins=FILE.py|MODULE]\n\n"
+            "usage: astbench check NAME... [--attention.OPTION=VALUE...] [--all] [--plugins=FILE.py|MODULE]\n"
+            "       astbench check TRANSFORM [--transform.OPTION=VALUE...] [--plugins=FILE.py|MODULE]\n\n"
             "Causality, padding and batch invariance, gradients, decoding, grouped heads, full density, empty rows,\n"
-            "poisoned padding, low precision, determinism: pass, fail, or skip with the reason."
+            "poisoned padding, low precision, determinism: pass, fail, or skip with the reason. Of a transform of\n"
+            "attention weights: hidden pairs, rows, heads and sequences apart, declared values, dense attention."
         )
         return 0
+    transforms = [name for name in line.words if is_transform(name)]
+    if transforms:
+        if len(line.words) > 1:
+            raise ConfigError(f"astbench check takes one transform at a time, got {' '.join(line.words)}")
+        return _check_transform(transforms[0], line.attention_options("check", group="transform"))
     typed = line.attention_options("check", "--all")
     from astbench_registry import PluginError
     from astbench_registry.registry import config_class, make_config, registered
@@ -61,6 +69,21 @@ def run(words: list[str]) -> int:
     if len(names) > 1:
         say(_matrix(matrix))
     return 1 if failed else 0
+
+
+def _check_transform(name: str, options: dict[str, Any]) -> int:
+    name = transform_of_class(name) if ":" in name else name
+    make_transform_config(name, options)  # mistakes end before torch is loaded
+    from astbench_registry.transforms.conformance import check_transform
+
+    results = check_transform(name, options)
+    width = max(len(r.property) for r in results)
+    say(name)
+    for r in results:
+        say(f"  {r.status:<4}  {r.property:<{width}}  {r.detail}".rstrip())
+    counts = {status: sum(r.status == status for r in results) for status in ("pass", "fail", "skip")}
+    say(f"  {counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped")
+    return 1 if counts["fail"] else 0
 
 
 def _summary(name: str, results: list[Result]) -> str:

@@ -1,16 +1,25 @@
-"""`astbench describe NAME`: an attention's options, abilities and paper."""
+"""`astbench describe NAME`: options, abilities and paper of an attention, or of a transform of its weights."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import fields
+from types import MappingProxyType
+from typing import Any
 
 from astbench.cli.explain_call import KEYS, explain_call
-from astbench.cli.names import current_options, read_names
+from astbench.cli.names import current_options, is_transform, read_names
 from astbench.errors import ConfigError
-from astbench_registry import AttentionConfig
+from astbench_registry import AttentionConfig, TransformConfig
 from astbench_registry.registry import config_class, make_config, option_types, registered, type_name
+from astbench_registry.transforms.registry import (
+    attentions_with_probabilities,
+    make_transform_config,
+    registered_transforms,
+    transform_of_class,
+)
 
 
 def run(words: list[str]) -> int:
@@ -20,6 +29,7 @@ def run(words: list[str]) -> int:
     names = line.words
     if line.help or not names:
         print("usage: astbench describe NAME [--attention.OPTION=VALUE...] [--plugins=FILE.py|MODULE]")
+        print("       astbench describe TRANSFORM [--transform.OPTION=VALUE...] [--plugins=FILE.py|MODULE]")
         print(f"       astbench describe NAME --explain N=32768 [KEY=VALUE...]   keys: {', '.join(KEYS)}")
         if not line.help:
             raise ConfigError("astbench describe needs a name; `astbench list` shows them")
@@ -28,6 +38,11 @@ def run(words: list[str]) -> int:
         if "=" in names[1]:
             raise ConfigError(f"astbench describe takes {names[1]} only with --explain")
         raise ConfigError(f"astbench describe takes one name, got {' '.join(names)}")
+    if is_transform(names[0]):
+        if explain:
+            raise ConfigError(f"--explain is for attentions; {names[0]} is a transform of their weights")
+        print(_transform(names[0], line.attention_options("describe", group="transform")))
+        return 0
     config = config_class(names[0])
     options = current_options(names[0], line.attention_options("describe", "--explain"))
     chosen = make_config(names[0], options)
@@ -37,16 +52,44 @@ def run(words: list[str]) -> int:
     rows = registered()
     source = rows[names[0]].source if names[0] in rows else names[0]
     print(_head(names[0], source, chosen))
-    help_of, types = option_help(config), option_types(config)
     print("\noptions (--attention.OPTION=VALUE)")
+    print(_options(chosen, options, config.renamed))
+    return 0
+
+
+def _options(
+    chosen: AttentionConfig | TransformConfig,
+    given: Mapping[str, Any],
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Two lines an option: type, default and what was given; its help."""
+    config = type(chosen)
+    help_of, types, lines = option_help(config), option_types(config), []
     for field in fields(config):
         kind = type_name(types[field.name]) if field.name in types else str(field.type)
-        given = f", here {getattr(chosen, field.name)!r}" if field.name in options else ""
-        print(f"  {field.name:<20} {kind:<44} default {getattr(config(), field.name)!r}{given}")
-        former = [old for old, new in config.renamed.items() if new == field.name]
+        here = f", here {getattr(chosen, field.name)!r}" if field.name in given else ""
+        lines.append(f"  {field.name:<20} {kind:<44} default {getattr(config(), field.name)!r}{here}")
+        former = [old for old, new in renamed.items() if new == field.name]
         formerly = f" (formerly {', '.join(former)})" if former else ""
-        print(f"  {'':<20} {help_of.get(field.name, '')}{formerly}")
-    return 0
+        lines.append(f"  {'':<20} {help_of.get(field.name, '')}{formerly}")
+    return "\n".join(lines)
+
+
+def _transform(name: str, options: Mapping[str, Any]) -> str:
+    """A transform: what it is, which attentions it works on, its options."""
+    name = transform_of_class(name) if ":" in name else name
+    chosen = make_transform_config(name, options)
+    row = registered_transforms()[name]
+    text = inspect.cleandoc(type(chosen).__doc__ or "").split("\nArgs:")[0].strip()
+    facts = {
+        "from": row.source,
+        "paper": chosen.paper or "-",
+        "looks at values first": "yes, set --backbone.calibrate=N" if chosen.calibrated else "no",
+        "different values": str(chosen.most_values or "any number"),
+        "works on": ", ".join(attentions_with_probabilities()),
+    }
+    head = f"{name}: {text}\n\n" + "\n".join(f"  {key:<22} {value}" for key, value in facts.items())
+    return f"{head}\n\noptions (--transform.OPTION=VALUE)\n{_options(chosen, options)}"
 
 
 def _head(name: str, source: str, config: AttentionConfig) -> str:
@@ -71,7 +114,7 @@ def _head(name: str, source: str, config: AttentionConfig) -> str:
     return f"{name}: {text}\n\n" + "\n".join(f"  {k:<15} {v}" for k, v in facts.items())
 
 
-def option_help(config: type[AttentionConfig]) -> dict[str, str]:
+def option_help(config: type[Any]) -> dict[str, str]:
     """Option -> its line in the docstrings' `Args`, base classes included."""
     found: dict[str, str] = {}
     for cls in reversed(config.__mro__):

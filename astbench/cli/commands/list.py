@@ -11,6 +11,7 @@ from astbench.tasks import registered_tasks
 from astbench.tasks.registry import RegisteredTask, task_clashes
 from astbench_registry import registered
 from astbench_registry.registry import Registered, clashes
+from astbench_registry.transforms.registry import RegisteredTransform, registered_transforms, transform_clashes
 
 _MARKS = {
     "bidirectional_self": "bi",
@@ -24,7 +25,10 @@ def run(words: list[str]) -> int:
     """Print the tables; `--plugins=...` adds a plugin's."""
     line = read_names(words)
     if line.help:
-        print("usage: astbench list [--plugins=FILE.py|MODULE]\n\nEvery attention, task and backbone preset by name.")
+        print(
+            "usage: astbench list [--plugins=FILE.py|MODULE]\n\n"
+            "Every attention, transform, task and backbone preset by name."
+        )
         return 0
     if unknown := [*line.others(), *line.words]:
         raise ConfigError(f"astbench list takes no {unknown[0]}")
@@ -34,6 +38,10 @@ def run(words: list[str]) -> int:
     _print_clashes("attention", clashes())
     print("\n  patterns: bi bidirectional self, ca causal self (ca*: not strictly causal), xb/xc cross-attention of")
     print("  a bidirectional/causal model; params: has parameters of its own; layout: reports its key blocks")
+    print("\ntransforms of attention weights (validate, test, predict)")
+    for transform in registered_transforms().values():
+        print(_transform(transform))
+    _print_clashes("transform", transform_clashes())
     print("\ntask")
     for task in registered_tasks().values():
         print(_task(task))
@@ -56,6 +64,14 @@ def _attention(row: Registered) -> str:
     decode, gqa, params, layout = ("yes" if flag else " - " for flag in flags)
     where = row.config.paper if row.source == "astbench" else f"{row.config.paper or row.summary} [{row.source}]"
     return f"  {row.name:<13} {patterns:<12} {decode:^6} {gqa:^4} {params:^6} {layout:^6}  {where}"
+
+
+def _transform(row: RegisteredTransform) -> str:
+    if row.config is None:
+        return f"  {row.name:<13} (from {row.source}; not loaded, see `astbench describe {row.name}`)"
+    source = "" if row.source == "astbench" else f" [{row.source}]"
+    paper = f" ({row.config.paper})" if row.config.paper else ""
+    return f"  {row.name:<13} {row.summary}{paper}{source}"
 
 
 def _task(task: RegisteredTask) -> str:

@@ -7,9 +7,9 @@ LIGHTNING = {
     "predict": "answer a question about a document, continue a text, translate",
 }
 OWN = {
-    "list": "attentions, tasks and backbones by name",
-    "describe": "options, abilities and paper of an attention",
-    "check": "run the conformance suite on an attention",
+    "list": "attentions, transforms, tasks and backbones by name",
+    "describe": "options, abilities and paper of an attention or transform",
+    "check": "run the conformance suite on an attention or transform",
     "bench": "time and memory of attention layers over the length",
     "analyze": "what an attention chose, by layer, head, distance and token, beside dense attention",
     "run": "a sweep: many runs from one file, each once; a second start does what is left",

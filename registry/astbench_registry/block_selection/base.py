@@ -22,8 +22,16 @@ from astbench_registry.block_selection.lists import computed_tiles, lists_of
 from astbench_registry.block_selection.selector import BlockSelector
 from astbench_registry.block_selection.summaries import BlockSummaries
 from astbench_registry.configs.block_selection import BlockSelectionConfig
-from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+from astbench_registry.interface import (
+    Attention,
+    AttentionContext,
+    AttentionOutput,
+    AttentionShape,
+    AttentionStats,
+    ExplicitWeights,
+)
 from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.explicit import listed_rows, softmax_rows
 
 
 class SelectorLosses(NamedTuple):
@@ -114,6 +122,25 @@ class BlockSelectingAttention(Attention):
             out, _ = merge_attention([(out, lse), *others])
         stats = self._stats(call, choice, coarse, backend) if call.context.collect_stats else None
         return AttentionOutput(out, learned_by.losses, stats, learned_by.log_prob)
+
+    def explicit_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> ExplicitWeights:
+        """See the base class: softmax over the keys of the chosen blocks."""
+        call = Call.of(self.shape, q, k, v, mask, scale, context)
+        backend = call.backend(self.config.backend)
+        call = call.without_padding()
+        choice = self.choice(call, backend)
+        stats = self._stats(call, choice, None, backend) if call.context.collect_stats else None
+        pattern = listed_rows(choice.layout, self.shape.num_heads)
+        return ExplicitWeights(softmax_rows(q, k, mask, call.scale, pattern), stats)
 
     def choice(self, call: Call, backend: str) -> Choice:
         """Score, choose, and what the scores learn by; `backend` is the kernel that will attend."""

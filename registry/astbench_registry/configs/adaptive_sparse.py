@@ -106,8 +106,13 @@ class ASTConfig(BlockSelectionConfig):
 
     @property
     def can(self) -> Capabilities:
-        """A gate that is felt in the forward pass lets every score move the output."""
-        return replace(super().can, soft_choice=self.estimator == "soft")
+        """A gate that is felt in the forward pass lets every score move the output.
+
+        With it, and where other tokens than keys join the softmax, there are no weights of keys alone.
+        """
+        soft = self.estimator == "soft"
+        plain = not (soft or self.rest or self.coarse_stride)
+        return replace(super().can, soft_choice=soft, yields_probabilities=plain)
 
     def notes(self, steps: int) -> list[str]:
         """A schedule that the run is too short for: it is tested at a density that it was never trained at."""

@@ -31,7 +31,11 @@ class BigBirdConfig(AttentionConfig):
     backend: SparseBackend = "auto"
 
     capabilities: ClassVar = Capabilities(
-        patterns=("bidirectional_self",), any_value_size=True, exact_at_full_density=True, yields_layout=True
+        patterns=("bidirectional_self",),
+        any_value_size=True,
+        exact_at_full_density=True,
+        yields_layout=True,
+        yields_probabilities=True,
     )
     paper: ClassVar = "Zaheer et al. 2020, arXiv 2007.14062, section 2 (ITC)"
     complexity: ClassVar = "N (window + global + random) + (N / block_size)^2"

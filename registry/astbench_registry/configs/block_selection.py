@@ -42,7 +42,12 @@ class BlockSelectionConfig(AttentionConfig):
     backend: SparseBackend = "auto"
 
     capabilities: ClassVar = Capabilities(
-        patterns=PATTERNS, any_value_size=True, decode=True, exact_at_full_density=True, yields_layout=True
+        patterns=PATTERNS,
+        any_value_size=True,
+        decode=True,
+        exact_at_full_density=True,
+        yields_layout=True,
+        yields_probabilities=True,
     )
     renamed: ClassVar = {"first_block": "sink_block"}
     # Blocks of 16 and a floor of 8 of them would keep everything in the suite's inputs.

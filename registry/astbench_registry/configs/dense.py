@@ -22,7 +22,12 @@ class DenseConfig(AttentionConfig):
     backend: Backend = "auto"
 
     capabilities: ClassVar = Capabilities(
-        patterns=PATTERNS, any_value_size=True, decode=True, shift_invariant=True, exact_at_full_density=True
+        patterns=PATTERNS,
+        any_value_size=True,
+        decode=True,
+        shift_invariant=True,
+        exact_at_full_density=True,
+        yields_probabilities=True,
     )
     paper: ClassVar = "Vaswani et al. 2017, arXiv 1706.03762"
     complexity: ClassVar = "N M"

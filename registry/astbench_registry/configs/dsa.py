@@ -28,7 +28,12 @@ class DSAConfig(TokenTopKConfig):
     block_size: ClassVar[int] = 1  # type: ignore[misc]
 
     capabilities: ClassVar = replace(
-        TokenTopKConfig.capabilities, patterns=SELF, decode=False, owns_parameters=True, needs_hidden_states=True
+        TokenTopKConfig.capabilities,
+        patterns=SELF,
+        decode=False,
+        owns_parameters=True,
+        needs_hidden_states=True,
+        yields_probabilities=False,
     )
     paper: ClassVar = "DeepSeek-AI 2025, DeepSeek-V3.2-Exp, section 1"
     complexity: ClassVar = "N top_k + N M index_heads index_dim / (num_heads head_dim)"

@@ -19,7 +19,12 @@ class LocalConfig(AttentionConfig):
     window: int = 64
 
     capabilities: ClassVar = Capabilities(
-        patterns=SELF, any_value_size=True, decode=True, shift_invariant=True, exact_at_full_density=True
+        patterns=SELF,
+        any_value_size=True,
+        decode=True,
+        shift_invariant=True,
+        exact_at_full_density=True,
+        yields_probabilities=True,
     )
     paper: ClassVar = "Beltagy et al. 2020, arXiv 2004.05150, section 3.1 (window only)"
     complexity: ClassVar = "N window"

@@ -32,7 +32,12 @@ class LongformerConfig(AttentionConfig):
     backend: Literal["auto", "transformers"] = "auto"
 
     capabilities: ClassVar = Capabilities(
-        patterns=SELF, any_value_size=True, decode=True, shift_invariant=True, exact_at_full_density=True
+        patterns=SELF,
+        any_value_size=True,
+        decode=True,
+        shift_invariant=True,
+        exact_at_full_density=True,
+        yields_probabilities=True,
     )
     paper: ClassVar = "Beltagy et al. 2020, arXiv 2004.05150, section 3.1"
     complexity: ClassVar = "N (window + globals)"
@@ -66,6 +71,7 @@ class LongformerConfig(AttentionConfig):
             gqa=False,
             decode=False,
             exact_at_full_density=False,
+            yields_probabilities=False,
             owns_parameters=True,
             needs_hidden_states=True,
         )

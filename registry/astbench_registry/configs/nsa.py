@@ -41,6 +41,7 @@ class NSAConfig(TokenTopKConfig):
         patterns=SELF,
         joint_choice=True,
         exact_at_full_density=False,
+        yields_probabilities=False,
         owns_parameters=True,
         needs_hidden_states=True,
     )

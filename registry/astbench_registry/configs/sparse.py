@@ -35,7 +35,12 @@ class SparseConfig(AttentionConfig):
     backend: SparseBackend = "auto"
 
     capabilities: ClassVar = Capabilities(
-        patterns=SELF, any_value_size=True, decode=True, exact_at_full_density=True, yields_layout=True
+        patterns=SELF,
+        any_value_size=True,
+        decode=True,
+        exact_at_full_density=True,
+        yields_layout=True,
+        yields_probabilities=True,
     )
     paper: ClassVar = "Child et al. 2019, arXiv 1904.10509, section 4"
     complexity: ClassVar = "N (stride + N / stride)"

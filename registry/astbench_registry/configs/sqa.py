@@ -19,7 +19,9 @@ class SQAConfig(AttentionConfig):
 
     num_query_heads: int | None = None
 
-    capabilities: ClassVar = Capabilities(patterns=PATTERNS, any_value_size=True, decode=True, shift_invariant=True)
+    capabilities: ClassVar = Capabilities(
+        patterns=PATTERNS, any_value_size=True, decode=True, shift_invariant=True, yields_probabilities=True
+    )
     paper: ClassVar = "Filipek 2025, arXiv 2510.01817"
     complexity: ClassVar = "N M H_q / H"
 

@@ -22,7 +22,9 @@ class SSAConfig(AttentionConfig):
     position: bool = True
     value: bool = True
 
-    capabilities: ClassVar = Capabilities(patterns=SELF, decode=True, shift_invariant=True, owns_parameters=True)
+    capabilities: ClassVar = Capabilities(
+        patterns=SELF, decode=True, shift_invariant=True, owns_parameters=True, yields_probabilities=True
+    )
     paper: ClassVar = "Zhang et al. 2024, arXiv 2411.12892, section 3"
     complexity: ClassVar = "N M"
 

@@ -32,7 +32,12 @@ class SynthesizerConfig(AttentionConfig):
     seed: int = 0
 
     capabilities: ClassVar = Capabilities(
-        patterns=SELF, any_value_size=True, decode=True, owns_parameters=True, needs_hidden_states=True
+        patterns=SELF,
+        any_value_size=True,
+        decode=True,
+        owns_parameters=True,
+        needs_hidden_states=True,
+        yields_probabilities=True,
     )
     paper: ClassVar = "Tay et al. 2020, arXiv 2005.00743, section 3"
     complexity: ClassVar = "N M"

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from astbench_registry.capabilities import AttentionConfig
 from astbench_registry.conformance import density as of_density
+from astbench_registry.conformance import explicit as of_weights
 from astbench_registry.conformance import gradients as of_gradients
 from astbench_registry.conformance import long as of_length
 from astbench_registry.conformance import outputs as of_outputs
@@ -51,6 +52,7 @@ PROPERTIES: dict[str, Check] = {
         of_outputs.statistics,
         of_density.density,
         of_outputs.cost,
+        of_weights.explicit_weights,
         of_length.long_causality,
         of_length.long_padding,
         of_length.long_decode,

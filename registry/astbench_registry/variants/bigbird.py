@@ -10,8 +10,9 @@ from astbench_kernels.backends.cpu.query_major import gathered_pairs
 from astbench_kernels.layout import ceil_div
 from astbench_registry.block_selection.pooling import valid_in_blocks
 from astbench_registry.configs.bigbird import BigBirdConfig
-from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionStats
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionStats, ExplicitWeights
 from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.explicit import listed_rows, softmax_rows
 from astbench_registry.toolbox.randomness import hashed_uniform
 
 
@@ -66,6 +67,25 @@ class BigBirdAttention(Attention):
             ran = what_runs(backend, q, k, v, layout, causal=False)
             stats = AttentionStats(attended, mask.visible_pairs(q, k), ran, layout)
         return AttentionOutput(out, stats=stats)
+
+    def explicit_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> ExplicitWeights:
+        """See the base class."""
+        context = context or AttentionContext()
+        layout = self.layout(q.shape[0], q.shape[2], q.device, mask, context.global_tokens)
+        stats = None
+        if context.collect_stats:
+            attended = layout.attended_pairs(causal=False, key_valid=mask.key_valid)
+            stats = AttentionStats(attended, mask.visible_pairs(q, k), "torch", layout)
+        return ExplicitWeights(softmax_rows(q, k, mask, scale, listed_rows(layout, q.shape[1])), stats)
 
     def layout(
         self, batch: int, length: int, device: torch.device, mask: AttentionMask, named: Tensor | None = None

@@ -7,9 +7,16 @@ from torch import Tensor
 
 from astbench_kernels import check_dense_backend
 from astbench_registry.configs.dense import DenseConfig
-from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.interface import (
+    Attention,
+    AttentionContext,
+    AttentionOutput,
+    AttentionShape,
+    ExplicitWeights,
+)
 from astbench_registry.mask import AttentionMask
 from astbench_registry.toolbox.dense import attend_to_all
+from astbench_registry.toolbox.explicit import softmax_rows
 
 
 class DenseAttention(Attention):
@@ -41,6 +48,19 @@ class DenseAttention(Attention):
             raise ValueError(f"attention 'dense' with --attention.backend={self.config.backend}: {error}") from error
         ran = "sdpa" if self.config.backend == "auto" else self.config.backend
         return AttentionOutput(out, stats=self.all_pairs(q, k, mask, context, f"{ran}-{q.device.type}"))
+
+    def explicit_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> ExplicitWeights:
+        """See the base class."""
+        return ExplicitWeights(softmax_rows(q, k, mask, scale), self.all_pairs(q, k, mask, context))
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Two matmuls of N x M x D per head, masked pairs included: what the FLOP counter sees."""

@@ -8,8 +8,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from astbench_kernels.layout import ceil_div
 from astbench_registry.configs.local import LocalConfig
-from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionStats
+from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionStats, ExplicitWeights
 from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.explicit import softmax_rows
 
 MIN_CHUNK = 32
 """Query rows handled together at least; below, the copies of the keys cost more than they save."""
@@ -69,6 +70,25 @@ class LocalAttention(Attention):
         if context is not None and context.collect_stats:
             stats = self._stats(q, k, allowed.expand(batch, -1, -1, -1).flatten(1, 2)[:, :length], mask)
         return AttentionOutput(out.masked_fill(empty, 0.0), stats=stats)
+
+    def explicit_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> ExplicitWeights:
+        """See the base class."""
+
+        def near(rows: Tensor) -> Tensor:
+            key = torch.arange(k.shape[2], device=q.device)
+            return (key - (rows + mask.query_offset)[:, None]).abs() <= self.config.window
+
+        stats = self.some_pairs(q, k, mask, context, near(torch.arange(q.shape[2], device=q.device)))
+        return ExplicitWeights(softmax_rows(q, k, mask, scale, near), stats)
 
     def _stats(self, q: Tensor, k: Tensor, allowed: Tensor, mask: AttentionMask) -> AttentionStats:
         attended = allowed.sum((1, 2), dtype=torch.float64)[:, None].expand(-1, q.shape[1])

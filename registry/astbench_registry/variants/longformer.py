@@ -11,9 +11,17 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from astbench_kernels.layout import ceil_div
 from astbench_registry.configs.longformer import LongformerConfig
 from astbench_registry.errors import CapabilityError
-from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+from astbench_registry.interface import (
+    Attention,
+    AttentionContext,
+    AttentionOutput,
+    AttentionShape,
+    AttentionStats,
+    ExplicitWeights,
+)
 from astbench_registry.mask import AttentionMask
 from astbench_registry.toolbox import sliding_chunks
+from astbench_registry.toolbox.explicit import softmax_rows
 
 MIN_CHUNK = 32
 """Query rows handled together at least; below, the copies of the keys cost more than they save."""
@@ -135,6 +143,31 @@ class LongformerAttention(Attention):
             backend = "transformers" if self.theirs is not None else f"sdpa-{q.device.type}"
             stats = AttentionStats(attended, mask.visible_pairs(q, k), backend)
         return AttentionOutput(out, stats=stats)
+
+    def explicit_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> ExplicitWeights:
+        """See the base class; without projections of their own for global tokens."""
+        chosen = self._global_tokens(q.shape[0], k, mask, context or AttentionContext())
+        key = torch.arange(k.shape[2], device=q.device)
+        dilated = torch.arange(q.shape[1], device=q.device)[:, None, None] < self.dilated_heads
+        step = torch.where(dilated, self.config.dilation, 1)  # (heads, 1, 1)
+
+        def pattern(rows: Tensor) -> Tensor:
+            position = rows + mask.query_offset
+            apart = key - position[:, None]
+            near = (apart.abs() <= self.config.window * step) & (apart % step == 0)
+            return near | chosen[:, None, None, :] | chosen[:, None, position, None]
+
+        stats = self.some_pairs(q, k, mask, context, pattern(torch.arange(q.shape[2], device=q.device)))
+        return ExplicitWeights(softmax_rows(q, k, mask, scale, pattern), stats)
 
     def _global_tokens(self, batch: int, k: Tensor, mask: AttentionMask, context: AttentionContext) -> Tensor:
         """Bool `(batch, key_length)`: real tokens that are global."""

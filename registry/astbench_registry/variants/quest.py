@@ -10,8 +10,9 @@ from astbench_registry.block_selection import BlockFeatures, Call, FactoredBlock
 from astbench_registry.block_selection.dense_layers import attend_densely
 from astbench_registry.block_selection.pooling import extremes_of_blocks
 from astbench_registry.configs.quest import QuestConfig
-from astbench_registry.interface import AttentionContext, AttentionOutput
+from astbench_registry.interface import AttentionContext, AttentionOutput, ExplicitWeights
 from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.explicit import softmax_rows
 
 
 class QuestAttention(FactoredBlockSelection):
@@ -56,6 +57,21 @@ class QuestAttention(FactoredBlockSelection):
             return super().forward(q, k, v, mask, scale=scale, context=context)
         call = Call.of(self.shape, q, k, v, mask, scale, context)
         return attend_densely(call, self.selection(call), tiled=self.selector.tile(mask) is not None)
+
+    def explicit_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> ExplicitWeights:
+        """See the base class; of everything visible in a dense layer."""
+        if not self.dense:
+            return super().explicit_weights(q, k, v, mask, scale=scale, context=context)
+        return ExplicitWeights(softmax_rows(q, k, mask, scale), self.all_pairs(q, k, mask, context))
 
     def block_features(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
         """See the base class: each page's maxima and minima."""

@@ -12,8 +12,16 @@ from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend
 from astbench_kernels.backends.cpu.query_major import gathered_pairs
 from astbench_kernels.layout import ceil_div
 from astbench_registry.configs.sparse import SparseConfig
-from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, AttentionStats
+from astbench_registry.interface import (
+    Attention,
+    AttentionContext,
+    AttentionOutput,
+    AttentionShape,
+    AttentionStats,
+    ExplicitWeights,
+)
 from astbench_registry.mask import AttentionMask
+from astbench_registry.toolbox.explicit import listed_rows, softmax_rows
 
 
 class SparseAttention(Attention):
@@ -72,6 +80,22 @@ class SparseAttention(Attention):
             backend = "torch"
             out = self._by_grid(q, k, v, mask, scale)
         return AttentionOutput(out, stats=self._stats(q, k, mask, layout, backend) if collect_stats else None)
+
+    def explicit_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> ExplicitWeights:
+        """See the base class; the pattern by its lists, also where :meth:`forward` works on a grid."""
+        layout = self.layout(q, k, mask)
+        wanted = context is not None and context.collect_stats
+        stats = self._stats(q, k, mask, layout, "torch") if wanted else None
+        return ExplicitWeights(softmax_rows(q, k, mask, scale, listed_rows(layout, q.shape[1])), stats)
 
     def parts(self) -> list[tuple[slice, tuple[str, ...]]]:
         """Which heads see which parts of the strided pattern."""

@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 
 from astbench_registry.configs.sqa import SQAConfig
-from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.interface import (
+    Attention,
+    AttentionContext,
+    AttentionOutput,
+    AttentionShape,
+    ExplicitWeights,
+)
 from astbench_registry.mask import AttentionMask
 from astbench_registry.toolbox.dense import attend_to_all
+from astbench_registry.toolbox.explicit import softmax_rows
 
 
 class SQAttention(Attention):
@@ -57,6 +64,23 @@ class SQAttention(Attention):
         query = merge_heads(q, self.num_query_heads)
         out = attend_to_all(query, merge_heads(k, kv_heads), merge_heads(v, kv_heads), mask, scale=scale)
         return AttentionOutput(out.repeat_interleave(q.shape[1] // self.num_query_heads, 1), stats=stats)
+
+    def explicit_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> ExplicitWeights:
+        """See the base class: the weights of each of the H_q heads, for all heads of its group."""
+        heads = min(self.num_query_heads, k.shape[1])
+        q, k, v = mask.without_padding(q, k, v)
+        query = merge_heads(q, self.num_query_heads).repeat_interleave(q.shape[1] // self.num_query_heads, 1)
+        weights = softmax_rows(query, merge_heads(k, heads), mask, scale)
+        return ExplicitWeights(weights, self.all_pairs(q, k, mask, context), merge_heads(v, heads))
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
         """Two matmuls of N x M x D for each query head that is left, masked pairs included."""

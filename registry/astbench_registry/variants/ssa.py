@@ -7,9 +7,16 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from astbench_registry.configs.ssa import SSAConfig
-from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.interface import (
+    Attention,
+    AttentionContext,
+    AttentionOutput,
+    AttentionShape,
+    ExplicitWeights,
+)
 from astbench_registry.mask import AttentionMask
 from astbench_registry.toolbox.dense import attend_to_all
+from astbench_registry.toolbox.explicit import softmax_rows
 
 ALPHA = -2.0
 """Where alpha starts; sigmoid(-2) = 0.12 leaves most of the range above and still has a slope."""
@@ -62,10 +69,29 @@ class SelectiveAttention(Attention):
     ) -> AttentionOutput:
         """See the base class. Time O(N M), memory as dense attention."""
         stats = self.all_pairs(q, k, mask, context, f"sdpa-{q.device.type}")
+        query, key, value = self._tempered(q, k, v, mask)
+        return AttentionOutput(attend_to_all(query, key, value, mask, scale=scale), stats=stats)
+
+    def explicit_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> ExplicitWeights:
+        """See the base class: of tempered queries, for tempered values."""
+        query, key, value = self._tempered(q, k, v, mask)
+        stats = self.all_pairs(q, k, mask, context)
+        return ExplicitWeights(softmax_rows(query, key, mask, scale), stats, value)
+
+    def _tempered(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and values times their inverse temperatures, and the keys; zeros where there is padding."""
         q, k, v = mask.without_padding(q, k, v)
-        query = _scaled(q, self.query_temperature(q, k, mask))
         value = _scaled(v, None if self.w_v is None else 1 + _token_aware(v, self.w_v))
-        return AttentionOutput(attend_to_all(query, k, value, mask, scale=scale), stats=stats)
+        return _scaled(q, self.query_temperature(q, k, mask)), k, value
 
     def query_temperature(self, q: Tensor, k: Tensor, mask: AttentionMask) -> Tensor | None:
         """Inverse temperatures, broadcastable to `(batch, num_heads, query_length)`, float32 or more."""

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from astbench_registry.configs.synthesizer import SynthesizerConfig
-from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape
+from astbench_registry.interface import (
+    Attention,
+    AttentionContext,
+    AttentionOutput,
+    AttentionShape,
+    ExplicitWeights,
+)
 from astbench_registry.mask import AttentionMask
 from astbench_registry.toolbox.positions import longest_input, require_length
 
@@ -79,21 +85,45 @@ class SynthesizerAttention(Attention):
         context: AttentionContext | None = None,
     ) -> AttentionOutput:
         """See the base class. Time and memory O(N M)."""
-        require_length("synthesizer", k.shape[2], self.longest)
-        q, k, v = mask.without_padding(q, k, v)
-        factor = 1.0 if scale is None else scale * self.shape.head_dim**0.5
-        dtype = q.dtype
-        wide = torch.promote_types(dtype, torch.float32)  # half precision would round logits and weights
         with torch.autocast(q.device.type, enabled=False):
-            q, k, v = (x.to(wide) for x in (q, k, v))
-            logits = self._synthesized(q, k, mask, context)  # (batch or 1, heads, queries, keys)
-            if self.config.mix_dense:
-                alpha = self.alpha.to(wide).sigmoid()
-                products = _grouped(q, k.transpose(-1, -2)) * self.shape.head_dim**-0.5
-                logits = (1 - alpha) * products + alpha * logits
-            weights = _softmax(logits * factor, mask.dense(q.shape[2], k.shape[2], q.device))
-            out = _grouped(weights.expand(v.shape[0], -1, -1, -1), v).to(dtype)
+            weights = self._weights(q, k, mask, scale, context)
+            values = mask.without_padding(q, k, v)[2].to(weights.dtype)
+            out = _grouped(weights.expand(v.shape[0], -1, -1, -1), values).to(q.dtype)
         return AttentionOutput(out, stats=self.all_pairs(q, k, mask, context))
+
+    def explicit_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        *,
+        scale: float | None = None,
+        context: AttentionContext | None = None,
+    ) -> ExplicitWeights:
+        """See the base class. All of them are held at once, as in :meth:`forward`."""
+        weights = self._weights(q, k, mask, scale, context).expand(q.shape[0], -1, -1, -1)
+
+        def of(rows: Tensor) -> Tensor:
+            seen = mask.visible_rows(rows, q.shape[2], k.shape[2], q.shape[0])
+            return weights[:, :, rows].masked_fill(~seen, 0.0)
+
+        return ExplicitWeights(of, self.all_pairs(q, k, mask, context))
+
+    def _weights(
+        self, q: Tensor, k: Tensor, mask: AttentionMask, scale: float | None, context: AttentionContext | None
+    ) -> Tensor:
+        """softmax(B), `(batch or 1, heads, queries, keys)`, float32 or more."""
+        require_length("synthesizer", k.shape[2], self.longest)
+        factor = 1.0 if scale is None else scale * self.shape.head_dim**0.5
+        wide = torch.promote_types(q.dtype, torch.float32)  # half precision would round logits and weights
+        q, k = (x.to(wide) for x in mask.without_padding(q, k, k)[:2])
+        logits = self._synthesized(q, k, mask, context)
+        if self.config.mix_dense:
+            alpha = self.alpha.to(wide).sigmoid()
+            products = _grouped(q, k.transpose(-1, -2)) * self.shape.head_dim**-0.5
+            logits = (1 - alpha) * products + alpha * logits
+        return _softmax(logits * factor, mask.dense(q.shape[2], k.shape[2], q.device))
 
     def _synthesized(self, q: Tensor, k: Tensor, mask: AttentionMask, context: AttentionContext | None) -> Tensor:
         """B for the rows of `q` and the positions of `k`: `(batch or 1, heads, queries, keys)`."""

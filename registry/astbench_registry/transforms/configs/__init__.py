@@ -1,0 +1,1 @@
+"""Options of the transforms, one file each; no torch."""
