@@ -176,8 +176,9 @@ class CLI(LightningCLI):
         self.transforming = (
             TransformCallback(self.line.transform, without_name(options.transform)) if self.line.transform else None
         )
-        ours = [self.run_callback] if self.transforming is None else [self.transforming, self.run_callback]
-        callbacks = [*(trainer.pop("callbacks", None) or []), *ours]
+        callbacks = [*(trainer.pop("callbacks", None) or []), self.run_callback]
+        if self.transforming is not None:
+            callbacks.insert(-1, self.transforming)  # the first lines tell of it
         if self.analysing is not None:
             callbacks.append(self.analysing)
         trainer["enable_progress_bar"] = trainer.get("enable_progress_bar") is not False

@@ -9,7 +9,17 @@ from pathlib import Path
 from astbench.errors import DataError
 from astbench.tables import labels
 from astbench.tables.layout import Row, Table, markdown, stale_runs
-from astbench.tables.pages import benches, chosen, perplexity, questions, recall, scaling, sweeps, translation
+from astbench.tables.pages import (
+    benches,
+    chosen,
+    perplexity,
+    questions,
+    recall,
+    scaling,
+    sweeps,
+    transforms,
+    translation,
+)
 from astbench.tables.records import Group, Run
 from astbench.tables.repeat import Recipe, Repeat, repeat
 
@@ -24,6 +34,7 @@ KINDS: dict[str, Maker] = {
     "translation": translation.tables,
     "sweep": sweeps.tables,
     "scaling": scaling.tables,
+    "transforms": transforms.tables,
     "chosen": chosen.tables,
     "mqar": recall.mqar,
     "needle": recall.needle,
@@ -37,7 +48,7 @@ SHORT: dict[str, Callable[[Group], Table]] = {"questions": questions.short, "ove
 """`kind` -> what makes the short table of a README."""
 
 
-PICTURES = ("curves", "heads", "distance", "place", "tokens")
+PICTURES = ("curves", "heads", "distance", "place", "tokens", "values", "values-heads")
 """Plots that a bench and an analysis leave beside their record."""
 
 DENSITY = "Density is the share of the visible (query, key) pairs that was attended to."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -91,7 +92,9 @@ class Attention(nn.Module):
         if narrow > 0 and not can.any_value_size:
             output = self(q, k, pad(v, (0, narrow)), mask, scale=scale, context=context)
             return output._replace(out=output.out[..., :-narrow])
-        run = super().__call__ if context is None or context.transform is None else self._transformed
+        run: Callable[..., AttentionOutput] = super().__call__
+        if context is not None and context.transform is not None:
+            run = self._transformed
         leading = None if can.shift_invariant else leading_padding(mask.key_valid)
         if leading is None:
             output = run(q, k, v, mask, scale=scale, context=context)

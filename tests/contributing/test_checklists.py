@@ -40,6 +40,7 @@ def plugins(tmp_path_factory):
     run = Run(Tree(tmp_path_factory.mktemp("plugins")))
     (run.tree.cwd / "relu.py").write_text(example("example"))
     (run.tree.cwd / "majority.py").write_text(example("task"))
+    (run.tree.cwd / "power.py").write_text(example("transform"))
     fit, task = ["fit", "--attention=ast", *MAJORITY], "--plugins=./majority.py"
     return run.start(
         {
@@ -50,6 +51,17 @@ def plugins(tmp_path_factory):
             "untrusted": ["fit", "--resume=stopped"],
             "resumed": ["fit", "--resume=stopped", task],
             "tested": ["test", "--ckpt_path=stopped", task, "--data.num_eval=4", "--run_dir=tested"],
+            "transform checked": ["check", "power", "--plugins=./power.py"],
+            "transform described": ["describe", "power", "--plugins=./power.py"],
+            "transformed": [
+                "test",
+                "--ckpt_path=stopped",
+                task,
+                "--data.num_eval=4",
+                "--transform=./power.py:Power",
+                "--transform.power=0.5",
+                "--run_dir=transformed",
+            ],
         },
         before=STOP,
     )
@@ -62,9 +74,9 @@ def tree(tmp_path_factory):
     code = example("task")
     decorator = re.search(r"^@register_task\(\n.*?^\)\n", code, re.M | re.S)
     code = code.replace(decorator[0], "").replace("from astbench.tasks import register_task\n", "")
-    for kind in ("variant", "task", "backend", "command", "recipe"):
+    for kind in ("variant", "task", "transform", "backend", "command", "recipe"):
         run.tree.follow(kind, majority=code)
-    run.tree.lint("variant", "backend", "command")  # the task lacks docstrings, as its checklist says
+    run.tree.lint("variant", "transform", "backend", "command")  # the task lacks docstrings, as its checklist says
     (recipe,) = run.tree.touched["recipe"]
     return run.start(
         {
@@ -75,6 +87,9 @@ def tree(tmp_path_factory):
             "variant's test": ["pytest", "tests/registry/variants/test_zero_sink.py"],
             "task": ["fit", "--config=recipes/demo/majority.yaml", *MAJORITY, "--run_dir=task"],
             "task's test": ["pytest", "tests/astbench/tasks/test_majority.py"],
+            "transform checked": ["check", "binary"],
+            "transform's test": ["pytest", "tests/registry/transforms/test_binary.py"],
+            "transform's recipe": ["test", "--config=recipes/wikitext2/smollm2-binary.yaml", "--print_config"],
             "doctor": ["doctor"],
             "backend checked": ["check", "random_topk", "--attention.backend=by_sequence"],
             "backend described": ["describe", "random_topk", "--attention.backend=by_sequence"],
@@ -123,6 +138,21 @@ def test_a_task_in_this_repository(tree):
     succeed(tree["task"])
     succeed(tree["task's test"])
     assert (tree.tree.cwd / "task" / "done.json").exists()
+
+
+def test_a_transform_as_your_own_file(plugins):
+    assert stated("transform")[0] == 1
+    assert " 0 failed" in succeed(plugins["transform checked"])
+    assert "power                float" in succeed(plugins["transform described"])
+    assert re.search(r"transform +power in \d layers power=0.5", succeed(plugins["transformed"]))
+
+
+def test_a_transform_in_this_repository(tree):
+    assert stated("transform")[1] == len(tree.tree.touched["transform"])
+    assert "  binary        Attention weights of two values" in succeed(tree["listed"])
+    assert " 0 failed" in succeed(tree["transform checked"])
+    succeed(tree["transform's test"])
+    assert yaml.safe_load(succeed(tree["transform's recipe"]))["transform"]["threshold"] == 0.001
 
 
 def test_a_backend(tree):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,14 @@ class ValueCounts:
 
     Attributes:
         counts: int64 `(heads, 1 + BINS)`: of values below the first edge, zero among them, then of each bin.
+        rows: Query rows of each head that see something.
+        entropy: float64 `(heads,)`: sum over these rows of -sum a log2 a, in bits.
     """
 
     def __init__(self, heads: int) -> None:
         self.counts = torch.zeros(heads, 1 + BINS, dtype=torch.int64)
+        self.rows = 0
+        self.entropy = torch.zeros(heads, dtype=torch.float64)
 
     def add(self, weights: Tensor, visible: Tensor) -> None:
         """Count the visible pairs of `(batch, heads, rows, keys)`; `visible` bool `(batch, 1, rows, keys)`."""
@@ -30,6 +36,9 @@ class ValueCounts:
         found = torch.bincount(place.flatten(), minlength=heads * (1 + BINS)).view(heads, -1).cpu()
         found[:, 0] -= int((~visible).sum())  # hidden pairs weigh nothing, and were counted so
         self.counts += found
+        self.rows += int(visible.any(-1).sum())
+        bits = torch.special.entr(weights).sum((0, 2, 3), dtype=torch.float64) / math.log(2)
+        self.entropy += bits.cpu()
 
     @property
     def total(self) -> Tensor:

@@ -52,7 +52,8 @@ ONLY_WHILE_TRAINING = {
 """Of AST_OPTIONS those that change nothing but training, and the setting that each evaluates like (None: AST's own)."""
 IN_EVALUATION = {
     "value_size", "padding_invariance", "batch_invariance", "gradients", "decode", "gqa", "full_density",
-    "low_precision", "save_load", "scale", "statistics", "density", "cost", "long_causality", "long_padding",
+    "low_precision", "save_load", "scale", "statistics", "density", "cost", "explicit_weights",
+    "long_causality", "long_padding",
     "long_decode", "long_full_density",
 }  # fmt: skip
 """Properties that never run a module in training: what they would say of those settings they say of the others."""
