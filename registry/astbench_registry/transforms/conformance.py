@@ -181,8 +181,8 @@ def in_attention(subject: Subject) -> None:
     with torch.no_grad():
         before = attention(q, k, v, AttentionMask("causal_self"), context=context).out
         for cut in (1, 7, ROWS - 1):
-            changed = [torch.cat([x[:, :, :cut], 3 * x[:, :, cut:].flip(0)], 2) for x in (q, k, v)]
-            after = attention(*changed, AttentionMask("causal_self"), context=context).out
+            q2, k2, v2 = (torch.cat([x[:, :, :cut], 3 * x[:, :, cut:].flip(0)], 2) for x in (q, k, v))
+            after = attention(q2, k2, v2, AttentionMask("causal_self"), context=context).out
             _same(after[:, :, :cut], before[:, :, :cut], f"changing tokens from {cut} on moves earlier outputs")
             step = AttentionMask("causal_self", query_offset=cut)
             row = attention(q[:, :, cut : cut + 1], k[:, :, : cut + 1], v[:, :, : cut + 1], step, context=context).out
