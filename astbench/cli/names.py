@@ -138,13 +138,15 @@ def check_names(line: CommandLine) -> None:
     """Both names are given and known, and that of a transform where there is one.
 
     Raises:
-        ConfigError: one is missing.
+        ConfigError: one is missing, or that of a transform whose options were given.
         NameOrPluginError: one is unknown, or its plugin does not load.
     """
     if line.attention is None:
         raise ConfigError("--attention=NAME is required; `astbench list` shows the names")
     if line.task is None:
         raise ConfigError(f"--task=NAME is required: {', '.join(registered_tasks())}")
+    if line.transform is None and (lost := next((o for o in line.options if o.name.startswith("--transform.")), None)):
+        raise ConfigError(f"{lost} needs a transform: --transform={' or '.join(registered_transforms())}")
     try:
         config_class(line.attention)
         find_task(line.task)

@@ -33,6 +33,8 @@ def run(words: list[str]) -> int:
     if "-h" in words or "--help" in words:
         print(_USAGE)
         return 0
+    if valued := next((word for word in words if word.startswith("--values=")), None):
+        raise ConfigError(f"--values takes no value, got {valued.partition('=')[2]}")
     of_values = "--values" in words
     own, rest = _own([word for word in words if word != "--values"])
     line = read_names(rest)

@@ -127,6 +127,8 @@ NAMES = ["--task=triviaqa", "--backbone=tiny"]
         ),
         (["validate", "--attention=dense", *NAMES, "--transform=hard", "--transform.top_k=0"], 2, "at least 1 key"),
         (["validate", "--attention=dense", *NAMES, "--transform="], 2, "--transform needs a value"),
+        (["validate", "--attention=dense", *NAMES, "--transform.bits=2"], 2, "needs a transform: --transform=hard or"),
+        (["analyze", "--values=3", "--attention=dense", *NAMES], 2, "--values takes no value, got 3"),
         (["check", "log3bit", "hard"], 2, "one transform at a time"),
         (["check", "log3bit", "--transform.bit=2"], 2, "did you mean 'bits'?"),
         (["check", "hrad"], 4, "unknown attention or transform 'hrad'; did you mean 'hard'?"),
