@@ -110,6 +110,12 @@ class CLI(LightningCLI):
         parser.add_argument("--plugins", type=list[str], default=list(self.line.plugins), help="plugins to load")
         parser.add_argument("--checkpoint_every", type=int, default=100, help="optimizer steps between checkpoints")
         parser.add_argument(
+            "--keep_every",
+            type=int | None,
+            default=None,
+            help="optimizer steps between weights that are kept for good, as step-N.ckpt: each as large as the model",
+        )
+        parser.add_argument(
             "--loggers",
             type=LoggerName | list[LoggerName],
             default=["csv", "tensorboard"],
@@ -171,14 +177,16 @@ class CLI(LightningCLI):
         SIGNALS.check()
         self._check_processes()
         self.folder = RunFolder(options.run_dir) if options.run_dir else self._new_folder()
-        self.run_callback = RunCallback(self.folder, self.command, self.task, options.checkpoint_every)
+        self.run_callback = RunCallback(
+            self.folder, self.command, self.task, options.checkpoint_every, options.keep_every
+        )
         trainer = self._get(self.config_init, "trainer").as_dict()
         self.transforming = (
             TransformCallback(self.line.transform, without_name(options.transform)) if self.line.transform else None
         )
-        callbacks = [*(trainer.pop("callbacks", None) or []), self.run_callback]
+        callbacks = [*(trainer.pop("callbacks", None) or []), self.run_callback, self.run_callback.counted]
         if self.transforming is not None:
-            callbacks.insert(-1, self.transforming)  # the first lines tell of it
+            callbacks.insert(-2, self.transforming)  # the first lines tell of it
         if self.analysing is not None:
             callbacks.append(self.analysing)
         trainer["enable_progress_bar"] = trainer.get("enable_progress_bar") is not False

@@ -114,6 +114,8 @@ def check_options(command: str, options: Namespace, task: Task) -> None:
     BackboneConfig(**vars(options.backbone))
     OptimConfig(**vars(options.optim))
     check_numbers(options.as_dict(), "--")
+    if options.keep_every is not None and options.keep_every < 1:
+        raise ConfigError(f"--keep_every must be at least 1 step, got {options.keep_every}")
     if options.checkpoint_every < 1:
         raise ConfigError(f"--checkpoint_every must be at least 1 step, got {options.checkpoint_every}")
     if command == "fit" and options.trainer.max_steps < 1:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from astbench.cli.attended import AttendedPairs, draw_attended
+from astbench.cli.counted_work import CountedWork
 from astbench.cli.first_lines import run_facts, say_first_lines
 from astbench.cli.last_lines import say_last_lines
 from astbench.cli.provenance import foreign_code
@@ -18,7 +19,7 @@ from astbench.cli.stopping import SIGNALS
 from astbench.errors import Stopped
 from astbench.files.writing import write_json
 from astbench.runs.checkpoint_checks import check_restored
-from astbench.runs.folder import DONE, LAST, TOKENIZER, RunFolder
+from astbench.runs.folder import DONE, LAST, TOKENIZER, RunFolder, kept_name
 from astbench.runs.metrics_log import MetricsLogger
 from astbench.runs.run_record import RunRecord
 from astbench.runs.step_clock import StepClock
@@ -37,14 +38,20 @@ class RunCallback(Callback):
         command: fit, validate, test or predict.
         task: Row of the table of tasks.
         checkpoint_every: Optimizer steps between checkpoints.
+        keep_every: Optimizer steps between weights that are kept for good; None keeps none.
 
     Attributes:
         goes: What there was to restore is restored.
+        counted: Counts what the run costs; a callback of its own.
     """
 
-    def __init__(self, folder: RunFolder, command: str, task: Task, checkpoint_every: int) -> None:
-        self.folder, self.command, self.task, self.checkpoint_every = folder, command, task, checkpoint_every
+    def __init__(
+        self, folder: RunFolder, command: str, task: Task, checkpoint_every: int, keep_every: int | None = None
+    ) -> None:
+        self.folder, self.command, self.task = folder, command, task
+        self.checkpoint_every, self.keep_every = checkpoint_every, keep_every
         self.record = RunRecord(folder)
+        self.counted = CountedWork(self.record)
         self.clock = StepClock()
         self.saved_step = -1
         self.goes = False
@@ -163,6 +170,8 @@ class RunCallback(Callback):
             self._save(trainer)
         if stop:
             raise self._stopped(step)
+        if self.keep_every and step % self.keep_every == 0:
+            trainer.save_checkpoint(self.folder / kept_name(step), weights_only=True)
         self.clock.start(step)
 
     def on_train_batch_end(
@@ -238,6 +247,7 @@ class RunCallback(Callback):
         record.update(draw_attended(module, self._first_batch, self.folder))
         if not module.trainer.is_global_zero:
             return
+        self.counted.finish(module)
         record.update(getattr(module, "results", {}))
         items = record.pop("items", None)
         if items is not None:

@@ -11,7 +11,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from astbench.errors import CheckpointError, UnwrittenCheckpoint
 from astbench.files.writing import sync_folder, write_atomic
-from astbench.runs.folder import LAST, PREVIOUS, RunFolder, checkpoint_file
+from astbench.runs.folder import KEPT, LAST, PREVIOUS, RunFolder, checkpoint_file
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -27,13 +27,14 @@ class SafeCheckpointIO(CheckpointIO):
     reads: Path | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """See Lightning. `path` must be the run folder's `last.ckpt`."""
+        """See Lightning. `path` must be the run folder's `last.ckpt`, or that of weights to be kept."""
         path = Path(path)
         folder = RunFolder(path.parent)
         fresh = path.with_name("new.ckpt")
         try:
             digest = write_atomic(fresh, lambda file: torch.save(checkpoint, file))
-            folder.remember(digest, {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]})
+            about = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
+            folder.remember(digest, about if path.name == LAST else {**about, KEPT: path.name})
             if path.name == LAST and path.exists():
                 os.replace(path, folder / PREVIOUS)
             os.replace(fresh, path)

@@ -22,6 +22,10 @@ CONFIG, RECORD, DONE, METRICS = "config.yaml", "record.json", "done.json", "metr
 LAST, PREVIOUS, MANIFEST, LOCK = "last.ckpt", "previous.ckpt", "manifest.json", ".lock"
 TOKENIZER = "tokenizer"
 ANALYSIS, EXPLORER = "analysis.json", "explorer.json"
+DRIFT, LANGUAGE = "drift.json", "linguistics.json"
+
+KEPT = "kept"
+"""Of the manifest's entry of weights that stay: the name of their file."""
 
 _OF_TOKENIZER = {"holds": TOKENIZER}
 """The manifest's entry of the tokenizer's digest."""
@@ -31,7 +35,8 @@ class RunFolder:
     """Paths of a run and the rules about them.
 
     `config.yaml` (runs again), `metrics.csv`, `last.ckpt` and `previous.ckpt` with `manifest.json` (sha256 of
-    every whole checkpoint), `record.json`, `tokenizer/`, `pattern.png`, and `done.json`, written last.
+    every whole checkpoint), `record.json`, `tokenizer/`, `pattern.png`, and `done.json`, written last. Weights that
+    `--keep_every` keeps are `step-N.ckpt`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -136,8 +141,17 @@ class RunFolder:
     def remember(self, digest: str, about: dict[str, Any]) -> None:
         """Enter a checkpoint in the manifest, keeping the entries of the files still there."""
         there = {sha256(self / name) for name in (LAST, PREVIOUS) if (self / name).is_file()}
-        entries = {d: entry for d, entry in self.manifest().items() if d in there or entry == _OF_TOKENIZER}
+        entries = {
+            d: entry
+            for d, entry in self.manifest().items()
+            if d in there or entry == _OF_TOKENIZER or (KEPT in entry and (self / entry[KEPT]).is_file())
+        }
         write_json(self / MANIFEST, {**entries, digest: about})
+
+    def kept(self) -> list[Path]:
+        """Weights that `--keep_every` kept, by step."""
+        files = (file for file in self.path.glob("step-*.ckpt") if file.stem.removeprefix("step-").isdecimal())
+        return sorted(files, key=kept_step)
 
     def save_tokenizer(self, save: Callable[[str], Any]) -> None:
         """Let `save` write the tokenizer, which is there whole or not at all, and enter it in the manifest."""
@@ -174,6 +188,16 @@ class RunFolder:
         if files:
             raise CheckpointError(f"no checkpoint in {self.path} matches its sha256 in {MANIFEST}: damaged files")
         return None
+
+
+def kept_name(step: int) -> str:
+    """File of the weights that are kept of a step."""
+    return f"step-{step}.ckpt"
+
+
+def kept_step(file: Path) -> int:
+    """The step of such a file."""
+    return int(file.stem.removeprefix("step-"))
 
 
 def _digest(folder: Path) -> str:

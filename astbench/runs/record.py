@@ -51,7 +51,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def config_hash(config: dict[str, Any]) -> str:
     """Short digest of everything that decides the result: not where or how often it is written."""
-    return _digest(config, "run_dir", "loggers", "checkpoint_every")
+    return _digest(config, "run_dir", "loggers", "checkpoint_every", "keep_every")
 
 
 def former_config_hash(config: dict[str, Any]) -> str:

@@ -86,6 +86,8 @@ class RunRecord:
             self.write()
             return
         self._go_on(self._before)
+        if "flops" in self._before:
+            self.data["flops"] = self._before["flops"]
         if "train" in self._before:
             self.data["train"] = self._before["train"]
             self._train_before = self._before["train"]["wall_seconds"]

@@ -28,7 +28,7 @@ ENDED = ("failed", "diverged", "out_of_memory")
 
 _THREADS = "trainer.threads"
 
-_BESIDE = ("ckpt_path", "init_from", "checkpoint_every", "loggers")
+_BESIDE = ("ckpt_path", "init_from", "checkpoint_every", "keep_every", "loggers")
 """Options without a group that no default is needed for."""
 
 

@@ -41,6 +41,7 @@ KINDS: dict[str, Maker] = {
     "cost": benches.cost,
     "decode": benches.decode,
     "kernel": benches.kernel,
+    "speed": benches.speed,
 }
 """`kind` of a table.yaml -> what makes the tables."""
 
@@ -48,7 +49,7 @@ SHORT: dict[str, Callable[[Group], Table]] = {"questions": questions.short, "ove
 """`kind` -> what makes the short table of a README."""
 
 
-PICTURES = ("curves", "heads", "distance", "place", "tokens", "values", "values-heads")
+PICTURES = ("curves", "heads", "distance", "place", "tokens", "drift", "linguistics", "values", "values-heads")
 """Plots that a bench and an analysis leave beside their record."""
 
 DENSITY = "Density is the share of the visible (query, key) pairs that was attended to."

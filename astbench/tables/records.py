@@ -94,6 +94,10 @@ class Run:
         found = held.get("gpu_bytes") or held.get("cpu_bytes")
         return None if found is None else int(found)
 
+    def flops(self, part: str) -> dict[str, Any]:
+        """Operations and tokens of its `training` or `evaluation`; empty of records from before they were counted."""
+        return dict(self.record.get("flops", {}).get(part) or {})
+
     def items(self) -> dict[str, Any]:
         """What was scored, one by one.
 

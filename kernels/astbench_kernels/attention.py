@@ -18,6 +18,7 @@ from astbench_kernels.backends.self_check import self_check
 from astbench_kernels.dispatch import named
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.triton.plan import make_plan, wants_gradients
+from astbench_kernels.watch import KernelCall, watched
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,8 @@ def block_sparse_attention(
     run = _BACKENDS[chosen].run
     if _BACKENDS[chosen].foreign:
         self_check(chosen, run, q.device, q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    call = KernelCall(q, v, layout, causal, key_valid, gradients)
+    with torch.autocast(q.device.type, enabled=False), watched(call):
         out, lse = run(
             q,
             k,

@@ -7,7 +7,7 @@ from typing import Any
 
 from astbench.bench import analysis
 from astbench.tables.layout import Row, Table
-from astbench.tables.pages.cells import exponent
+from astbench.tables.pages.cells import crossover, exponent, losing
 from astbench.tables.records import Group, Run
 
 PASSES = {"forward": "forward", "training": "forward and backward"}
@@ -131,3 +131,33 @@ def _sparse(group: Group) -> Iterator[tuple[Run, str]]:
 
 def _verdict(run: Run, name: str, mode: str) -> str:
     return "" if analysis.is_dense(name) else analysis.against_dense(run.record["cells"], name, mode)
+
+
+def speed(group: Group, groups: Mapping[str, Group]) -> list[Table]:
+    """Each attention beside the fastest dense one, choosing included: how fast, from which length on, and where not."""
+    lengths, tables = columns(group), []
+    asked = dict.fromkeys(mode for run in group.runs for mode in analysis.modes_of(run.record["cells"]))
+    for mode in asked:
+        rows = []
+        for run, name in _sparse(group):
+            cells_of = run.record["cells"]
+            found = analysis.speedup(cells_of, name, mode)
+            if not found:
+                continue
+            shown = [f"{found[n]:.2f}" if n in found else "-" for n in lengths]
+            rows.append(
+                Row((f"`{name}`", *shown, crossover(cells_of, name, mode), losing(cells_of, name, mode)), (run,))
+            )
+        head = (
+            "attention",
+            *(f"{n:,} tokens, times as fast" for n in lengths),
+            "faster from, tokens",
+            "slower at, tokens",
+        )
+        if not rows:
+            continue
+        said = PASSES.get(mode, "one token with a KV cache")
+        tables.append(
+            Table(f"{group.name}.{mode}", f"The layer beside the fastest dense one, {said}", head, 1, tuple(rows))
+        )
+    return tables

@@ -1,9 +1,11 @@
-"""Numbers as cells. Imports nothing."""
+"""Numbers as cells. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from statistics import fmean
+
+from astbench.bench import analysis
 
 
 def thousands(number: int) -> str:
@@ -26,3 +28,21 @@ def spread(numbers: Sequence[float], digits: int = 1) -> str:
 def exponent(found: float | None) -> str:
     """The exponent of a growth; `-` where too few lengths were measured."""
     return "-" if found is None else f"{found:.2f}"
+
+
+def crossover(benched: list[analysis.Cell], name: str, mode: str) -> str:
+    """From which length on a layer is faster than the fastest dense one; in words where there is no such length."""
+    found = analysis.crossover(benched, name, mode)
+    if found is not None:
+        return f"{found:,.0f}"
+    faster = [times > 1 for times in analysis.speedup(benched, name, mode).values()]
+    if not faster:
+        return ""
+    return "every length" if all(faster) else "now and then" if any(faster) else "never"
+
+
+def losing(benched: list[analysis.Cell], name: str, mode: str) -> str:
+    """Measured lengths at which a layer is no faster than the fastest dense one."""
+    found = analysis.speedup(benched, name, mode)
+    lengths = sorted(length for length, times in found.items() if times <= 1)
+    return ", ".join(f"{length:,}" for length in lengths) or ("none" if found else "")

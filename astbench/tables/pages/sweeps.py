@@ -17,7 +17,7 @@ from astbench.errors import DataError
 from astbench.tables import labels
 from astbench.tables.defaults import flatten
 from astbench.tables.layout import Row, Table
-from astbench.tables.pages import cells
+from astbench.tables.pages import budgets, cells
 from astbench.tables.records import Group, Run
 from astbench.tables.student import holm, interval, p_value
 
@@ -76,7 +76,7 @@ def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
         for scores, budget, title, runs in named
         for table in (
             _table(f"{group.name}.{scores}", title, runs),
-            _budget(f"{group.name}.{budget}", f"{title}: what it took", runs),
+            budgets.table(f"{group.name}.{budget}", f"{title}: what it took", _ordered(budget, runs), groups),
         )
     ]
 
@@ -114,33 +114,12 @@ def _metric(name: str, runs: Sequence[Run]) -> str:
     return metric
 
 
+def _ordered(name: str, runs: Sequence[Run]) -> list[Setting]:
+    return _by_score(settings_of(runs), _metric(name, runs))
+
+
 def _by_score(settings: Sequence[Setting], metric: str) -> list[Setting]:
     return sorted(settings, key=lambda one: one.mean(metric) * (1 if metric in _LOWER else -1))
-
-
-def _budget(name: str, caption: str, runs: Sequence[Run]) -> Table:
-    """Means over the seeds; what a record does not hold is left empty."""
-    rows = []
-    for one in _by_score(settings_of(runs), _metric(name, runs)):
-        records = [run.record for run in one.runs]
-        parameters = [record["parameters"] for record in records if "parameters" in record]
-        train = [record["train"] for record in records if "wall_seconds" in record.get("train", {})]
-        memory = [run.memory for run in one.runs if run.memory is not None]
-        rows.append(
-            Row(
-                (
-                    one.label,
-                    cells.thousands(parameters[0]["total"]) if parameters else "",
-                    cells.thousands(parameters[0]["attention"]) if parameters else "",
-                    cells.thousands(one.runs[0].steps) if train else "",
-                    cells.mean((t["wall_seconds"] for t in train), 0) if train else "",
-                    cells.mean((m / 2**20 for m in memory), 0) if memory else "",
-                ),
-                one.runs,
-            )
-        )
-    head = ("setting", "parameters", "the attention's own", "steps", "training, s", "peak memory, MiB")
-    return Table(name, caption, head, 1, tuple(rows))
 
 
 def _dense(one: Setting, settings: Sequence[Setting]) -> Setting:
