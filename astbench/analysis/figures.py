@@ -25,13 +25,20 @@ def draw(found: dict[str, Any], folder: Path, title: str) -> list[str]:
         *([("place", _place(found, title))] if found["by_place"]["kept"] else []),
         *([("tokens", _tokens(found, title))] if found["by_token"] else []),
     ):
-        for kind in ("svg", "png"):
-            figure.savefig(folder / f"{name}.{kind}", dpi=110)
-            names.append(f"{name}.{kind}")
+        names += save(figure, folder, name)
     return names
 
 
-def _figure(width: float, height: float, title: str) -> Any:
+def save(figure: Any, folder: Path, name: str) -> list[str]:
+    """Write a picture as SVG and as PNG; the files' names."""
+    files = [f"{name}.{kind}" for kind in ("svg", "png")]
+    for file in files:
+        figure.savefig(folder / file, dpi=110)
+    return files
+
+
+def new_figure(width: float, height: float, title: str) -> Any:
+    """An empty one, of so many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -46,7 +53,7 @@ def _heads(found: dict[str, Any], title: str) -> Any:
     layers = found["layers"]
     widest = max(len(layer["kept"]) for layer in layers.values())
     height = 1.6 + 0.22 * len(layers)
-    figure = _figure(2.0 + len(_OF_HEADS) * max(2.2, 0.25 * widest), max(2.8, height), title)
+    figure = new_figure(2.0 + len(_OF_HEADS) * max(2.2, 0.25 * widest), max(2.8, height), title)
     for number, (name, what, colours) in enumerate(_OF_HEADS):
         rows = [_of_heads(layer, name) for layer in layers.values()]
         rows = [[*row, *[float("nan")] * (widest - len(row))] for row in rows]
@@ -73,7 +80,7 @@ def _of_heads(layer: dict[str, Any], name: str) -> list[float]:
 
 
 def _distance(found: dict[str, Any], title: str) -> Any:
-    figure = _figure(6.4, 4.6, title)
+    figure = new_figure(6.4, 4.6, title)
     known = [i for i, kept in enumerate(found["kept_by_distance"]) if kept is not None]
     assert known, "asked for only where there are distances"
     labels = [_bin(found["distances"], i) for i in known]
@@ -100,7 +107,7 @@ def _bin(starts: list[int], number: int) -> str:
 
 
 def _place(found: dict[str, Any], title: str) -> Any:
-    figure = _figure(6.4, 4.6, title)
+    figure = new_figure(6.4, 4.6, title)
     by_place = found["by_place"]
     parts = len(by_place["kept"])
     middle = [(part + 0.5) / parts for part in range(parts)]
@@ -133,7 +140,7 @@ def _plotted(values: list[float | None]) -> list[float]:
 
 def _tokens(found: dict[str, Any], title: str) -> Any:
     families = [family for family in FAMILIES if family in found["by_token"]]
-    figure = _figure(11.0, 1.6 + 2.0 * len(families), title)
+    figure = new_figure(11.0, 1.6 + 2.0 * len(families), title)
     panels = (
         (("query_kept", "as query: keys kept"), ("query_mass", "as query: mass on them")),
         (

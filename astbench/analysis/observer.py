@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from astbench.analysis.explorer import Explorer
-from astbench.analysis.rows import DISTANCES, RowFacts, overlap, row_facts, sampled_rows, seen_blocks
+from astbench.analysis.rows import DISTANCES, RowFacts, overlap, seen_blocks
 from astbench.analysis.tokens import FAMILIES, classes, texts_of
+from astbench.analysis.watch import Seen, watching_choices
 from astbench.backbones.hooks import AttentionSlot
-from astbench.errors import ConfigError
 from astbench.runs.picture import layer_name
 from astbench.training.module import TaskModule
 from astbench_kernels import BlockLayout
 from astbench_registry.block_selection import Call
-from astbench_registry.interface import Attention
 
 PLACES = 10
 """Parts of a sequence, from its first token to its last."""
@@ -64,10 +63,11 @@ class Observer:
     Args:
         module: In a trainer, its model built.
         rows: Query rows looked at in each sequence, spread evenly.
+        also: Who else looks at the calls on the input's tokens.
     """
 
-    def __init__(self, module: TaskModule, rows: int) -> None:
-        self._module, self._rows = module, rows
+    def __init__(self, module: TaskModule, rows: int, also: Callable[[Seen], None] | None = None) -> None:
+        self._module, self._rows, self._also = module, rows, also
         self.layers: dict[str, Sums] = {}
         self.all = Sums()
         self.sequences = self.queries = 0
@@ -78,21 +78,9 @@ class Observer:
         self.explorer: Explorer | None = None  # of the first sequence
         self._first_batch = True
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Within, every call counts.
-
-        Raises:
-            ConfigError: the attention chooses no blocks.
-        """
-        if not any(slot.attention.block_sparse for slot in self._module.swapped.slots):
-            raise ConfigError(
-                f"--attention={self._module.swapped.name} chooses no blocks; analyze is for attentions that do"
-            )
-        with ExitStack() as stack:
-            for slot in stack.enter_context(self._module.swapped.collecting_stats()):
-                stack.callback(slot.attention.register_forward_hook(self._seen(slot), with_kwargs=True).remove)
-            yield
+    def watching(self) -> AbstractContextManager[None]:
+        """Within, every call counts. Raises as :func:`watching_choices`."""
+        return watching_choices(self._module, self._rows, self._seen)
 
     def begin(self, batch: dict[str, Any], counts: Counter[int]) -> None:
         """A batch is about to run.
@@ -117,31 +105,15 @@ class Observer:
                 found[family][row, real] = torch.tensor(values)
         self._classes = {family: table.to(ids.device) for family, table in found.items()}
 
-    def _seen(self, slot: AttentionSlot) -> Any:
-        def hook(attention: Attention, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            stats = output.stats
-            if stats is None or stats.layout is None:
-                return
-            q, k, v, mask = given
-            if q.shape[2] < 2:  # decoding
-                return
-            call = Call.of(attention.shape, q, k, v, mask, named.get("scale"), named.get("context"))
-            rows = sampled_rows(q.shape[2], self._rows, q.device)
-            facts = row_facts(call, stats.layout, rows)
-            of_input = slot.pattern.endswith("_self") and not self._in_a_decoder_behind_an_encoder(slot)
-            self._add(slot, facts, of_input)
-            self._add_neighbours(slot.path, call, stats.layout, rows, facts)
-            if of_input:
-                self._add_tokens(facts, rows)
-                if self._first_batch and self.explorer is not None:
-                    self.explorer.add(slot.path, facts, rows, stats.layout.block_size)
-
-        return hook
-
-    def _in_a_decoder_behind_an_encoder(self, slot: AttentionSlot) -> bool:
-        """Whether it reads other tokens than the input's."""
-        config = self._module.swapped.model.config
-        return bool(getattr(config, "is_encoder_decoder", False)) and "decoder" in slot.path.split(".")
+    def _seen(self, seen: Seen) -> None:
+        self._add(seen.slot, seen.facts, seen.of_input)
+        self._add_neighbours(seen.slot.path, seen.call, seen.layout, seen.rows, seen.facts)
+        if seen.of_input:
+            self._add_tokens(seen.facts, seen.rows)
+            if self._first_batch and self.explorer is not None:
+                self.explorer.add(seen.slot.path, seen.facts, seen.rows, seen.layout.block_size)
+        if self._also is not None and seen.of_input:
+            self._also(seen)
 
     def _add(self, slot: AttentionSlot, facts: RowFacts, of_input: bool) -> None:
         first = not self.layers or next(iter(self.layers)) == slot.path

@@ -101,7 +101,7 @@ def row_facts(call: Call, layout: BlockLayout, rows: Tensor) -> RowFacts:
     if valid is not None:
         real &= valid[:, rows]
     kept, seen = kept & real[:, None, :, None], seen & real[..., None]
-    distance = _distance(call, rows)
+    distance = distances(call, rows)
     return RowFacts(
         real=real,
         place=_place(call, rows),
@@ -175,7 +175,7 @@ def _by_block(of_keys: Tensor, layout: BlockLayout) -> Tensor:
     return pad(of_keys, (0, missing)).unflatten(-1, (layout.num_blocks, layout.block_size)).sum(-1)
 
 
-def _distance(call: Call, rows: Tensor) -> Tensor:
+def distances(call: Call, rows: Tensor) -> Tensor:
     """int64 `(rows, keys)`: the bin of each pair's distance; of cross-attention, which has none, all in the first."""
     keys = torch.arange(call.k.shape[2], device=rows.device)
     if call.mask.cross:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from astbench import console
+from astbench.analysis.drift import drift
 from astbench.analysis.figures import draw
+from astbench.analysis.language import Language, told
+from astbench.analysis.linguistics import PIPELINE, Tagger
+from astbench.analysis.more_figures import draw_drift, draw_language
 from astbench.analysis.observer import Observer
 from astbench.errors import ConfigError
 from astbench.files.writing import write_json, write_text
-from astbench.runs.folder import ANALYSIS, EXPLORER, RunFolder
+from astbench.runs.folder import ANALYSIS, DRIFT, EXPLORER, LANGUAGE, RunFolder
 from astbench.training.module import TaskModule
 
 
@@ -24,10 +31,13 @@ class Analysing(pl.Callback):
     Args:
         batches: How many.
         rows: Query rows looked at in each sequence.
+        drifting: Checkpoints of the same model, in order, whose choices are compared with those of its own.
+        pipeline: Of spaCy, by whose tags tokens are told apart, "" for the usual one; None: no tags.
     """
 
-    def __init__(self, batches: int, rows: int) -> None:
-        self._most, self._rows = batches, rows
+    def __init__(self, batches: int, rows: int, drifting: Sequence[Path] = (), pipeline: str | None = None) -> None:
+        self._most, self._rows, self._drifting = batches, rows, drifting
+        self._tagger = None if pipeline is None else Tagger(pipeline or PIPELINE)
         self._batches: list[dict[str, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -67,11 +77,15 @@ class Analysing(pl.Callback):
             valid = batch.get("attention_mask")
             ids = batch["input_ids"] if valid is None else batch["input_ids"][valid.bool()]
             counts.update(ids.flatten().tolist())
-        observer = Observer(module, self._rows)
+        tokenizer = module.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        language = None if self._tagger is None else Language(self._tagger, tokenizer)
+        observer = Observer(module, self._rows, language)
         with observer.watching():
             for batch in self._batches:
                 batch = module.trainer.strategy.batch_to_device(batch)
                 observer.begin(batch, counts)
+                if language is not None:
+                    language.begin(batch, counts)
                 module(batch)
         found = {"schema": 1, "attention": module.swapped.name, "batches": len(self._batches), **observer.result()}
         write_json(folder / ANALYSIS, found)
@@ -80,7 +94,34 @@ class Analysing(pl.Callback):
         title = f"{module.swapped.name}: {found['queries']:,} queries of {found['sequences']} sequences"
         pictures = draw(found, folder.path, title)
         _say(found, folder)
-        return {"analysis": {"file": ANALYSIS, "pictures": pictures, "batches": len(self._batches), "rows": self._rows}}
+        about = {"file": ANALYSIS, "pictures": pictures, "batches": len(self._batches), "rows": self._rows}
+        if language is not None:
+            said = {"schema": 1, "attention": module.swapped.name, **language.result()}
+            write_json(folder / LANGUAGE, said)
+            pictures += draw_language(said, folder.path, title)
+            about["tagger"] = said["tagger"]
+            console.say(f"beside other tokens at the same distances, over {said['sequences']} sequences")
+            console.table({**dict(told(said)), "written": folder / LANGUAGE})
+        if self._drifting:
+            self._drift(module, folder, about)
+        return {"analysis": about}
+
+    def _drift(self, module: TaskModule, folder: RunFolder, about: dict[str, Any]) -> None:
+        """The same batches under other weights of the model."""
+        found = drift(module, self._batches, self._rows, self._drifting, console.say)
+        write_json(folder / DRIFT, {"schema": 1, "attention": module.swapped.name, **found})
+        steps = [checkpoint["step"] for checkpoint in found["checkpoints"]]
+        title = f"{module.swapped.name}: from step {steps[0]:,} to {steps[-1]:,}"
+        about["pictures"] += draw_drift(found, folder.path, title)
+        about["drift"] = steps
+        heads = [head for layer in found["layers"].values() for head in layer["to_last"][0] if head is not None]
+        shared = f"{fmean(heads):.3f}" if heads else "no block was chosen"
+        console.table(
+            {
+                "overlap of chosen": f"{shared}, step {steps[0]:,} with step {steps[-1]:,}, mean over heads",
+                "written": folder / DRIFT,
+            }
+        )
 
 
 def _say(found: dict[str, Any], folder: RunFolder) -> None:
