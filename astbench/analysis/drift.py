@@ -102,6 +102,7 @@ def drift(
         chose, None of a head without any. Blocks that are always kept do not count.
     """
     here = {name: value.clone() for name, value in module.state_dict().items()}
+    assert module.trainer.ckpt_path is not None, "asked for only with a checkpoint"
     own_step = torch.load(module.trainer.ckpt_path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     last = look(module, batches, rows, int(own_step))
     found: list[dict[str, Any]] = []

@@ -89,14 +89,14 @@ class FlopCount:
     def _enter(self, start: list[int]) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             self._in_attention += 1
-            start.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+            start.append(torch.autograd._get_sequence_nr())
 
         return hook
 
     def _leave(self, start: list[int]) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             self._in_attention -= 1
-            self._attention_nodes.append((start.pop(), torch.autograd._get_sequence_nr()))  # type: ignore[attr-defined]
+            self._attention_nodes.append((start.pop(), torch.autograd._get_sequence_nr()))
 
         return hook
 
@@ -105,13 +105,13 @@ class FlopCount:
         """Whatever a backend does inside is not counted; what the lists ask of it is."""
         again = torch._C._current_graph_task_id() != -1  # checkpointing repeats the forward call for the one backward
         self.work.attending += kernel_flops(call) * (1 + BACKWARD if call.gradients and not again else 1)
-        first = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        first = torch.autograd._get_sequence_nr()
         self._in_kernel += 1
         try:
             yield
         finally:
             self._in_kernel -= 1
-            self._kernel_nodes.append((first, torch.autograd._get_sequence_nr()))  # type: ignore[attr-defined]
+            self._kernel_nodes.append((first, torch.autograd._get_sequence_nr()))
 
     def _seen(self, operations: float, attends: bool) -> None:
         """Some have run, in a kernel of attention or not: whose were they."""

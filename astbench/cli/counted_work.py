@@ -94,7 +94,7 @@ class CountedWork(Callback):
             self._start(pl_module)
             self._tokens = _tokens(arguments[0])
 
-    on_test_batch_start = on_validation_batch_start
+    on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
         """It is over."""
