@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.utils import logging
 
-from astbench.backbones.cache_watch import kept_summaries
+from astbench.backbones.cache_watch import kept_summaries, watch_cache
+from astbench.backbones.side_by_side import NewTokens
 from astbench_registry import CapabilityError, Pattern, build_attention
 from astbench_registry.interface import (
     Attention,
@@ -169,8 +170,8 @@ def recorded_calls() -> Iterator[list[RecordedCall]]:
 def attention_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | NewTokens,
+    value: Tensor | NewTokens,
     attention_mask: AttentionMask | UnsupportedMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -191,6 +192,10 @@ def attention_forward(
             "a swapped attention builds no matrix of weights: output_attentions stays empty, as with sdpa; "
             "handle.collecting_stats() tells which key blocks each layer used"
         )
+    if isinstance(key, NewTokens) or isinstance(value, NewTokens):
+        assert isinstance(key, NewTokens), "a cache that lets sequences stand side by side gives it twice"
+        _as_mask(module, query, key.keys, attention_mask)  # refuses what no sequence could be given
+        return _one_by_one(module, query, key, scaling), None
     cached = key, value
     if torch.is_autocast_enabled(query.device.type):
         # Rotary positions leave queries and keys in float32; torch's own attention casts all three as well.
@@ -214,6 +219,22 @@ def attention_forward(
         with kept_summaries(slot, slot.attention, *cached, key.dtype) as summaries:
             out = slot(query, key, value, mask, scaling, summaries)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _one_by_one(module: nn.Module, query: Tensor, new: NewTokens, scaling: float | None) -> Tensor:
+    """Each sequence's own attention over its own cache; `(sequences, 1, num_heads, value_dim)`."""
+    slot: AttentionSlot | None = getattr(module, IMPLEMENTATION, None)
+    hidden = None if slot is None else slot.hidden_states
+    outputs = []
+    for row, cache in enumerate(new.caches):
+        one = slice(row, row + 1)
+        if slot is not None:
+            slot.hidden_states = None if hidden is None else hidden[one]
+            watch_cache(slot, module, (), {"past_key_values": cache}, cross=False)
+        key, value = new.append(row)
+        mask = AttentionMask("causal_self", query_offset=key.shape[2] - query.shape[2])
+        outputs.append(attention_forward(module, query[one], key, value, mask, scaling)[0])
+    return torch.cat(outputs)
 
 
 def _as_mask(
