@@ -112,6 +112,7 @@ def test_constraints_pin_every_dependency_within_its_floor():
         *extras["hub"],
         *extras["gguf"],
         *extras["baselines"],
+        *extras["serve"],
     ]:
         requirement = Requirement(text)
         if requirement.name == "astbench":

@@ -61,7 +61,7 @@ def tiny_model(family, auto=None, attention="sdpa", **changes):
         "causal" if family in CAUSAL else "seq2seq" if family in SEQ2SEQ else "encoder"
     ]  # fmt: skip
     torch.manual_seed(5)
-    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **{**SETTINGS.get(family, {}), **changes})
+    config = AutoConfig.for_model(family, **{"vocab_size": VOCABULARY, **SETTINGS.get(family, {}), **changes})
     model = auto.from_config(config, attn_implementation=attention).eval()
     for parameter in model.parameters():
         # Larger than Hugging Face's initialisation: attention must matter to the logits.

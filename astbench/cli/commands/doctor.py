@@ -21,6 +21,8 @@ _EXTRAS = {
     "triton": ("cuda", "Triton kernels"),
     "xformers": ("cuda", "dense baseline"),
     "flash_attn": ("cuda", "dense baseline"),
+    "starlette": ("serve", "astbench serve"),
+    "aiohttp": ("loadtest", "astbench loadtest"),
     "wandb": ("wandb", "--loggers+=wandb"),
     "mlflow": ("mlflow", "--loggers+=mlflow"),
 }

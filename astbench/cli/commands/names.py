@@ -12,6 +12,8 @@ OWN = {
     "check": "run the conformance suite on an attention or transform",
     "bench": "time and memory of attention layers over the length",
     "analyze": "what an attention chose, by layer, head, distance and token, beside dense attention",
+    "serve": "a trained model behind HTTP: texts as OpenAI's clients ask for them, translations, answers",
+    "loadtest": "a server under load that comes at random times: latencies, throughput, what failed",
     "run": "a sweep: many runs from one file, each once; a second start does what is left",
     "table": "result tables from records: shown, written into documents, or compared with them",
     "report": "one page of HTML from records: leaderboard, costs, runs, what was chosen",

@@ -143,22 +143,35 @@ class Translation(TaskModule):
 
     def _translate(self, batch: dict[str, Any]) -> Tensor:
         """Keep each sentence's translation; their tokens as labels."""
-        model: Any = self.model
-        tokenizer, config = self.data.tokenizer, self.config
-        found = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"].long(),
-            num_beams=config.beams,
-            length_penalty=config.length_penalty,
-            do_sample=False,
-            max_new_tokens=self.data.max_length,
-            use_cache=self._decodes(),
-        )[:, 1:]  # without the token that starts the decoder
+        tokenizer = self.data.tokenizer
+        found = self.search(batch["input_ids"], batch["attention_mask"], self.data.max_length)
         texts = tokenizer.batch_decode(found, skip_special_tokens=True)
         self.translations.update(zip(batch["index"].tolist(), (text.strip() for text in texts), strict=True))
         # Padding begins after the first end.
         end = found == tokenizer.eos_token_id
         return found.masked_fill((end.cumsum(1) - end.long()) > 0, IGNORED)
+
+    def search(self, sources: Tensor, real: Tensor, longest: int, **more: Any) -> Tensor:
+        """Translate by beam search; `(batch, tokens)`, without the token that starts the decoder.
+
+        Args:
+            sources: Token ids `(batch, length)`.
+            real: `(batch, length)`, True or 1 where a token is no padding.
+            longest: Most tokens of a translation.
+            more: What else `generate` is told.
+        """
+        model: Any = self.model
+        found: Tensor = model.generate(
+            input_ids=sources,
+            attention_mask=real.long(),
+            num_beams=self.config.beams,
+            length_penalty=self.config.length_penalty,
+            do_sample=False,
+            max_new_tokens=longest,
+            use_cache=self._decodes(),
+            **more,
+        )
+        return found[:, 1:]
 
     def _decodes(self) -> bool:
         """Whether a step with the cache gives what a whole pass does; else every step is a whole pass."""

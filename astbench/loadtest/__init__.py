@@ -1,0 +1,1 @@
+"""A server under load that comes at random times, and what its clients see. The command is `astbench loadtest`."""

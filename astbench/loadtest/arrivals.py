@@ -1,0 +1,13 @@
+"""When requests are due. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import random
+
+
+def poisson(rate: float, seconds: float, seed: int) -> list[float]:
+    """Seconds from the start at which requests are due: independent of one another, `rate` a second on average."""
+    rng, due, at = random.Random(seed), [], 0.0
+    while (at := at + rng.expovariate(rate)) < seconds:
+        due.append(at)
+    return due

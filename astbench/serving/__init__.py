@@ -1,0 +1,1 @@
+"""A trained model behind HTTP: loaded, batched, guarded, watched. The command is `astbench serve`."""

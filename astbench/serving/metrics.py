@@ -1,0 +1,52 @@
+"""What Prometheus is told."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from astbench.serving.engine import Engine
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own."""
+
+    def __init__(self, attention: str, model: str) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory, CPU seconds, open files
+        about = Gauge("astbench_model", "What is served", ["model", "attention"], registry=self.registry)
+        about.labels(model, attention).set(1)
+        self.requests = Counter(
+            "astbench_requests", "Requests by path and status", ["path", "status"], registry=self.registry
+        )
+        self.seconds = self._histogram("astbench_request_seconds", "From a request's arrival to its end")
+        self.first = self._histogram(
+            "astbench_time_to_first_token_seconds", "From a request's arrival to its first token"
+        )
+        self.between = self._histogram("astbench_inter_token_seconds", "From one token of a text to its next")
+        self.prompt = Counter("astbench_prompt_tokens", "Tokens read", registry=self.registry)
+        self.written = Counter("astbench_generated_tokens", "Tokens written", registry=self.registry)
+        self.batch = Histogram(
+            "astbench_batch_size",
+            "Requests in a step of the model",
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=self.registry,
+        )
+        self.inside = Gauge(
+            "astbench_requests_in_progress", "Requests that are not answered yet", registry=self.registry
+        )
+
+    def watch(self, engine: Engine) -> None:
+        """Show an engine's queue."""
+        waiting = Gauge("astbench_waiting", "Requests in the queue", registry=self.registry)
+        waiting.set_function(lambda: engine.waiting)
+        running = Gauge("astbench_running", "Requests in the model", registry=self.registry)
+        running.set_function(lambda: engine.running)
+
+    def text(self) -> bytes:
+        """In Prometheus's format."""
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, what: str) -> Histogram:
+        return Histogram(name, what, buckets=_SECONDS, registry=self.registry)

@@ -1,0 +1,82 @@
+"""`astbench loadtest`: when requests are due, what is counted, and one real server."""
+
+import json
+from itertools import pairwise
+
+import pytest
+
+from astbench.loadtest.arrivals import poisson
+from astbench.loadtest.client import Sent
+from astbench.loadtest.summary import summary
+from astbench.tasks.mt import demo
+
+
+def test_arrivals_are_those_of_the_seed_and_as_many_as_asked_for():
+    due = poisson(50, 100, seed=3)
+    assert due == poisson(50, 100, seed=3) != poisson(50, 100, seed=4)
+    assert due == sorted(due) and due[0] > 0 and due[-1] < 100
+    assert len(due) == pytest.approx(5000, abs=300)
+    gaps = [b - a for a, b in pairwise(due)]
+    mean = sum(gaps) / len(gaps)
+    # Of a Poisson process as large as the mean; of even times 0.
+    assert sum((gap - mean) ** 2 for gap in gaps) / len(gaps) == pytest.approx(mean**2, rel=0.15)
+
+
+def sent(latencies, outcome="200"):
+    return [Sent(float(n), n + 0.5, n + latency, outcome) for n, latency in enumerate(latencies)]
+
+
+def test_times_count_from_when_a_request_was_due():
+    found = summary(sent([1.0] * 100), seconds=100, slo=0.7)
+    assert found["latency_seconds"]["p50"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert found["good_share"] == 0  # 0.5 s from when it was sent
+    assert found["client_lag_seconds"]["max"] == 0.5
+
+
+def test_what_failed_took_for_ever():
+    found = summary(sent([0.1] * 94) + sent([0.0] * 6, "429"), seconds=100, slo=1)
+    assert found["outcomes"] == {"200": 94, "429": 6} and found["good_share"] == 0.94
+    assert found["latency_seconds"]["p50"]["value"] == pytest.approx(0.1)
+    assert found["latency_seconds"]["p95"]["value"] is None  # and no small number of a quick refusal
+    assert summary(sent([0.0] * 3, "timed out"), 10, 1)["throughput_per_second"] == 0
+
+
+def test_the_99th_percentile_needs_a_thousand_requests():
+    assert list(summary(sent([0.1] * 999), 999, 1)["latency_seconds"]) == ["p50", "p95"]
+    many = summary(sent([0.1] * 980 + [2.0] * 20), 1000, 1)["latency_seconds"]
+    assert many["p99"]["value"] == pytest.approx(2.0) and many["p95"]["value"] == pytest.approx(0.1)
+
+
+def test_a_server(astbench, tmp_path):
+    pytest.importorskip("aiohttp", reason="the extra 'loadtest' is not installed")
+    pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
+    from tests.astbench.serving.conftest import serving, translator
+
+    texts = [pair.en for pair in demo.generate("test", 50)]
+    with serving(translator(texts=texts, size=500, longest=40)) as client:
+        url, out = f"http://127.0.0.1:{client.port}", tmp_path / "found" / "load.json"
+        done = astbench("loadtest", url, "--rate=8", "--seconds=1.5", "--slo=30", f"--out={out}")
+        assert done.code == 0, done.err
+        assert "requests to" in done.out and "client's lag" in done.out
+        record = json.loads(out.read_text())
+        found = record["loadtest"]
+        assert (record["command"], record["state"], record["config"]["path"]) == ("loadtest", "done", "/translate")
+        assert found["requests"] == found["answered"] == len(poisson(8, 1.5, 0)) and found["good_share"] == 1
+        assert found["server"]["attention"]["name"] == "dense" and found["server"]["resident_bytes"] > 1e8
+        assert astbench("loadtest", url, "--path=/answer").err.count("--path must be one of these") == 1
+    refused = astbench("loadtest", url)
+    assert refused.code == 2 and "gives no answer" in refused.err and refused.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("localhost:80",), "takes the server's URL"),
+        (("http://a", "--rate=0"), "--rate must be above 0, got 0"),
+        (("http://a", "--rate=1000000", "--seconds=1000"), "more than a million requests"),
+        ((), "the following arguments are required: URL"),
+    ],
+)
+def test_refusals(astbench, words, message):
+    done = astbench("loadtest", *words)
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1
