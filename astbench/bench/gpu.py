@@ -1,8 +1,9 @@
 """Everything that needs a CUDA device, in one go: `python -m astbench.bench.gpu`, which is `make gpu`.
 
-Kernel tests, ceilings of the device, then the recipes `gpu-*.yaml`, each under its own time limit and all under one;
-what fails stops nothing else. The summary is written anew after every step. Beside this package it needs torch,
-triton, PyYAML and matplotlib, for the tests pytest: neither Lightning nor the `astbench` command's parser.
+The Hopper kernels' checks and times, the kernels' tests, ceilings of the device, then the recipes `gpu-*.yaml`, each
+under its own time limit and all under one; what fails stops nothing else. The summary is written anew after every
+step. Beside this package it needs torch, triton, PyYAML and matplotlib, for the tests pytest: neither Lightning nor the
+`astbench` command's parser.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes" / "bench"
 ORDER = "shared-128 shared-64 layer token decode-16 decode-1 uneven million".split()
 """Recipes, what matters most first: the time may not do for all."""
-TEST_SECONDS, CEILING_SECONDS = 140.0, 30.0
+HOPPER_SECONDS, TEST_SECONDS, CEILING_SECONDS = 90.0, 80.0, 20.0
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu", help="folder for records and summary")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything")
     parser.add_argument("--only", default=",".join(ORDER), help="recipes, separated by commas")
-    parser.add_argument("--skip_tests", action="store_true", help="go straight to the ceilings")
+    parser.add_argument("--skip_tests", action="store_true", help="go straight to the ceilings: no checks either")
     given = parser.parse_args(words)
     try:
         return _run(given.out, given.budget, given.only.split(","), tests=not given.skip_tests)
@@ -71,6 +72,8 @@ def _run(out: Path, budget: float, only: list[str], *, tests: bool) -> int:
     end = time.monotonic() + budget
     summary = _begin(budget)
     if tests:
+        summary["hopper"] = _hopper(min(HOPPER_SECONDS, end - time.monotonic()))
+        say(f"Hopper kernels: {summary['hopper']['state']}")
         summary["tests"] = _tests(out, min(TEST_SECONDS, end - time.monotonic()))
         say(f"tests: {summary['tests']['state']}")
     summary["ceilings"] = _ceilings(min(CEILING_SECONDS, end - time.monotonic()))
@@ -80,7 +83,7 @@ def _run(out: Path, budget: float, only: list[str], *, tests: bool) -> int:
             summary["recipes"][f"gpu-{name}"] = _recipe(name, out, end - time.monotonic(), worker)
             _write(out, summary)
     say(f"\n{(out / 'summary.md').read_text(encoding='utf-8')}\nsummary     {out / 'summary.md'}")
-    good = summary["tests"]["state"] in ("passed", "not run")
+    good = all(summary[part]["state"] in ("passed", "not run") for part in ("hopper", "tests"))
     return 0 if good and all(recipe["state"] == "done" for recipe in summary["recipes"].values()) else 1
 
 
@@ -95,16 +98,26 @@ def _begin(budget: float) -> dict[str, Any]:
         "git": git_state(),
         "versions": versions(),
         "hardware": hardware(),
+        "hopper": {"state": "not run", "cases": {}, "times": []},
         "tests": {"state": "not run"},
         "ceilings": {},
         "recipes": {},
     }
 
 
+def _hopper(seconds: float) -> dict[str, Any]:
+    from astbench.bench.hopper import step
+
+    return step(seconds)
+
+
 def kernel_tests() -> list[str]:
-    """The files that test the Triton kernels; without what compiles ahead of time, which needs no GPU."""
+    """The files that test the Triton kernels; without those that need no GPU: what compiles ahead of time, and Gluon's.
+
+    The kernels in Gluon have a step of their own.
+    """
     folder = ROOT / "tests" / "kernels" / "triton"
-    return [str(f) for f in sorted(folder.glob("test_*.py")) if f.stem != "test_compile"]
+    return [str(f) for f in sorted(folder.glob("test_*.py")) if f.stem not in ("test_compile", "test_hopper")]
 
 
 def _tests(out: Path, seconds: float) -> dict[str, Any]:
@@ -193,6 +206,8 @@ def goals(out: Path, recipes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]
 
 def markdown(summary: dict[str, Any]) -> str:
     """The summary for people."""
+    from astbench.bench.hopper import markdown as hopper_lines
+
     device = ", ".join(summary["hardware"].get("gpus", ["no GPU"]))
     versions = ", ".join(f"{name} {summary['versions'].get(name, '-')}" for name in ("torch", "triton"))
     commit = (summary["git"] or {}).get("commit", "unknown")[:12]
@@ -212,6 +227,7 @@ def markdown(summary: dict[str, Any]) -> str:
                 ("matmul, bfloat16, TFLOP/s", "matmul_bf16_tflops"),
             )
         ),
+        *hopper_lines(summary["hopper"]),
         "",
         "| what | tokens | floor | goal | measured | reached | record |",
         "| --- | ---: | ---: | ---: | ---: | --- | --- |",

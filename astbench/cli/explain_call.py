@@ -99,8 +99,19 @@ def explain_call(name: str, config: AttentionConfig, words: list[str]) -> str:
         query_group=config.query_group or (1 if sequential else BIDIRECTIONAL_GROUP),
         density=kept / visible,
         causal=causal,
+        capability=_capability() if layer.device == "cuda" else 0,
     )
     return _text(name, layer, explain(shapes))
+
+
+def _capability() -> int:
+    """Of the CUDA device that is here, 90 for 9.0; 0 where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor
 
 
 def _layer(words: list[str]) -> Layer:

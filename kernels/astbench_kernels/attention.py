@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from astbench_kernels.arguments import check_arguments, once_differentiable
 from astbench_kernels.backends import flex
 from astbench_kernels.backends.cpu.query_major import gather_attention, schedule_of
 from astbench_kernels.backends.reference import reference_attention
-from astbench_kernels.backends.self_check import self_check
+from astbench_kernels.backends.self_check import HOPPER_CALLS, self_check
 from astbench_kernels.dispatch import named
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.triton.plan import make_plan, wants_gradients
@@ -63,6 +64,14 @@ class Backend:
     foreign: bool = False
 
 
+_TRITON: dict[str, dict[str, Any]] = {
+    "triton": {},
+    "triton_hopper": {"hopper": True},
+    "triton_plain": {"hopper": False},
+    "triton_one_pass": {"one_pass": True, "hopper": False},
+}
+"""Backends of the Triton kernels: what each asks of :func:`make_plan`."""
+
 _BACKENDS = {
     backend.name: backend
     for backend in (
@@ -70,15 +79,29 @@ _BACKENDS = {
         Backend("gather", "gathers the chosen keys; torch ops, written for CPU", gather_attention),
         Backend(
             "triton",
-            "kernels for CUDA",
-            triton.triton_attention,
+            "kernels for CUDA; on compute capability 9.0 those for it, where shapes like a call's were timed",
+            partial(triton.triton_attention, **_TRITON["triton"]),
+            triton.device_refusals,
+            lambda call: triton.call_refusals(call.dtype, call.head_dim),
+        ),
+        Backend(
+            "triton_hopper",
+            "those for compute capability 9.0 (in Gluon) wherever they serve a call, or a refusal",
+            partial(triton.triton_attention, **_TRITON["triton_hopper"]),
+            triton.hopper_device_refusals,
+            lambda call: triton.hopper_call_refusals(call.dtype, call.head_dim, call.block_size),
+        ),
+        Backend(
+            "triton_plain",
+            "those for any CUDA device, on 9.0 too",
+            partial(triton.triton_attention, **_TRITON["triton_plain"]),
             triton.device_refusals,
             lambda call: triton.call_refusals(call.dtype, call.head_dim),
         ),
         Backend(
             "triton_one_pass",
-            "the same with one backward pass in place of two; to measure which is faster",
-            partial(triton.triton_attention, one_pass=True),
+            "triton_plain with one backward pass in place of two; to measure which is faster",
+            partial(triton.triton_attention, **_TRITON["triton_one_pass"]),
             triton.device_refusals,
             lambda call: [*triton.call_refusals(call.dtype, call.head_dim), *triton.one_pass_refusals()],
         ),
@@ -162,6 +185,7 @@ def what_runs(
     *,
     causal: bool,
     block_bias: Tensor | None = None,
+    key_valid: Tensor | None = None,
 ) -> str:
     """The backend with the schedule that it takes for a call, "gather (key-major)": what records hold.
 
@@ -173,13 +197,27 @@ def what_runs(
         layout: The lists.
         causal: Whether under a causal mask.
         block_bias: Of the call.
+        key_valid: Of the call.
     """
     if backend == "gather":
         return named(backend, schedule_of(q, k, v, layout, causal=causal))
-    if backend.startswith("triton"):
-        gradients = wants_gradients(q, k, v, block_bias)
-        return named(backend, make_plan(q, k, v, layout, causal=causal, gradients=gradients).schedule)
+    if backend in _TRITON:
+        gradients, padded = wants_gradients(q, k, v, block_bias), key_valid is not None
+        plan = make_plan(q, k, v, layout, causal=causal, gradients=gradients, padded=padded, **_TRITON[backend])
+        return named(backend, plan.schedule)
     return backend
+
+
+_checked: set[tuple[torch.device, torch.dtype]] = set()
+"""Where the Hopper kernels showed in this process that they give what the reference gives."""
+
+
+def _check_hopper(ran: str, q: Tensor) -> None:
+    """Hold the Hopper kernels against the reference before the first call that takes them; see :func:`self_check`."""
+    if ran.endswith("(hopper)"):
+        for call in HOPPER_CALLS:
+            self_check("triton_hopper", _BACKENDS["triton_hopper"].run, q.device, q.dtype, call)
+        _checked.add((q.device, q.dtype))
 
 
 def block_sparse_attention(
@@ -228,6 +266,8 @@ def block_sparse_attention(
     run = _BACKENDS[chosen].run
     if _BACKENDS[chosen].foreign:
         self_check(chosen, run, q.device, q.dtype)
+    if chosen in _TRITON and triton.is_hopper(q.device) and (q.device, q.dtype) not in _checked:
+        _check_hopper(what_runs(chosen, q, k, v, layout, causal=causal, block_bias=block_bias, key_valid=key_valid), q)
     call = KernelCall(q, v, layout, causal, key_valid, gradients)
     with torch.autocast(q.device.type, enabled=False), watched(call):
         out, lse = run(

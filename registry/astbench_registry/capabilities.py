@@ -15,7 +15,7 @@ Pattern = Literal["bidirectional_self", "causal_self", "bidirectional_cross", "c
 PATTERNS: tuple[Pattern, ...] = ("bidirectional_self", "causal_self", "bidirectional_cross", "causal_cross")
 SELF: tuple[Pattern, ...] = ("bidirectional_self", "causal_self")
 
-SparseBackend = Literal["auto", "reference", "gather", "triton", "flex"]
+SparseBackend = Literal["auto", "reference", "gather", "triton", "triton_hopper", "triton_plain", "flex"]
 """What `--attention.backend` takes where key blocks are chosen: names of :func:`astbench_kernels.sparse_backends`."""
 
 

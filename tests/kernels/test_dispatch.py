@@ -102,10 +102,27 @@ def test_the_same_on_cuda(monkeypatch, group, lists, head_dim, dtype):
         assert row.schedule == make_plan(q, k, v, layout, causal=False, gradients=False).schedule
 
 
+def hopper_shapes(**changes):
+    given = {"device": "cuda", "dtype": "bfloat16", "head_dim": 128, "block_size": 64, "query_group": 128}
+    given |= {"capability": 90, "query_length": 32768, "key_length": 32768, "list_heads": 6}
+    return shapes(**given | changes)
+
+
+def test_hopper_is_explained_where_a_plan_takes_it(monkeypatch):
+    monkeypatch.setattr("astbench_kernels.triton.plan._on_cuda", lambda device: True)
+    for change in ({}, {"block_size": 48}, {"head_dim": 96}, {"query_group": 32}, {"dtype": "float32"}):
+        call = hopper_shapes(query_length=4096, key_length=4096, **change)
+        q, k, v, layout = tensors(call)
+        assert explain(call).row.schedule == make_plan(q, k, v, layout, causal=False, gradients=False).schedule
+    assert explain(hopper_shapes()).row.runs == "triton (hopper)"
+    assert explain(hopper_shapes(capability=80)).row.runs == "triton (query-major)"
+
+
 def test_every_row_can_decide():
     calls = [call for call, _ in CALLS.values()]
     for group, length in ((1, 5), (1, 1000), (16, 1000)):
         calls.append(shapes(device="cuda", query_group=group, query_length=length, key_length=1000))
+    calls.append(hopper_shapes())
     assert {id(explain(call).row) for call in calls} == {id(row) for row in TABLE}
 
 

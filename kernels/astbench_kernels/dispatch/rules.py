@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from astbench_kernels.dispatch import hopper
 from astbench_kernels.dispatch.measured import EFFICIENCIES, Efficiency
 
 GatherSchedule = Literal["query_major", "key_major", "masked"]
@@ -92,6 +93,7 @@ class Shapes:
         query_group: Queries a list.
         density: Share of the visible blocks that is listed.
         causal: Whether under a causal mask, the last query at the last key.
+        capability: Of a CUDA device, 90 for 9.0; 0 where it is not known.
     """
 
     device: str
@@ -107,6 +109,7 @@ class Shapes:
     query_group: int
     density: float
     causal: bool
+    capability: int = 0
 
     @property
     def rows(self) -> int:
@@ -147,7 +150,7 @@ class Row:
 
     Attributes:
         backend: A name from :func:`astbench_kernels.backends`.
-        schedule: "query_major", "key_major", "masked" or "decode".
+        schedule: "query_major", "key_major", "masked", "decode" or "hopper".
         when: The condition in words.
         holds: The condition.
         why: What speaks for it.
@@ -264,6 +267,15 @@ TABLE = (
         lambda shapes: not triton_refusals(shapes) and shapes.decodes,
         "the programs of a list share it out and read it as it is: making other lists ready would cost more",
         "not measured",
+    ),
+    Row(
+        "triton",
+        "hopper",
+        "CUDA, compute capability 9.0, float16 or bfloat16, no padding, lists not carried; query rows of a list, block "
+        "size and head size as in dispatch/hopper.py",
+        lambda shapes: not triton_refusals(shapes) and hopper.is_taken(shapes),
+        "a prototype of these kernels was faster than the other Triton kernels at such shapes",
+        'docs/gpu.md, "Hopper", on a prototype; the kernels as they are here not yet',
     ),
     Row(
         "triton",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from astbench_kernels.dispatch import TRITON_DTYPES, TRITON_MAX_HEAD_DIM
+from astbench_kernels.dispatch.hopper import BLOCK_SIZES, CAPABILITY, ROWS, refusals
 from astbench_kernels.layout import BlockLayout
 from astbench_kernels.triton.selection.rule import BlockRule
 
@@ -39,6 +42,51 @@ def call_refusals(dtype: torch.dtype, head_dim: int) -> list[str]:
     if head_dim > TRITON_MAX_HEAD_DIM:
         reasons.append(f"head size {head_dim} is above {TRITON_MAX_HEAD_DIM}")
     return reasons
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device has compute capability 9.0."""
+    return device.type == "cuda" and _capability(device.index) == CAPABILITY
+
+
+@cache
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+def hopper_device_refusals(device: str) -> list[str]:
+    """Every reason why the Hopper kernels cannot run on this type of device."""
+    if device != "cuda":
+        return ["it needs a CUDA device of compute capability 9.0: Gluon, which it is written in, has no interpreter"]
+    reasons = device_refusals(device)
+    if not reasons and torch.cuda.is_available() and not is_hopper(torch.device("cuda")):
+        reasons.append("it needs compute capability 9.0 (H100, H200)")
+    if not reasons and not has_gluon():
+        reasons.append("this triton has no Gluon (triton.experimental.gluon); pip install 'astbench[cuda]'")
+    return reasons
+
+
+def hopper_call_refusals(dtype: torch.dtype, head_dim: int, block_size: int | None) -> list[str]:
+    """Every reason why they cannot serve a call with these inputs; what rows share lists is asked of the plan."""
+    return refusals(
+        capability=CAPABILITY,
+        dtype=str(dtype).removeprefix("torch."),
+        head_dim=head_dim,
+        value_dim=head_dim,
+        block_size=BLOCK_SIZES[0] if block_size is None else block_size,
+        rows=ROWS,
+        heads_per_list=1,
+        padded=False,
+    )
+
+
+@cache
+def has_gluon() -> bool:
+    """Whether the installed triton has Gluon for Hopper; looked up without importing it."""
+    package = find_spec("triton")
+    folders = [] if package is None else package.submodule_search_locations or []
+    return any(Path(folder, "experimental", "gluon", "nvidia", "hopper.py").is_file() for folder in folders)
 
 
 def one_pass_refusals() -> list[str]:

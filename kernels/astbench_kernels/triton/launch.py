@@ -23,6 +23,7 @@ class Launch:
     arguments: dict[str, Any]
     constants: dict[str, Any]
     tile: Tile
+    options: dict[str, Any]
 
 
 _written_down: list[Launch] | None = None
@@ -30,10 +31,28 @@ _written_down: list[Launch] | None = None
 
 def launch(kernel: Any, programs: int, arguments: dict[str, Any], constants: dict[str, Any], tile: Tile) -> None:
     """Run `kernel` on a grid of `programs` programs, unless :func:`writing_down` is active."""
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **OPTIONS}
+    _launch(Launch(kernel, arguments, constants, tile, options), programs)
+
+
+def launch_gluon(
+    kernel: Any,
+    programs: int,
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    tile: Tile,
+    most_registers: int | None,
+) -> None:
+    """The same for a kernel in Gluon, which holds its stages itself; `most_registers` of a thread, None for any."""
+    options = {"num_warps": tile.num_warps, **OPTIONS} | ({"maxnreg": most_registers} if most_registers else {})
+    _launch(Launch(kernel, arguments, constants, tile, options), programs)
+
+
+def _launch(one: Launch, programs: int) -> None:
     if _written_down is not None:
-        _written_down.append(Launch(kernel, arguments, constants, tile))
+        _written_down.append(one)
         return
-    kernel[(programs,)](**arguments, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages, **OPTIONS)
+    one.kernel[(programs,)](**one.arguments, **one.constants, **one.options)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

@@ -14,12 +14,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from astbench_kernels.dispatch import hopper as hopper_rules
 from astbench_kernels.dispatch import rules
 from astbench_kernels.layout import BlockLayout, ceil_div
+from astbench_kernels.triton import has_gluon
 
-Schedule = Literal["query_major", "key_major", "decode"]
+Schedule = Literal["query_major", "key_major", "decode", "hopper"]
 """Who walks over what: tiles of query rows over their lists, key blocks over the rows that chose them, or, without
-gradients, few query rows over lists that several programs share out."""
+gradients, few query rows over lists that several programs share out. "hopper" is query-major by kernels that only
+compute capability 9.0 can run (:mod:`astbench_kernels.triton.hopper`)."""
 
 STEPS_PER_SPLIT = 2
 """Fewer steps through a list than this are not worth a program and its part of the merging. Not measured yet."""
@@ -203,10 +206,14 @@ def make_plan(
     arch: int | None = None,
     gradients: bool = True,
     one_pass: bool = False,
+    padded: bool = False,
+    hopper: bool | None = None,
 ) -> Plan:
     """The plan of a call; `schedule` overrides the rule, `arch` the device, for tests and measurements.
 
-    With `one_pass` there is one backward pass, over the key blocks, where rows share lists too.
+    With `one_pass` there is one backward pass, over the key blocks, where rows share lists too. `padded` says whether
+    keys may be padding (`key_valid`). `hopper` False leaves the Hopper kernels out, True takes them wherever they serve
+    the call; None takes them where shapes like these were timed (:mod:`astbench_kernels.dispatch.hopper`).
 
     The rule, where `gradients` are wanted: rows that share a list and keys run query-major when there are at least
     MIN_ROWS_PER_LIST of them, for then a tile of them fills a matrix instruction and reads each listed key block
@@ -219,7 +226,7 @@ def make_plan(
 
     Raises:
         ValueError: more rows or entries than 32 bits count, or the decode schedule where gradients are wanted, or
-            the key-major one for carried lists.
+            the key-major one for carried lists, or the Hopper kernels for what they do not serve.
     """
     lists, groups, width = layout.indices.shape[1:]
     if groups * width >= 2**31:
@@ -252,8 +259,14 @@ def make_plan(
         processors=_processors(q.device),
         one_pass=one_pass,
     )
+    if hopper or schedule == "hopper":
+        if reasons := hopper_refusals(plan, q.dtype, padded=padded):
+            raise ValueError(f"the Hopper kernels cannot serve this call: {'; '.join(reasons)}; set backend to triton")
+        return replace(plan, schedule="hopper")
     if schedule is None:
         schedule = _rule(plan, gradients)
+        if hopper is None and schedule == "query_major" and _takes_hopper(plan, q, layout, padded=padded):
+            schedule = "hopper"
         if layout.since is not None and schedule == "key_major":  # it has no place for a row's first key blocks
             schedule = "query_major"
     elif layout.since is not None and schedule == "key_major":
@@ -272,6 +285,33 @@ def _rule(plan: Plan, gradients: bool) -> Schedule:
     if not gradients and rules.is_decode(rows, plan.decode_tiles, plan.batch * plan.head_groups, plan.processors):
         return "decode"
     return rules.triton_schedule(plan.rows_per_list)
+
+
+def hopper_refusals(plan: Plan, dtype: torch.dtype, *, padded: bool) -> list[str]:
+    """Every reason why the Hopper kernels cannot serve a call."""
+    reasons = hopper_rules.refusals(
+        capability=plan.arch,
+        dtype=str(dtype).removeprefix("torch."),
+        head_dim=plan.head_dim,
+        value_dim=plan.value_dim,
+        block_size=plan.block_size,
+        rows=plan.rows_per_list,
+        heads_per_list=plan.heads_per_head_group,
+        padded=padded,
+    )
+    if plan.one_pass:
+        reasons.append("one backward pass is asked for, and they have two")
+    return reasons if has_gluon() else [*reasons, "this triton has no Gluon (triton.experimental.gluon)"]
+
+
+def _takes_hopper(plan: Plan, q: Tensor, layout: BlockLayout, *, padded: bool) -> bool:
+    """On a device of their own, where shapes like these were timed and the call is served."""
+    timed = hopper_rules.was_timed(plan.rows_per_list, plan.block_size, plan.head_dim, carried=layout.since is not None)
+    return _on_cuda(q.device) and timed and not hopper_refusals(plan, q.dtype, padded=padded)
+
+
+def _on_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _arch(device: torch.device) -> int:

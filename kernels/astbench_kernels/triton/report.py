@@ -20,9 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astbench_kernels.dispatch.hopper import BLOCK_SIZES, CAPABILITY, TIMED
 from astbench_kernels.layout import BlockLayout, ceil_div
-from astbench_kernels.triton import choose_blocks, choose_carried, interpreted, pool_blocks, triton_attention
-from astbench_kernels.triton.launch import OPTIONS, Launch, writing_down
+from astbench_kernels.triton import (
+    choose_blocks,
+    choose_carried,
+    has_gluon,
+    interpreted,
+    pool_blocks,
+    triton_attention,
+)
+from astbench_kernels.triton.launch import Launch, writing_down
 from astbench_kernels.triton.selection.rule import BlockRule
 
 _TYPES = {
@@ -53,6 +61,8 @@ class ReportedCall:
     dtype: str = "bfloat16"
     decode: bool = False
     one_pass: bool = False
+    hopper: bool = False
+    carried: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,7 @@ class Compiled:
         shared: Bytes of shared memory of a program.
         wgmma: Matrix instructions of Hopper in the PTX.
         mma: Matrix instructions of Ampere in the PTX.
+        serialised: Whether ptxas says that it makes wgmma wait for one another; None where there is no wgmma to ask of.
         call: The call, or the choice, it serves.
     """
 
@@ -108,11 +119,16 @@ class Compiled:
     shared: int
     wgmma: int
     mma: int
+    serialised: bool | None
     call: ReportedCall | ReportedChoice
 
 
 SHORT = [ReportedCall(), ReportedCall(query_group=1), ReportedCall(query_group=1, kv_heads=2, lists=2, decode=True)]
 """The calls of a quick look: lists that many rows share, lists per token, and a decoding step."""
+
+
+SHORT_HOPPER = [ReportedCall(hopper=True), ReportedCall(query_group=64, hopper=True, carried=True)]
+"""The same for the kernels of compute capability 9.0 alone: tiles of 128 and of 64 rows."""
 
 
 _INDEX = ReportedChoice(head_dim=16, rank=1, num_blocks=128, block_size=64, tile=64, columns=64, pool=16)
@@ -151,6 +167,24 @@ def matrix() -> Iterator[ReportedCall]:
     yield replace(call, head_dim=16)
     yield replace(call, head_dim=32)
     yield replace(call, head_dim=256)
+
+
+def hopper_calls() -> Iterator[ReportedCall]:
+    """Every shape that was timed and what else changes code, for compute capability 9.0."""
+    for rows, block_size, head_dim in TIMED:
+        yield ReportedCall(head_dim, block_size, rows, causal=False, bias=False, hopper=True)
+    for query_group in (64, 128):
+        for block_size in BLOCK_SIZES:
+            yield ReportedCall(block_size=block_size, query_group=query_group, hopper=True)
+            yield ReportedCall(block_size=block_size, query_group=query_group, hopper=True, carried=True)
+        call = ReportedCall(query_group=query_group, hopper=True)
+        yield replace(call, causal=False, carried=True)
+        yield replace(call, head_dim=64)
+        yield replace(call, head_dim=96)
+        yield replace(call, dtype="float16", key_stride=4, block_size=16)
+    yield ReportedCall(query_group=32, kv_heads=2, lists=2, hopper=True)
+    yield ReportedCall(query_group=16, kv_heads=2, lists=2, hopper=True)
+    yield ReportedCall(lists=1, hopper=True)
 
 
 def choices() -> Iterator[ReportedChoice]:
@@ -226,7 +260,15 @@ def _attention(call: ReportedCall, arch: int, *, queries: int, keys: int) -> Ten
     table = torch.zeros(batch, call.lists, groups, width, dtype=torch.int32)
     offset = (keys - queries) * call.key_stride
     layout = BlockLayout(
-        table, table[..., 0], call.block_size, call.query_group, queries, keys, offset, key_stride=call.key_stride
+        table,
+        table[..., 0],
+        call.block_size,
+        call.query_group,
+        queries,
+        keys,
+        offset,
+        key_stride=call.key_stride,
+        since=table if call.carried else None,
     )
     bias = torch.zeros(table.shape, requires_grad=gradients) if call.bias else None
     valid = torch.ones(batch, keys, dtype=torch.bool) if call.padding else None
@@ -241,11 +283,74 @@ def _attention(call: ReportedCall, arch: int, *, queries: int, keys: int) -> Ten
         key_valid=valid,
         arch=arch,
         one_pass=call.one_pass,
+        hopper=call.hopper,
     )[0]
 
 
 def compile_launch(launch: Launch, arch: int, call: ReportedCall | ReportedChoice) -> Compiled:
     """Compile what a launch would run for compute capability `arch`."""
+    compiled = _compile_gluon(launch, arch) if launch.kernel.is_gluon() else _compile(launch, arch)
+    registers, spilled = _resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Compiled(
+        kernel=_name(launch.kernel.fn),
+        arch=arch,
+        registers=registers,
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma=ptx.count("mma.sync"),
+        serialised=_serialised(ptx, arch),
+        call=call,
+        **asdict(launch.tile),
+    )
+
+
+def _name(function: Any) -> str:
+    """Module and name; kernels of the Hopper folder have modules of their own name."""
+    package, module = function.__module__.rsplit(".", 2)[-2:]
+    return f"{'hopper' if package == 'hopper' else module}.{function.__name__}"
+
+
+class _NoDevice:
+    """As much of a driver as compiling asks for, of a device that is not here."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.utils = self
+
+    def get_device_properties(self, _device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132}
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    @staticmethod
+    def launcher_cls(*_: Any) -> Any:
+        return None
+
+
+def _compile_gluon(launch: Launch, arch: int) -> Any:
+    """What a launch with these arguments would compile; nothing is loaded. Descriptors are arguments there."""
+    from triton.runtime import driver
+
+    before = driver._active  # not `active`, which looks for a device
+    driver.set_active(_NoDevice(arch))
+    try:
+        return launch.kernel.warmup(**launch.arguments, **launch.constants, **launch.options, grid=(1,))
+    finally:
+        driver.set_active(before)
+
+
+def _compile(launch: Launch, arch: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -271,23 +376,10 @@ def compile_launch(launch: Launch, arch: int, call: ReportedCall | ReportedChoic
             signature[parameter.name] = "i32"
             if value % 16 == 0 and special:
                 attributes[(place,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={**OPTIONS, "num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages},
-    )
-    registers, spilled = _resources(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    return Compiled(
-        kernel=f"{launch.kernel.fn.__module__.rsplit('.', 1)[-1]}.{launch.kernel.fn.__name__}",
-        arch=arch,
-        registers=registers,
-        spilled=spilled,
-        shared=compiled.metadata.shared,
-        wgmma=ptx.count("wgmma.mma_async"),
-        mma=ptx.count("mma.sync"),
-        call=call,
-        **asdict(launch.tile),
+        options=launch.options,
     )
 
 
@@ -308,6 +400,20 @@ def _resources(cubin: bytes) -> tuple[int | None, int | None]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
+def _serialised(ptx: str, arch: int) -> bool | None:
+    """Triton swallows what ptxas warns of, so it is asked again: C7510 says that asynchronous products are not."""
+    from triton import knobs
+
+    if "wgmma.mma_async" not in ptx:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx, encoding="utf-8")
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{arch}a", str(path), "-o", str(path) + ".o"]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return "C7510" in text or "serialized" in text
+
+
 def main() -> None:
     """Print one JSON object for each kernel of each call."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -321,7 +427,11 @@ def main() -> None:
         raise SystemExit("unset TRITON_INTERPRET: it replaces the kernels by interpreted ones")
     changes = {name: value for name, value in options.items() if value is not None}
     calls = list(matrix()) if everything else [ReportedCall(**changes)] if changes else SHORT
+    if not changes and has_gluon():
+        calls += hopper_calls() if everything else SHORT_HOPPER
     for arch, call in product(archs, calls):
+        if call.hopper and arch != CAPABILITY:
+            continue
         for launch in launches(call, arch):
             print(json.dumps(asdict(compile_launch(launch, arch, call))), flush=True)
     if changes:

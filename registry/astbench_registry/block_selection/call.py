@@ -85,4 +85,13 @@ class Call:
 
     def ran(self, layout: BlockLayout, backend: str, block_bias: Tensor | None = None) -> str:
         """Name of the kernel and schedule that :meth:`attend` runs, for the record."""
-        return what_runs(backend, self.q, self.k, self.v, layout, causal=self.mask.causal, block_bias=block_bias)
+        return what_runs(
+            backend,
+            self.q,
+            self.k,
+            self.v,
+            layout,
+            causal=self.mask.causal,
+            block_bias=block_bias,
+            key_valid=self.mask.key_valid,
+        )

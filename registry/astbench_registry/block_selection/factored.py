@@ -103,7 +103,7 @@ class FactoredBlockSelection(BlockSelectingAttention):
 
     def choice(self, call: Call, backend: str) -> Choice:
         """See the base class; by the fused kernels where they make the same choice."""
-        if backend == "triton" and self.fusible(call):
+        if backend.startswith("triton") and self.fusible(call):
             tile = self.selector.tile(call.mask)
             layout = self.fused_layout(call) if tile is None else self.fused_carried_layout(call, tile)
             if layout is not None:

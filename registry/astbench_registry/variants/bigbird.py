@@ -64,7 +64,7 @@ class BigBirdAttention(Attention):
         stats = None
         if context.collect_stats:
             attended = layout.attended_pairs(causal=False, key_valid=mask.key_valid)
-            ran = what_runs(backend, q, k, v, layout, causal=False)
+            ran = what_runs(backend, q, k, v, layout, causal=False, key_valid=mask.key_valid)
             stats = AttentionStats(attended, mask.visible_pairs(q, k), ran, layout)
         return AttentionOutput(out, stats=stats)
 

@@ -75,7 +75,7 @@ class SparseAttention(Attention):
                 q, k, v, layout, scale=scale, causal=mask.causal, key_valid=mask.key_valid, backend=backend
             )
             if collect_stats:
-                backend = what_runs(backend, q, k, v, layout, causal=mask.causal)
+                backend = what_runs(backend, q, k, v, layout, causal=mask.causal, key_valid=mask.key_valid)
         else:
             backend = "torch"
             out = self._by_grid(q, k, v, mask, scale)

@@ -32,8 +32,9 @@ def triton_attention(
     schedule: Schedule | None = None,
     arch: int | None = None,
     one_pass: bool = False,
+    hopper: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`astbench_kernels.block_sparse_attention`; `schedule`, `arch` and `one_pass` are for `make_plan`.
+    """See :func:`astbench_kernels.block_sparse_attention`; the last four are for `make_plan`.
 
     Cost: O(query rows x listed keys) time. Beside inputs, outputs and gradients, memory for the lists once more
     (twice in the backward pass) and, where few rows share a list, PARTIAL_BYTES. The decode schedule makes no lists;
@@ -41,11 +42,25 @@ def triton_attention(
     """
     gradients = wants_gradients(q, k, v, block_bias)
     plan = make_plan(
-        q, k, v, layout, causal=causal, schedule=schedule, arch=arch, gradients=gradients, one_pass=one_pass
+        q,
+        k,
+        v,
+        layout,
+        causal=causal,
+        schedule=schedule,
+        arch=arch,
+        gradients=gradients,
+        one_pass=one_pass,
+        padded=key_valid is not None,
+        hopper=hopper,
     )
     if q.numel() == 0 or k.numel() == 0 or layout.indices.numel() == 0:
         return _nothing(q, v)
     with torch.cuda.device_of(q):  # Triton launches on the current device
+        if plan.schedule == "hopper":
+            from astbench_kernels.triton.hopper.function import hopper_attention  # not every triton has Gluon
+
+            return hopper_attention(q, k, v, layout, plan, block_bias, scale)
         out, lse = _TritonAttention.apply(q, k, v, block_bias, layout, plan, scale, key_valid)
     return out, lse
 
