@@ -84,7 +84,7 @@ class Generating:
             if not self._tokenizer(prompt, add_special_tokens=False)["input_ids"]:
                 raise Refused(400, "prompt: it holds no token", "prompt")
             return list(self._tokenizer(prompt)["input_ids"])
-        size = self._service.served.model.get_input_embeddings().weight.shape[0]
+        size = self._service.served.model.get_input_embeddings().get_parameter("weight").shape[0]
         if wrong := [token for token in prompt if not 0 <= token < size]:
             raise Refused(400, f"prompt: the model has tokens 0 to {size - 1}, got {wrong[0]}", "prompt")
         return prompt

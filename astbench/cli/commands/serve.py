@@ -120,12 +120,12 @@ def _load(given: argparse.Namespace, rest: list[str]) -> Served:
     path = Path(given.model).expanduser()
     if not path.exists():
         raise CheckpointError(f"{given.model} does not exist")
-    if loading.is_adapter(path):
+    if loading.is_adapter(str(path)):
         read_names(rest).attention_options("serve", "--attention")
         return loading.load_adapted(str(path), given.backbone)
     if given.backbone is not None:
         raise ConfigError("--backbone is of an adapter; a run and a pretrained folder bring their own")
-    if loading.is_run(path):
+    if loading.is_run(str(path)):
         line = read_names([f"--ckpt_path={path}", *rest])
         if others := [option for option in line.others("--ckpt_path")[1:] if option.name != "--config"]:
             raise ConfigError(f"a run is served as it was trained, and takes no {others[0]}")
