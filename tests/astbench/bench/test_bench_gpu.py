@@ -172,7 +172,12 @@ def test_recipes_get_no_more_time_than_is_left(on_a_gpu, tmp_path, monkeypatch):
 
 def test_the_kernels_tests_are_found():
     """Moved files would leave the GPU without a single test."""
-    assert {Path(file).stem for file in gpu.kernel_tests()} == {"test_decode", "test_selection", "test_triton"}
+    assert {Path(file).stem for file in gpu.kernel_tests()} == {
+        "test_carried",
+        "test_decode",
+        "test_selection",
+        "test_triton",
+    }
 
 
 def test_what_stands_in_the_way_is_one_line(on_a_gpu, tmp_path, monkeypatch, capsys):
