@@ -38,7 +38,7 @@ def card(source: Source, name: str, recipes: Sequence[Recipe], *, adapter: bool,
     parts = [
         _front(source, license),
         f"# {name}",
-        f"{what}, trained with [astbench](https://pypi.org/project/astbench/) {record['versions'].get('astbench', '')} "
+        f"{what}, trained with astbench {record['versions'].get('astbench', '')} "
         f"on {record['config']['task']['name']}.".replace("  ", " "),
         _table(dict(_facts(source)), ("", "")),
         "## Scores",

@@ -27,7 +27,8 @@ _NAMES = ("name_or_path", "_name_or_path")
 
 def write_model(source: Source, folder: Path) -> None:
     """Weights, configuration and tokenizer as `from_pretrained` takes them; the attention's own weights among them."""
-    source.model.save_pretrained(folder)
+    # The original format renames layers, and with them the attention's own weights, which then no swap would find.
+    source.model.save_pretrained(folder, save_original_format=False)
     source.tokenizer.save_pretrained(str(folder))
     for file in folder.glob("*.json"):
         _forget_names(file)

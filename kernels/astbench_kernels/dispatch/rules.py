@@ -1,6 +1,6 @@
 """Which kernel runs a call, and why: all rules and thresholds, each with where it was measured.
 
-The backends take their thresholds from here, `explain` says what they come to. Shapes and densities only: nothing
+The backends take their thresholds from here, `explained.py` says what they come to. Shapes and densities only: nothing
 here reads a tensor.
 """
 
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from astbench_kernels.dispatch import hopper
-from astbench_kernels.dispatch.measured import EFFICIENCIES, Efficiency
 
 GatherSchedule = Literal["query_major", "key_major", "masked"]
 
@@ -69,10 +68,6 @@ TRITON_MAX_HEAD_DIM = 256
 
 TRITON_DTYPES = ("float16", "bfloat16", "float32")
 """triton: what its kernels compute in."""
-
-
-BEYOND = 2
-"""How far, as a factor, a call's tokens and density may lie from measured ones for their R to be quoted."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +244,8 @@ def triton_refusals(shapes: Shapes) -> list[str]:
     return reasons
 
 
-def _gather(shapes: Shapes) -> GatherSchedule:
+def gather_of(shapes: Shapes) -> GatherSchedule:
+    """:func:`gather_schedule` of a call."""
     groups = math.ceil(shapes.query_length / shapes.query_group)
     query_rows = groups * shapes.query_group * shapes.heads // shapes.kv_heads
     size, met = shapes.block_size, shapes.rows_met
@@ -297,7 +293,7 @@ TABLE = (
         "gather",
         "masked",
         f"elsewhere; at least {SHORTEST_TILE} query rows, and all pairs cost less than leaving some out",
-        lambda shapes: _gather(shapes) == "masked",
+        lambda shapes: gather_of(shapes) == "masked",
         "where sequences are short, blocks small, or most is listed, computing all pairs and picking the listed ones "
         "is faster than leaving any out",
         'docs/cpu.md, "All pairs"',
@@ -307,7 +303,7 @@ TABLE = (
         "key_major",
         f"elsewhere; fewer than {KEY_MAJOR_BELOW} x block_size query rows share a list, and a block meets at least "
         f"{SHORTEST_TILE} on average",
-        lambda shapes: _gather(shapes) == "key_major",
+        lambda shapes: gather_of(shapes) == "key_major",
         "copying each list's own keys would cost more than the work on them",
         'docs/cpu.md, "Where the two meet"',
     ),
@@ -330,76 +326,3 @@ TABLE = (
     ),
 )
 """The first row whose condition holds decides."""
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `backend=auto` makes of a call.
-
-    Attributes:
-        row: The line of the table that decided.
-        facts: What it looked at.
-        share: Pairs attended to, over dense's; masked, the kernel computes all of them.
-        measured: The nearest measured R, None where nothing comparable was measured.
-        missing: Why not, in that case.
-    """
-
-    row: Row
-    facts: list[str]
-    share: float
-    measured: Efficiency | None
-    missing: str
-
-
-def explain(shapes: Shapes) -> Explanation:
-    """What `backend=auto` runs for such a call, why, and what it is known to cost against dense."""
-    row = next(row for row in TABLE if row.holds(shapes))
-    facts = triton_refusals(shapes)
-    plural = "s share" if shapes.rows > 1 else " has"
-    facts.append(f"{shapes.rows:,} query row{plural} a list of blocks of {shapes.block_size} keys")
-    if row.backend == "gather":
-        facts.append(f"a block meets {shapes.rows_met:,.2f} query rows on average")
-    measured, missing = _nearest(shapes)
-    return Explanation(row, facts, shapes.density, measured, missing)
-
-
-def _nearest(shapes: Shapes) -> tuple[Efficiency | None, str]:
-    """The measured call that is nearest to this one, or why there is none."""
-    if shapes.device != "cpu":
-        return None, f"no kernel was measured on {shapes.device}"
-    if shapes.query_length != shapes.key_length:
-        return None, "only calls with as many queries as keys were measured"
-    kinds = {(m.dtype, m.head_dim, m.block_size, m.query_group, m.causal): m for m in EFFICIENCIES}
-    kind = (shapes.dtype, shapes.head_dim, shapes.block_size, shapes.query_group, shapes.causal)
-    if kind not in kinds:
-        return None, f"measured: {'; '.join(_kind(m) for m in kinds.values())}; this call: {_kind(shapes)}"
-
-    def distances(m: Efficiency) -> tuple[float, float]:
-        return abs(math.log2(m.tokens / shapes.query_length)), abs(math.log2(m.density / shapes.density))
-
-    alike = [m for m in EFFICIENCIES if (m.dtype, m.head_dim, m.block_size, m.query_group, m.causal) == kind]
-    way = _gather(shapes)
-    as_measured = replace(shapes, batch=1, heads=4, kv_heads=4, list_heads=4)
-    alike = [
-        m
-        for m in alike
-        if _gather(replace(as_measured, query_length=m.tokens, key_length=m.tokens, density=m.density)) == way
-    ]
-    if not alike:
-        return None, f"these shapes were measured at other densities, where the schedule is not {way.replace('_', '-')}"
-    best = min(alike, key=distances)
-    if max(distances(best)) > math.log2(BEYOND):
-        tokens, densities = [m.tokens for m in alike], [m.density for m in alike]
-        return None, (
-            f"measured: {min(tokens):,} to {max(tokens):,} tokens at densities {min(densities)} to {max(densities)}; "
-            f"this call: {shapes.query_length:,} tokens at {shapes.density:.3g}"
-        )
-    return best, ""
-
-
-def _kind(call: Efficiency | Shapes) -> str:
-    mask = "causal" if call.causal else "bidirectional"
-    return (
-        f"{call.dtype}, heads of {call.head_dim}, blocks of {call.block_size}, "
-        f"{call.query_group} quer{'y' if call.query_group == 1 else 'ies'} a list, {mask}"
-    )
