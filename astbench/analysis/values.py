@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astbench.analysis.figures import new_figure, save
 from astbench.runs.picture import layer_name
 from astbench_registry.transforms.values import BINS, DECADES, PER_DECADE, ValueCounts
 
@@ -70,27 +71,15 @@ def _rounded(values: Tensor) -> list[float]:
 
 def draw_values(found: dict[str, Any], folder: Path, title: str) -> list[str]:
     """Write the pictures, each as SVG and PNG; their names."""
-    names = []
+    names: list[str] = []
     for name, figure in (("values", _distribution(found, title)), ("values-heads", _heads(found, title))):
-        for kind in ("svg", "png"):
-            figure.savefig(folder / f"{name}.{kind}", dpi=110)
-            names.append(f"{name}.{kind}")
+        names += save(figure, folder, name)
     return names
-
-
-def _figure(width: float, height: float, title: str) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
-    return figure
 
 
 def _distribution(found: dict[str, Any], title: str) -> Any:
     """The histogram of each layer in a colour of its own, and the share below each value."""
-    figure = _figure(7.2, 6.0, title)
+    figure = new_figure(7.2, 6.0, title)
     middle = [(low + high) / 2 for low, high in zip(found["edges"][:-1], found["edges"][1:], strict=True)]
     histograms, below = figure.add_subplot(2, 1, 1), figure.add_subplot(2, 1, 2)
     layers = list(found["layers"].values())
@@ -126,7 +115,7 @@ def _heads(found: dict[str, Any], title: str) -> Any:
     layers = found["layers"]
     rows = [row for layer in layers.values() for row in layer["histogram"]]
     shares = [[math.log10(max(share, 1e-6)) for share in row[1:]] for row in rows]
-    figure = _figure(9.0, max(3.2, 1.6 + 0.05 * len(rows)), title)
+    figure = new_figure(9.0, max(3.2, 1.6 + 0.05 * len(rows)), title)
     grid = figure.add_gridspec(1, 3, width_ratios=(5, 1, 1))
     axes = figure.add_subplot(grid[0, 0])
     span = (found["edges"][0], found["edges"][-1], len(rows), 0)

@@ -29,8 +29,6 @@ class Seen:
         layout: The lists that it chose.
         rows: int64: the query rows that were looked at, the same of every sequence.
         facts: Of these rows.
-        free: Bool `(batch or 1, 1, rows, blocks)`: blocks that compete for a row: visible, and not always kept. Of an
-            attention that does not say which these are: all blocks.
         of_input: Self-attention over the input's tokens, not over those that a decoder behind an encoder reads.
     """
 
@@ -39,8 +37,19 @@ class Seen:
     layout: BlockLayout
     rows: Tensor
     facts: RowFacts
-    free: Tensor
     of_input: bool
+
+    @property
+    def free(self) -> Tensor:
+        """Bool `(batch or 1, 1, rows, blocks)`: blocks that compete for a row: visible, and not always kept.
+
+        Of an attention that does not say which these are: all blocks.
+        """
+        attention = self.slot.attention
+        if not isinstance(attention, BlockSelectingAttention):
+            return torch.ones(1, 1, len(self.rows), self.layout.num_blocks, dtype=torch.bool, device=self.rows.device)
+        selection = attention.selection(self.call.without_padding())
+        return selection.free[:, :, self.rows // selection.query_group]
 
 
 @contextmanager
@@ -70,7 +79,7 @@ def watching_choices(module: TaskModule, rows: int, see: Callable[[Seen], None])
             at = sampled_rows(q.shape[2], rows, q.device)
             of_input = slot.pattern.endswith("_self") and not _in_a_decoder_behind_an_encoder(module, slot)
             facts = row_facts(call, stats.layout, at)
-            see(Seen(slot, call, stats.layout, at, facts, competing(attention, call, stats.layout, at), of_input))
+            see(Seen(slot, call, stats.layout, at, facts, of_input))
 
         return hook
 
@@ -78,14 +87,6 @@ def watching_choices(module: TaskModule, rows: int, see: Callable[[Seen], None])
         for slot in stack.enter_context(module.swapped.collecting_stats()):
             stack.callback(slot.attention.register_forward_hook(watch(slot), with_kwargs=True).remove)
         yield
-
-
-def competing(attention: Attention, call: Call, layout: BlockLayout, rows: Tensor) -> Tensor:
-    """See :attr:`Seen.free`."""
-    if not isinstance(attention, BlockSelectingAttention):
-        return torch.ones(1, 1, len(rows), layout.num_blocks, dtype=torch.bool, device=rows.device)
-    selection = attention.selection(call.without_padding())
-    return selection.free[:, :, rows // selection.query_group]
 
 
 def _in_a_decoder_behind_an_encoder(module: TaskModule, slot: AttentionSlot) -> bool:

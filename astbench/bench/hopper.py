@@ -66,8 +66,9 @@ SHAPES = (
 def step(seconds: float) -> dict[str, Any]:
     """Checks and times, in so many seconds: what `make gpu` writes down.
 
-    Returns: `state`, "passed" when every case is right and no more than that; `cases`, the errors of each or what went
-        wrong; `times`, a row a shape and mode.
+    Returns: `state`, "passed" when every case is right, and every call that is timed, and no more than that; `cases`,
+        the errors of each or what went wrong; `gates`, what is wrong with the calls that are timed; `times`, a row a
+        shape and mode.
     """
     there = torch.cuda.is_available()
     if reasons := hopper_device_refusals("cuda") if there else ["a CUDA device is needed, and torch finds none"]:
@@ -84,6 +85,7 @@ def step(seconds: float) -> dict[str, Any]:
     lines = _run([["time", *(f"--only={name}" for name in right)]], end) if right else []
     times, died = [line for line in lines if "shape" in line], died + [line["died"] for line in lines if "died" in line]
     bad = [name for name, case in cases.items() if case["wrong"]]
+    bad += [name for name, wrong in gates.items() if wrong and name.endswith(BACKENDS[0])]
     state = f"failed: {', '.join(bad)}" if bad else "passed"
     return {"state": state, "cases": cases, "gates": gates, "times": times, "died": died}
 
@@ -130,7 +132,7 @@ def check(share: int, of: int) -> None:
         try:
             found = call()
         except Exception as error:  # whatever a case ends with, the others are still to be run
-            found = {"wrong": [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]}
+            found = {"wrong": [_said(error)]}
         print(json.dumps({"case": name, **found}), flush=True)
 
 
@@ -181,7 +183,7 @@ def measure(only: list[str]) -> None:
         for training in (False, True):
             calls = {name: _attend(shape, layout, name) for name in BACKENDS}
             calls |= {f"dense {name}": partial(_dense, shape.causal, name) for name in _dense_names()}
-            milliseconds = _interleaved(calls, tensors, training=training)
+            milliseconds, failed = _interleaved(calls, tensors, training=training)
             dense = min((ms for name, ms in milliseconds.items() if name.startswith("dense")), default=None)
             row: dict[str, Any] = {**asdict(shape), "shape": shape.name, "training": training, "dense_ms": dense}
             for name in BACKENDS:
@@ -189,7 +191,7 @@ def measure(only: list[str]) -> None:
                 row[f"{name}_R"] = None if dense is None or ms is None else ms / (share * dense)
                 work = pairs * 4 * shape.dim * (TRAINING if training else 1)
                 row[f"{name}_tflops"] = None if ms is None else work / ms / 1e9
-            row["share"] = share
+            row |= {"share": share, "failed": failed}
             print(json.dumps(row), flush=True)
 
 
@@ -207,11 +209,15 @@ def _interleaved(
     tensors: tuple[Tensor, Tensor, Tensor],
     *,
     training: bool,
-) -> dict[str, float]:
-    """Median milliseconds of each call that runs, in another order every round."""
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Median milliseconds of each call that runs, in another order every round; what the other sparse ones end with.
+
+    A dense kernel need not serve every call, so those are left out without a word.
+    """
     leaves = [x.detach().requires_grad_(training) for x in tensors]
     grad = torch.randn_like(leaves[0])
     seconds: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
     order = random.Random(0)
 
     def once(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
@@ -223,9 +229,15 @@ def _interleaved(
         for name in order.sample(sorted(calls), len(calls)):
             try:
                 seconds.setdefault(name, []).extend(clock(partial(once, calls[name]), REPEATS, "cuda")["seconds"])
-            except (RuntimeError, ValueError, ImportError, KeyError):  # a dense kernel that does not serve it
-                continue
-    return {name: 1000 * statistics.median(each) for name, each in seconds.items() if each}
+            except (RuntimeError, ValueError, ImportError, KeyError) as error:
+                if name in BACKENDS:
+                    failed[name] = _said(error)
+    known = {name: 1000 * statistics.median(each) for name, each in seconds.items() if each and name not in failed}
+    return known, failed
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def markdown(found: dict[str, Any]) -> list[str]:
@@ -233,9 +245,13 @@ def markdown(found: dict[str, Any]) -> list[str]:
     state = found["state"] + (f": {found['why']}" if "why" in found else "")
     lines = ["", f"Hopper kernels: {state}. Cases: {len(found.get('cases', []))}, against float64.", ""]
     lines += [f"- {words}" for words in found.get("died", [])]
+    lines += [f"- {name}: {wrong}; not timed" for name, each in found.get("gates", {}).items() for wrong in each]
+    for row in found.get("times", []):
+        lines += [f"- {row['shape']}, {_mode(row)}, {name}: {words}" for name, words in row.get("failed", {}).items()]
     if not found.get("times"):
         return lines
     lines += [
+        "",
         "| rows x keys, 32,768 tokens | mode | hopper, ms | R | plain, ms | R | faster |",
         "| --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
@@ -247,9 +263,12 @@ def markdown(found: dict[str, Any]) -> list[str]:
         ]
         known = [(row[f"{name}_ms"], name) for name in BACKENDS if row[f"{name}_ms"]]
         faster = min(known)[1].removeprefix("triton_") if len(known) == 2 else "-"
-        mode = "with backward" if row["training"] else "forward"
-        lines.append(f"| {row['shape']} | {mode} | {' | '.join(figures)} | {faster} |")
+        lines.append(f"| {row['shape']} | {_mode(row)} | {' | '.join(figures)} | {faster} |")
     return lines
+
+
+def _mode(row: dict[str, Any]) -> str:
+    return "with backward" if row["training"] else "forward"
 
 
 def main(words: list[str] | None = None) -> int:

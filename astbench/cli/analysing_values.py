@@ -13,11 +13,9 @@ from astbench.backbones.transforming import watching_values
 from astbench.cli.analysing import Analysing
 from astbench.errors import ConfigError
 from astbench.files.writing import write_json
-from astbench.runs.folder import RunFolder
+from astbench.runs.folder import VALUES, RunFolder
 from astbench.training.module import TaskModule
 from astbench_registry.transforms.registry import require_probabilities
-
-VALUES = "values.json"
 
 
 class AnalysingValues(Analysing):

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from astbench.cli.config_files import NAMED, ConfigFile, parse_yaml, read_config, read_options
+from astbench.cli.config_files import CODE, NAMED, ConfigFile, parse_yaml, read_config, read_options
 from astbench.errors import CheckpointError, ConfigError
 from astbench.runs.folder import CONFIG
 from astbench_registry.plugins import plugin_key
@@ -28,10 +28,8 @@ _SHORT = {"-h": "--help", "-c": "--config"}
 _PLUGINS = ("--plugins", "--plugins+")
 _ANSWERED = (*_PLUGINS, "--debug", "--trust_config")
 """Options of every command that no parser behind this module needs to know."""
-_CODE = ("attention", "task", "transform")
-"""Groups whose name may be that of a class in a file, `./mine.py:Mine`."""
 _NEED_VALUE = (
-    *(f"--{kind}{name}" for kind in _CODE for name in ("", ".name")),
+    *(f"--{kind}{name}" for kind in CODE for name in ("", ".name")),
     "--plugins",
     "--ckpt_path",
     "--seed",
@@ -165,7 +163,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     if line.resume:
         files = [_resumed(line.resume, [*options, *map(Option, words)])]
     line = replace(line, configs=tuple(read_config(file) for file in files))
-    names = {kind: line.value(f"{kind}.name") for kind in _CODE}
+    names = {kind: line.value(f"{kind}.name") for kind in CODE}
     line = replace(line, attention=names["attention"], task=names["task"], transform=names["transform"])
     return replace(line, plugins=tuple(dict.fromkeys(_plugins(line))))
 
@@ -262,12 +260,12 @@ def _plugins(line: CommandLine) -> Iterator[str]:
     """The plugins that were typed, then those of configs, which are code that only trust lets run."""
     typed = list(_typed_plugins(line.options))
     yield from typed
-    names = [line.typed_value(f"--{kind}", f"--{kind}.name") for kind in _CODE]
+    names = [line.typed_value(f"--{kind}", f"--{kind}.name") for kind in CODE]
     known = {plugin_key(plugin) for plugin in (*typed, *_files_of(names))}
     for config in line.configs:
         named = [str(plugin) for key in ("plugins", "plugins+") for plugin in config.data.get(key) or []]
         chosen_names = (line.attention, line.task, line.transform)
-        for kind, chosen, typed_name in zip(_CODE, chosen_names, names, strict=True):
+        for kind, chosen, typed_name in zip(CODE, chosen_names, names, strict=True):
             if typed_name is None and chosen == config.value(kind, "name"):
                 named += _files_of([chosen])
         for plugin in named:

@@ -15,6 +15,9 @@ from astbench.files.plain_yaml import MOST_CHARACTERS, plain_yaml
 NAMED = ("attention", "task", "backbone", "transform")
 """Groups whose name alone may stand for them: `attention: ast` is `attention: {name: ast}`."""
 
+CODE = ("attention", "task", "transform")
+"""Groups whose name may be that of a class in a file, `./mine.py:Mine`."""
+
 LINKED = {*NAMED, "optim", "seed", "init_from"}
 """What the model takes from the options of that name."""
 

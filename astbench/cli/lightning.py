@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +25,7 @@ from astbench.cli.option_checks import check_options, group_options, refuse_code
 from astbench.cli.parser import ALLOWED, Parser
 from astbench.cli.plain_options import as_yaml, plain_options
 from astbench.cli.processes import leading
+from astbench.cli.quiet import quiet_libraries
 from astbench.cli.run_callback import RunCallback
 from astbench.cli.second_phase import parser_arguments
 from astbench.cli.stopping import SIGNALS
@@ -368,25 +367,3 @@ def run(command: str, line: CommandLine, analysing: Analysing | None = None) -> 
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
     return 0
-
-
-def quiet_libraries() -> None:
-    """Third parties' chatter off; our own messages say what matters."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (
-        ".*does not have many workers.*",
-        ".*LeafSpec.*",
-        ".*treespec.*",
-        ".*Checkpoint directory.*exists and is not empty.*",
-        ".*GPU available but not used.*",
-        ".*`srun` command is available.*",  # a cell of a sweep is one process, however it was started
-        ".*resuming from a checkpoint that ended before the epoch ended.*",  # the sampler goes on where it stood
-        ".*recommended to use `self.log.*sync_dist=True.*",  # every process has gathered all guesses by then
-        ".*is smaller than the logging interval.*",
-    ):
-        warnings.filterwarnings("ignore", message)

@@ -7,11 +7,11 @@ from typing import Any
 
 from astbench import console
 from astbench.cli.command_line import CommandLine
-from astbench.cli.config_files import NAMED, ConfigFile, config_arguments
+from astbench.cli.config_files import CODE, NAMED, ConfigFile, config_arguments
 
 _LONG = {"--seed": "--seed_everything", "--backbone": "--backbone.name"}
 _KNOWN_ALREADY = (
-    *(f"--{kind}{name}" for kind in ("attention", "task", "transform") for name in ("", ".name")),
+    *(f"--{kind}{name}" for kind in CODE for name in ("", ".name")),
     "--resume",
 )
 
@@ -33,7 +33,8 @@ def _fitted(config: ConfigFile, line: CommandLine) -> dict[str, Any]:
     for kind in NAMED:
         if isinstance(options.get(kind), str):
             options[kind] = {"name": options[kind]}
-    for kind, name in (("attention", line.attention), ("task", line.task), ("transform", line.transform)):
+    for kind in CODE:
+        name = getattr(line, kind)
         given = (options.get(kind) or {}).get("name")
         if given is not None and given == line.value(f"{kind}.name"):
             options[kind] = {**options[kind], "name": name}  # ./mine.py:Mine by the name that its class registered

@@ -8,7 +8,7 @@ import torch
 
 from astbench.bench.analysis import ratio
 from astbench_kernels import BlockLayout, choose_backend, what_runs
-from astbench_kernels.dispatch import TABLE, Shapes, explain, rules
+from astbench_kernels.dispatch import TABLE, Shapes, explain, hopper, rules
 from astbench_kernels.dispatch.measured import EFFICIENCIES
 from astbench_kernels.triton.plan import make_plan
 
@@ -108,17 +108,20 @@ def hopper_shapes(**changes):
     return shapes(**given | changes)
 
 
-def test_hopper_is_explained_where_a_plan_takes_it(monkeypatch):
+@pytest.mark.parametrize("ran", [True, False])
+def test_hopper_is_explained_where_a_plan_takes_it(monkeypatch, ran):
     monkeypatch.setattr("astbench_kernels.triton.plan._on_cuda", lambda device: True)
+    monkeypatch.setattr(hopper, "RAN_ON_A_DEVICE", ran)
     for change in ({}, {"block_size": 48}, {"head_dim": 96}, {"query_group": 32}, {"dtype": "float32"}):
         call = hopper_shapes(query_length=4096, key_length=4096, **change)
         q, k, v, layout = tensors(call)
         assert explain(call).row.schedule == make_plan(q, k, v, layout, causal=False, gradients=False).schedule
-    assert explain(hopper_shapes()).row.runs == "triton (hopper)"
+    assert explain(hopper_shapes()).row.runs == ("triton (hopper)" if ran else "triton (query-major)")
     assert explain(hopper_shapes(capability=80)).row.runs == "triton (query-major)"
 
 
-def test_every_row_can_decide():
+def test_every_row_can_decide(monkeypatch):
+    monkeypatch.setattr(hopper, "RAN_ON_A_DEVICE", True)
     calls = [call for call, _ in CALLS.values()]
     for group, length in ((1, 5), (1, 1000), (16, 1000)):
         calls.append(shapes(device="cuda", query_group=group, query_length=length, key_length=1000))

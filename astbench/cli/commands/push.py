@@ -40,7 +40,7 @@ def run(words: list[str]) -> int:
         print(_USAGE)
         return 0
     given = _parse(words)
-    from astbench.cli.lightning import quiet_libraries
+    from astbench.cli.quiet import quiet_libraries
     from astbench.files.hub import uploaded
     from astbench.files.writing import write_text
     from astbench.sharing import folder as shared

@@ -115,8 +115,10 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _load(given: argparse.Namespace, rest: list[str]) -> Served:
     """The model that was named, of whichever kind."""
+    from astbench.cli.quiet import quiet_libraries
     from astbench.serving import loading
 
+    quiet_libraries()
     path = Path(given.model).expanduser()
     if not path.exists():
         raise CheckpointError(f"{given.model} does not exist")

@@ -24,14 +24,16 @@ from astbench.tables.student import holm, interval, p_value
 SCORES = {"perplexity": "nll", "bleu": "bleu", "f1": "f1", "accuracy": "accuracy", "score": "score"}
 """Metric that heads a task's table, the first that a record has -> what its items hold of it."""
 
-_LOWER = ("perplexity",)
-_NAMES = {
+NAMES = {
     "perplexity": "perplexity a token",
     "bleu": "BLEU",
     "f1": "F1, %",
     "accuracy": "accuracy, %",
     "score": "score",
 }
+"""Of these metrics, as heads of columns."""
+
+_LOWER = ("perplexity",)
 _NO_SETTING = ("seed_everything", "trainer.threads")
 
 
@@ -98,7 +100,7 @@ def _table(name: str, caption: str, runs: Sequence[Run]) -> Table:
     head = (
         "setting",
         "density",
-        f"{_NAMES[metric]}, mean of the seeds",
+        f"{NAMES[metric]}, mean of the seeds",
         "95% of the mean",
         "seeds",
         "over dense (95% over the items)",

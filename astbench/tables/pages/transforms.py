@@ -13,11 +13,10 @@ from typing import Any
 from astbench.errors import DataError
 from astbench.tables import labels
 from astbench.tables.layout import Row, Table
-from astbench.tables.pages.sweeps import SCORES
+from astbench.tables.pages.sweeps import NAMES, SCORES
 from astbench.tables.records import Group, Run
 from astbench.tables.student import interval
 
-_NAMES = {"perplexity": "perplexity a token", "bleu": "BLEU", "f1": "F1, %", "accuracy": "accuracy, %"}
 _HEAD = ("attention", "transform", "zeros", "values", "a row sums to")
 
 
@@ -79,7 +78,7 @@ def _table(name: str, caption: str, metric: str, plain: Mapping[str, Run], runs:
             for run in runs
             if run.attention["name"] == attention
         ]
-    head = (*_HEAD, _NAMES[metric], "relative loss (95%, Student over the items)")
+    head = (*_HEAD, NAMES[metric], "relative loss (95%, Student over the items)")
     return Table(name, caption, head, 2, tuple(rows))
 
 

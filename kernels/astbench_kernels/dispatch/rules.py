@@ -267,8 +267,8 @@ TABLE = (
     Row(
         "triton",
         "hopper",
-        "CUDA, compute capability 9.0, float16 or bfloat16, no padding, lists not carried; query rows of a list, block "
-        "size and head size as in dispatch/hopper.py",
+        "once they passed on a device (dispatch/hopper.py; not yet): CUDA, compute capability 9.0, float16 or "
+        "bfloat16, no padding, lists not carried; query rows of a list, block size and head size as in that file",
         lambda shapes: not triton_refusals(shapes) and hopper.is_taken(shapes),
         "a prototype of these kernels was faster than the other Triton kernels at such shapes",
         'docs/gpu.md, "Hopper", on a prototype; the kernels as they are here not yet',

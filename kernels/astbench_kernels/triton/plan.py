@@ -213,7 +213,7 @@ def make_plan(
 
     With `one_pass` there is one backward pass, over the key blocks, where rows share lists too. `padded` says whether
     keys may be padding (`key_valid`). `hopper` False leaves the Hopper kernels out, True takes them wherever they serve
-    the call; None takes them where shapes like these were timed (:mod:`astbench_kernels.dispatch.hopper`).
+    the call; None takes them where :func:`astbench_kernels.dispatch.hopper.is_default` says so.
 
     The rule, where `gradients` are wanted: rows that share a list and keys run query-major when there are at least
     MIN_ROWS_PER_LIST of them, for then a tile of them fills a matrix instruction and reads each listed key block
@@ -305,9 +305,10 @@ def hopper_refusals(plan: Plan, dtype: torch.dtype, *, padded: bool) -> list[str
 
 
 def _takes_hopper(plan: Plan, q: Tensor, layout: BlockLayout, *, padded: bool) -> bool:
-    """On a device of their own, where shapes like these were timed and the call is served."""
-    timed = hopper_rules.was_timed(plan.rows_per_list, plan.block_size, plan.head_dim, carried=layout.since is not None)
-    return _on_cuda(q.device) and timed and not hopper_refusals(plan, q.dtype, padded=padded)
+    """On a device of their own, where they are the default for such shapes and serve the call."""
+    carried = layout.since is not None
+    default = hopper_rules.is_default(plan.rows_per_list, plan.block_size, plan.head_dim, carried=carried)
+    return _on_cuda(q.device) and default and not hopper_refusals(plan, q.dtype, padded=padded)
 
 
 def _on_cuda(device: torch.device) -> bool:

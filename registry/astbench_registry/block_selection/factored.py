@@ -45,6 +45,11 @@ class FactoredBlockSelection(BlockSelectingAttention):
                 f"{cls.__name__} changes {', '.join(changed)}(): its fusible() has to say when that matters"
             )
 
+    @property
+    def columns_per_block(self) -> int:
+        """Consecutive rows of the key side that one block has, see :meth:`factors`."""
+        return 1
+
     @abstractmethod
     def block_features(self, call: Call, grid: Grid, *, fused: bool) -> BlockFeatures:
         """The blocks' side of the scores.
@@ -134,15 +139,15 @@ class FactoredBlockSelection(BlockSelectingAttention):
         """
         grid, share = self.selector.grid(call), self.least_share()
         rule = self._rule(call, grid)
-        rows, columns = self.factors(call, self._known_features(call, grid, fused=True), grid)
-        if carried_refusals(rule, tile, columns.shape[2] // max(1, grid.num_blocks), self.pool):
+        if carried_refusals(rule, tile, self.columns_per_block, self.pool):
             return None
+        rows, columns = self.factors(call, self._known_features(call, grid, fused=True), grid)
         budget = partial(self.selector.budget, density=self.density_at(call.context.step))
         if share is not None:
             budget = partial(torch.clamp, max=self.config.min_blocks)
         layout = choose_carried(
-            rows.float(),
-            columns.float(),
+            rows,
+            columns,
             rule,
             tile,
             budget,

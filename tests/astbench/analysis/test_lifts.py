@@ -7,7 +7,7 @@ import torch
 
 from astbench.analysis.lifts import Lifts, OfKeys, lifts
 from astbench.analysis.rows import row_facts
-from astbench.analysis.watch import Seen, competing
+from astbench.analysis.watch import Seen
 from astbench_registry import AttentionMask, AttentionShape, build_attention
 from astbench_registry.block_selection import Call
 from astbench_registry.interface import AttentionContext
@@ -32,9 +32,9 @@ def observed(sequences, name="random_topk", marked=None):
     call, rows = Call.of(attention.shape, q, k, v, mask), torch.arange(LENGTH)
     collected = Lifts()
     collected.begin(sequences)
-    slot = SimpleNamespace(path="layer")
+    slot = SimpleNamespace(path="layer", attention=attention)
     facts = row_facts(call, layout, rows)
-    collected(Seen(slot, call, layout, rows, facts, competing(attention, call, layout, rows), True))
+    collected(Seen(slot, call, layout, rows, facts, True))
     return collected.keys
 
 

@@ -63,7 +63,35 @@ def test_what_is_wrong_or_did_not_finish_fails_and_is_not_timed(answers):
     assert found["cases"]["64 rows"]["wrong"] == ["not finished"] and found["died"] == ["check --share=1 ended with -9"]
     assert f"--only={shape}" not in asked[1][0] and len(asked[1][0]) == len(hopper.SHAPES)
     text = "\n".join(hopper.markdown(found))
+    assert f"- {shape}, triton_plain: not finished; not timed" in text
     assert "Hopper kernels: failed: 64 rows, causal." in text and "- check --share=1 ended with -9" in text
+
+
+def test_a_call_to_be_timed_that_is_wrong_fails(answers):
+    _, lines = answers
+    name = f"{hopper.SHAPES[1].name}, triton_hopper"
+    lines["check"] = [*right(name), {"case": name, "wrong": ["the output is off"]}]
+    found = hopper.step(10.0)
+    assert found["state"] == f"failed: {name}"
+    assert f"- {name}: the output is off; not timed" in "\n".join(hopper.markdown(found))
+
+
+def test_a_kernel_that_fails_while_it_is_timed_is_said(monkeypatch):
+    def fails(q, k, v):
+        raise RuntimeError("out of\nmemory")
+
+    def runs(q, k, v):
+        return q + k + v
+
+    monkeypatch.setattr(hopper, "clock", lambda call, repeats, device: {"seconds": [float(call().sum() * 0 + 2)]})
+    calls = {"triton_hopper": fails, "triton_plain": runs, "dense sdpa_flash": fails}
+    known, failed = hopper._interleaved(calls, tuple(torch.ones(1, 1, 2, 2) for _ in range(3)), training=True)
+    assert known == {"triton_plain": 2000.0} and failed == {"triton_hopper": "RuntimeError: out of memory"}
+    row = {"shape": "128 x 64", "training": True, "failed": failed, "triton_plain_ms": 2.0, "triton_plain_R": None}
+    row |= {"triton_hopper_ms": None, "triton_hopper_R": None}
+    text = "\n".join(hopper.markdown({"state": "passed", "times": [row]}))
+    assert "- 128 x 64, with backward, triton_hopper: RuntimeError: out of memory" in text
+    assert "| 128 x 64 | with backward | - | - | 2 | - | - |" in text
 
 
 def test_a_process_that_ends_badly_says_so():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from astbench import swap_attention
 from astbench.backbones.adapters import save_adapter
@@ -111,6 +112,7 @@ def model(tmp_path_factory):
 def test_refusals(astbench, model, tmp_path, name):
     words, code, message = REFUSED[name]
     (tmp_path / "config.json").write_text("{}" if name != "no folder of a model" else '{"model_type": "llama"}')
+    transformers.logging.enable_progress_bar()  # whatever tests before this one left
     done = astbench("serve", *(word.replace("{}", str(tmp_path)).replace("{model}", str(model)) for word in words))
     assert (done.code, done.err.count("\n")) == (code, 1), done.err
     assert message in done.err

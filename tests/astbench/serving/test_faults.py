@@ -156,13 +156,14 @@ def slowed(served_client, seconds):
 
 def test_overload_is_told_at_once_and_nothing_is_lost():
     with serving(writer(), queue=2, max_batch=2) as client:
-        slowed(client, 0.05)
+        slowed(client, 0.15)
         replies, times = [], []
 
         def ask():
             began = time.monotonic()
-            replies.append(client.post(PATH, {**GOOD, "ignore_eos": True}))
-            times.append((replies[-1].status, time.monotonic() - began))
+            reply = client.post(PATH, {**GOOD, "ignore_eos": True})
+            times.append((reply.status, time.monotonic() - began))
+            replies.append(reply)
 
         threads = [threading.Thread(target=ask) for _ in range(40)]
         for thread in threads:

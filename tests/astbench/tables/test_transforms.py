@@ -7,6 +7,7 @@ from statistics import fmean
 import pytest
 
 from astbench.errors import DataError
+from astbench.tables.pages.sweeps import NAMES, SCORES
 from astbench.tables.pages.transforms import tables
 from astbench.tables.records import Entry, Group, Run
 
@@ -73,3 +74,14 @@ def test_each_attention_has_its_own_comparison(tmp_path):
 def test_other_items_are_refused(tmp_path):
     with pytest.raises(DataError, match="scored other items"):
         made(run(tmp_path, "dense", NLL[:3]), run(tmp_path, "dense", NLL, log3bit(0.001, 0)))
+
+
+@pytest.mark.parametrize("metric", SCORES)
+def test_every_metric_that_heads_a_table_has_its_words(tmp_path, metric):
+    base, changed = run(tmp_path, "dense", NLL), run(tmp_path, "dense", NLL, log3bit(0.001, 0))
+    for one, each in ((base, 0.5), (changed, 0.4)):
+        one.record["metrics"] = {metric: each}
+        (one.folder / "items.json").write_text(json.dumps({str(i): {SCORES[metric]: each} for i in range(4)}))
+    (table,) = made(base, changed).values()
+    assert table.head[-2] == NAMES[metric]
+    assert table.rows[1].cells[-1].startswith("-9.5%" if metric == "perplexity" else "+20.0%")

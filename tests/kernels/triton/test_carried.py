@@ -192,6 +192,16 @@ def test_what_is_not_served(case, message):
         chosen(case, rule, rows, columns, None, None, None)
 
 
+def test_what_does_not_fit_together_is_refused():
+    rule, rows, columns, *_ = drawn(Case())
+    with pytest.raises(ValueError, match=r"rows and blocks must be float32, got torch\.float64"):
+        chosen(Case(), rule, rows.double(), columns, None, None, None)
+    with pytest.raises(ValueError, match=r"got \d+ and \d+"):
+        chosen(Case(), rule, rows, columns[:, :, 1:], None, None, None)
+    with pytest.raises(ValueError, match="seen must be"):
+        chosen(Case(), rule, rows, columns, torch.ones(2, 1, dtype=torch.bool), None, None)
+
+
 # ----- in the layer
 
 SMALL = {"block_size": 4, "min_blocks": 2, "density": 0.3, "lists": "carried", "query_tile": 8}
@@ -245,3 +255,19 @@ def test_decoding_goes_on_with_what_the_kernels_chose():
             mask = AttentionMask("causal_self", start)
             outs.append(module(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], mask, context=context).out)
     torch.testing.assert_close(torch.cat(outs, 2), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"index_dim": 8}, {"sub_blocks": 2}])
+def test_a_step_inside_a_tile_computes_its_factors_once(monkeypatch, options):
+    """The kernels do not serve it: they are asked before anything is computed for them."""
+    tensors, _ = draw(21, 21, heads=4, kv_heads=2, dim=16, seed=2)
+    q, k, v = (x.to(DEVICE, torch.float32) for x in tensors)
+    module, calls = layer("ast", "triton", **options), []
+    factors = type(module).factors
+    monkeypatch.setattr(type(module), "factors", lambda self, *given: calls.append(1) or factors(self, *given))
+    with torch.no_grad():
+        context = AttentionContext(summaries=module.new_cache_state())
+        module(q[:, :, :19], k[:, :, :19], v[:, :, :19], AttentionMask("causal_self"), context=context)
+        calls.clear()
+        module(q[:, :, 19:20], k[:, :, :20], v[:, :, :20], AttentionMask("causal_self", 19), context=context)
+    assert len(calls) == 1

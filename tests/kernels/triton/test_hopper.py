@@ -235,7 +235,16 @@ def test_an_older_triton_is_refused(monkeypatch):
         plan_of(small(), hopper=True)
 
 
+def test_nothing_takes_what_never_ran_unasked(monkeypatch):
+    monkeypatch.setattr("astbench_kernels.triton.plan._on_cuda", lambda device: True)
+    monkeypatch.setattr(rule, "RAN_ON_A_DEVICE", False)
+    for rows, block, dim in rule.TIMED:
+        assert plan_of(small(group=rows, block=block, dim=dim)).schedule == "query_major"
+        assert plan_of(small(group=rows, block=block, dim=dim), hopper=True).schedule == "hopper"
+
+
 def test_auto_takes_them_where_shapes_were_timed(monkeypatch):
+    monkeypatch.setattr(rule, "RAN_ON_A_DEVICE", True)
     assert plan_of(small()).schedule == "query_major"  # a CPU is no device for them
     monkeypatch.setattr("astbench_kernels.triton.plan._on_cuda", lambda device: True)
     for rows, block, dim in rule.TIMED:
@@ -252,6 +261,7 @@ def test_auto_takes_them_where_shapes_were_timed(monkeypatch):
 def test_what_is_said_to_run_is_what_runs(monkeypatch):
     (q, k, v, _), layout = make(small(), "cpu", 0)
     monkeypatch.setattr("astbench_kernels.triton.plan._on_cuda", lambda device: True)
+    monkeypatch.setattr(rule, "RAN_ON_A_DEVICE", True)
     ran = {name: what_runs(name, q, k, v, layout, causal=False) for name in attention._TRITON}
     assert ran == {
         "triton": "triton (hopper)",

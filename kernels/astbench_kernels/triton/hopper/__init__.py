@@ -1,4 +1,4 @@
 """Kernels for compute capability 9.0 (Hopper) in Gluon. Importing this package imports neither triton nor Gluon.
 
-:mod:`served` says which calls they take, :mod:`function` runs them.
+:mod:`astbench_kernels.dispatch.hopper` says which calls they serve, :mod:`function` runs them.
 """

@@ -24,7 +24,7 @@ from torch import Tensor
 from astbench_kernels.layout import BlockLayout, ceil_div
 from astbench_kernels.triton.launch import launch
 from astbench_kernels.triton.plan import Tile, next_power_of_two
-from astbench_kernels.triton.selection.choose import _HIGHEST, _LOWEST, _kept_of_row, rank_scores
+from astbench_kernels.triton.selection.choose import _HIGHEST, _LOWEST, _kept_of_row, check_factors, rank_scores
 from astbench_kernels.triton.selection.rule import BlockRule
 from astbench_kernels.triton.tiles import matmul
 
@@ -101,14 +101,16 @@ def choose_carried(
         A list a head and tile, with `since`. Lists are as wide as they could be: nothing waits for the device.
 
     Raises:
-        ValueError: what :func:`carried_refusals` says.
+        ValueError: what :func:`carried_refusals` says, or shapes that do not fit together.
 
     Cost: O(query_length x blocks x columns a block x dim) time; lists of 8 bytes, and STRETCH_BYTES.
     """
-    batch, heads, length, dim = rows.shape
-    blocks, parts = rule.num_blocks, columns.shape[2] // max(1, rule.num_blocks)
+    blocks = rule.num_blocks
+    parts = max(1, columns.shape[2] // max(1, blocks))
     if reasons := carried_refusals(rule, tile, parts, pool):
         raise ValueError("; ".join(reasons))
+    check_factors(rows, columns[:, :, ::parts], rule, seen)
+    batch, heads, length, dim = rows.shape
     device, tiles = rows.device, ceil_div(length, tile)
     widest = int(budget(torch.arange(rule.most_visible + 1, device="cpu")).max())
     most = rule.most_visible if share is not None else min(rule.most_visible, tile * max(widest, rule.most_always_kept))

@@ -68,7 +68,7 @@ def choose_blocks(
     Cost: O(groups x blocks x dim) time. Memory for the lists alone; above MAX_BLOCKS blocks, SCRATCH_BYTES more (and
         never less than what one program needs, 64 bytes a block).
     """
-    _check(rows, blocks, rule, seen)
+    check_factors(rows, blocks, rule, seen)
     batch, heads, groups, _ = rows.shape
     kv_heads, num_blocks = blocks.shape[1:3]
     widest = int(budget(torch.arange(rule.most_visible + 1, device="cpu")).max())
@@ -121,7 +121,12 @@ def choose_tile(rows: int, num_blocks: int) -> Tile:
     return Tile(tall, keys, 8 if tall * keys >= 2**12 else 4, 1)
 
 
-def _check(rows: Tensor, blocks: Tensor, rule: BlockRule, seen: Tensor | None) -> None:
+def check_factors(rows: Tensor, blocks: Tensor, rule: BlockRule, seen: Tensor | None) -> None:
+    """Refuse what does not fit together, with everything that does not.
+
+    Raises:
+        ValueError: with all of it.
+    """
     problems = []
     if rows.dtype != torch.float32 or blocks.dtype != torch.float32:
         problems.append(f"rows and blocks must be float32, got {rows.dtype} and {blocks.dtype}")

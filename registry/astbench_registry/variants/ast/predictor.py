@@ -37,6 +37,11 @@ class LearnedBlockScores(FactoredBlockSelection):
             nn.init.normal_(self.query_weight)
         self.pattern_weight = nn.Parameter(torch.zeros(shape.num_heads, config.patterns)) if config.patterns else None
 
+    @property
+    def columns_per_block(self) -> int:
+        """See the base class: one a token with an index of them, else one a part."""
+        return self.config.sub_blocks if self.index is None else self.config.block_size
+
     def observe(self, q: Tensor, k: Tensor, mask: AttentionMask) -> None:
         """See the base class: for the index of tokens."""
         if self.index is not None:
@@ -107,23 +112,21 @@ class LearnedBlockScores(FactoredBlockSelection):
         if self.index is not None:
             rows = [self.index.queries(group_query, compute) * gain]
             rows.append(torch.ones_like(rows[0][..., :1]))
-            return self._with_patterns(call, rows, columns, grid, self.config.block_size)
+            return self._with_patterns(call, rows, columns, grid)
         context = self.global_context(features, call.mask, grid)
         described = pad(_unit(torch.cat([group_query, context], -1)), (0, 1), value=1.0)
         u = torch.matmul(described, widened(self.query_weight, compute)) * self.config.rank**-0.5
         rows = [group_query * gain, u]
         if self.config.sub_blocks > 1:
             rows.append(torch.ones_like(u[..., :1]))
-        return self._with_patterns(call, rows, columns, grid, self.config.sub_blocks)
+        return self._with_patterns(call, rows, columns, grid)
 
-    def _with_patterns(
-        self, call: Call, rows: list[Tensor], columns: Tensor, grid: Grid, each: int
-    ) -> tuple[Tensor, Tensor]:
-        """Both factors, patterns of the distance added; `columns` has `each` rows a block."""
+    def _with_patterns(self, call: Call, rows: list[Tensor], columns: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Both factors, patterns of the distance added."""
         if self.pattern_weight is not None:
             waves, places = _distance_patterns(widened(self.pattern_weight, call.compute_dtype), grid)
             rows = [*rows, waves.expand(call.q.shape[0], -1, -1, -1)]
-            places = places.repeat_interleave(each, 0)
+            places = places.repeat_interleave(self.columns_per_block, 0)
             columns = torch.cat([columns, places.expand(*columns.shape[:2], -1, -1)], -1)
         return torch.cat(rows, -1), columns
 
