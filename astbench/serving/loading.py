@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -20,21 +19,19 @@ from astbench.backbones.adapters import DESCRIPTION, load_adapter
 from astbench.backbones.hooks import IMPLEMENTATION
 from astbench.backbones.load import load_backbone, max_positions
 from astbench.backbones.presets import BackboneConfig, Head
-from astbench.backbones.swap import SwapHandle, swap_attention
-from astbench.backbones.tokenizers import load_tokenizer, saved_tokenizer
+from astbench.backbones.swap import SwapHandle
+from astbench.backbones.tokenizers import load_tokenizer
 from astbench.errors import ConfigError, DataError
 from astbench.files.reading import read_by_library
-from astbench.runs.checkpoint_checks import check_content, check_weights
-from astbench.runs.checkpoints import read_checkpoint
-from astbench.runs.folder import RunFolder, checkpoint_file, doubts
+from astbench.runs.folder import checkpoint_file, doubts
 from astbench.tasks import find_task
 from astbench.tasks.lm.task import LanguageModel
 from astbench.tasks.mt.task import Translation
 from astbench.tasks.qa.task import SpanQA
-from astbench.training.averaging import final_weights
+from astbench.tasks.trained import equip, rebuild
 from astbench.training.module import TaskModule
 from astbench_registry import CapabilityError
-from astbench_registry.registry import current_names, make_config
+from astbench_registry.registry import make_config
 
 UNLIMITED = 8192
 """Most tokens where a model has no last position and `--max_length` says nothing."""
@@ -101,24 +98,15 @@ def load_run(asked: str, config: Mapping[str, Any]) -> Served:
     """
     file = checkpoint_file(asked)
     notes = [doubts(asked, file)]
-    RunFolder(file.parent).check_tokenizer()
-    checkpoint = check_content(read_checkpoint(file), file)
-    trained = checkpoint["hyper_parameters"]
     task = find_task(str((config.get("task") or {}).get("name")))
-    module_class, _, _ = task.load()
-    if module_class.head not in _HEADS:
+    if task.load()[0].head not in _HEADS:
         raise ConfigError(f"{asked} was trained on {task.name}; served are models that write, translate or answer")
-    attention = current_names(trained["attention"])
-    module = module_class(attention=attention, backbone=trained["backbone"], task=trained["task"])
-    tokenizer = saved_tokenizer(file.parent)
-    _build(module, load_backbone(module.backbone, module.head, tokenizer=tokenizer))
-    weights = final_weights(checkpoint)
-    check_weights(weights, module.state_dict(), str(file))
-    module.load_state_dict(weights)
+    trained = rebuild(file, task)
+    trained.load()
     precision = str((config.get("trainer") or {}).get("precision") or "32-true")
     if precision not in ("32-true", "32", "float32"):
         notes.append(f"trained with --trainer.precision={precision}, served in float32")
-    return _served(asked, module, tokenizer, config.get("data") or {}, notes)
+    return _served(asked, trained.module, trained.tokenizer, config.get("data") or {}, notes)
 
 
 def load_pretrained(asked: str, attention: str | None, options: Mapping[str, Any]) -> Served:
@@ -140,7 +128,7 @@ def load_pretrained(asked: str, attention: str | None, options: Mapping[str, Any
         attention, options = str(said.get("attention")), dict(said.get("options") or {})
     head = _head(asked, config)
     module = _MODULES[head](attention={"name": attention or "dense", **options}, backbone={"name": asked})
-    _build(module, load_backbone(backbone, head))
+    equip(module, load_backbone(backbone, head))
     return _served(asked, module, load_tokenizer(backbone, offsets=head != "seq2seq"), {}, [])
 
 
@@ -167,14 +155,6 @@ def load_adapted(asked: str, backbone: str | None) -> Served:
     module.handle = load_adapter(module.model, asked)
     module.attention = {"name": module.handle.name, **module.handle.options}
     return _served(asked, module, load_tokenizer(BackboneConfig(name=name), offsets=head != "seq2seq"), {}, [])
-
-
-def _build(module: TaskModule, model: PreTrainedModel) -> None:
-    """As `configure_model` does within a run."""
-    torch.manual_seed(module.seed + 1)
-    options = {key: value for key, value in module.attention.items() if key != "name"}
-    module.model = model
-    module.handle = swap_attention(model, module.attention["name"], options, where=module.where)
 
 
 def _served(

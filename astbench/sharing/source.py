@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from astbench.backbones.load import load_backbone
 from astbench.backbones.presets import BackboneConfig, Head, resolve_preset
-from astbench.backbones.swap import SwapHandle, swap_attention
-from astbench.backbones.tokenizers import saved_tokenizer
+from astbench.backbones.swap import SwapHandle
 from astbench.errors import ConfigError, DataError
 from astbench.files.paths import other_kind
-from astbench.runs.checkpoint_checks import check_content, check_weights
-from astbench.runs.checkpoints import read_checkpoint
-from astbench.runs.folder import RECORD, RunFolder
+from astbench.runs.folder import RECORD, checkpoint_file
 from astbench.tables.integrity import check_options
 from astbench.tables.records import Entry, Run, read_record
 from astbench.tasks import find_task
-from astbench.training.averaging import final_weights
-
-_PREFIX = "model."
+from astbench.tasks.trained import rebuild
 
 
 @dataclass(frozen=True)
@@ -96,26 +89,18 @@ def read_source(folder: Path, base: str) -> Source:
         CheckpointError: missing or damaged.
     """
     run = finished_run(folder)
-    RunFolder(folder).check_tokenizer()
-    trained = check_content(read_checkpoint(folder), folder)
-    options: dict[str, Any] = trained["hyper_parameters"]
     task = find_task(run.record["config"]["task"]["name"])
-    module = task.load()[0](**options)
-    tokenizer = saved_tokenizer(folder)
-    model = load_backbone(module.backbone, module.head, tokenizer=tokenizer)
-    attention = {key: value for key, value in module.attention.items() if key != "name"}
-    handle = swap_attention(model, module.attention["name"], attention, where=module.where)
-    weights = {name.removeprefix(_PREFIX): value for name, value in final_weights(trained).items()}
-    if extra := sorted(set(weights) - set(model.state_dict())):
+    trained = rebuild(checkpoint_file(folder), task)
+    module, model = trained.module, trained.model
+    if extra := sorted(set(trained.weights) - {f"model.{name}" for name in model.state_dict()}):
         raise ConfigError(
             f"task {task.name} puts layers of its own on the model ({extra[0]}), which from_pretrained would drop: its "
             "runs cannot be pushed"
         )
-    check_weights(weights, model.state_dict(), f"the checkpoint of {folder}")
-    model.load_state_dict(weights)
+    trained.load()
     name = module.backbone.name
     known = base or ("" if Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) else name)
-    return Source(run, module.head, module.backbone, model.eval(), handle, tokenizer, known)
+    return Source(run, module.head, module.backbone, model.eval(), module.swapped, trained.tokenizer, known)
 
 
 def check_adapter(source: Source) -> None:

@@ -40,34 +40,37 @@ TEXTS = [sentence(seed, 40) for seed in range(60)]
 
 def writer(attention="dense", options=(), family="llama", **changes):
     """A causal model as `load_pretrained` gives it."""
-    from astbench.serving.loading import _build, _served
+    from astbench.serving.loading import _served
+    from astbench.tasks.trained import equip
 
     tokenizer = train_byte_tokenizer(TEXTS, 300)
     module = LanguageModel(attention={"name": attention, **dict(options)})
-    _build(module, tiny_model(family, vocab_size=len(tokenizer), **changes))
+    equip(module, tiny_model(family, vocab_size=len(tokenizer), **changes))
     return _served("tiny", module, tokenizer, {}, [])
 
 
 def answerer(attention="dense", options=()):
     """A model that answers questions about documents."""
-    from astbench.serving.loading import _build, _served
+    from astbench.serving.loading import _served
+    from astbench.tasks.trained import equip
 
     tokenizer = train_tokenizer(TEXTS, 200)
     module = SpanQA(attention={"name": attention, **dict(options)})
     model = tiny_model("bert", AutoModelForQuestionAnswering, vocab_size=len(tokenizer), max_position_embeddings=64)
-    _build(module, model)
+    equip(module, model)
     return _served("tiny-qa", module, tokenizer, {"max_length": 48, "stride": 8, "max_question": 16}, [])
 
 
 def translator(attention="dense", options=(), texts=TEXTS, size=300, longest=24):
     """A model that translates."""
-    from astbench.serving.loading import _build, _served
+    from astbench.serving.loading import _served
+    from astbench.tasks.trained import equip
 
     tokenizer = train_bpe(texts, size)
     module = Translation(attention={"name": attention, **dict(options)})
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = tiny_model("marian", vocab_size=len(tokenizer), decoder_start_token_id=tokenizer.bos_token_id, **tokens)
-    _build(module, model)
+    equip(module, model)
     return _served("tiny-mt", module, tokenizer, {"max_length": longest}, [])
 
 
