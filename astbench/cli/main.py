@@ -92,7 +92,7 @@ def _dispatch(words: list[str]) -> int:
             raise ConfigError(f"an argument is not valid UTF-8, and no record could hold it: {word!r}")
     if not words or words[0] in ("-h", "--help", "help"):
         names = {**LIGHTNING, **OWN}
-        print(USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, text in names.items())), end="")
+        print(USAGE.format(commands="\n".join(f"  {name:<11} {text}" for name, text in names.items())), end="")
         return 0
     if words[0] in ("-V", "--version"):
         from astbench import __version__
@@ -107,7 +107,7 @@ def _dispatch(words: list[str]) -> int:
     if command in OWN:
         from importlib import import_module
 
-        return int(import_module(f"astbench.cli.commands.{command}").run(rest))
+        return int(import_module(f"astbench.cli.commands.{command.replace('-', '_')}").run(rest))
     from astbench.cli.messages import nearest
 
     raise ConfigError(f"unknown command '{command}'{nearest(command, [*LIGHTNING, *OWN])}; see astbench --help")

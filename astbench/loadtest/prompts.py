@@ -34,5 +34,6 @@ def bodies(path: str, count: int, max_tokens: int) -> list[dict[str, Any]]:
 
         text = read_demo("test", count).text
         prompts = [text[a:b].strip() for a, b in articles(text)]
-        return [{"prompt": p, "max_tokens": max_tokens, "ignore_eos": True} for p in prompts if p][:count]
+        options = {"max_tokens": max_tokens, "ignore_eos": True, "stream": True, "return_token_ids": True}
+        return [{"prompt": p, **options} for p in prompts if p][:count]
     raise ConfigError(f"--path must be one of {', '.join(PATHS)}, got {path}")

@@ -45,6 +45,7 @@ def build_app(served: Served, options: ServeOptions, key: str = "") -> tuple[Fro
         ConfigError: a model that does not give in a batch what it gives alone.
     """
     metrics = Metrics(served.handle.name, served.name)
+    metrics.watch_device(served.model.device)
     worker, routes_of = _of_head(served, options)
     service = Service(served, worker, options, metrics)
     posts = routes_of(service)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from astbench.serving.engine import Engine
@@ -43,6 +44,12 @@ class Metrics:
         waiting.set_function(lambda: engine.waiting)
         running = Gauge("astbench_running", "Requests in the model", registry=self.registry)
         running.set_function(lambda: engine.running)
+
+    def watch_device(self, device: torch.device) -> None:
+        """Show the memory of a GPU that the model is on."""
+        if device.type == "cuda":
+            peak = Gauge("astbench_gpu_peak_bytes", "Most bytes of the GPU so far", registry=self.registry)
+            peak.set_function(lambda: torch.cuda.max_memory_allocated(device))
 
     def text(self) -> bytes:
         """In Prometheus's format."""

@@ -124,6 +124,9 @@ def _drawn(logits: Tensor, text: _Text) -> int:
 CLOSE = 1e-3
 """Largest difference of logits, over the largest logit, by which a text alone and one of several may differ."""
 
+ROUNDINGS = 8
+"""The same of models in half precision, in units of its last digit."""
+
 
 @torch.inference_mode()
 def check_writes_together(model: PreTrainedModel) -> None:
@@ -145,5 +148,6 @@ def check_writes_together(model: PreTrainedModel) -> None:
     positions = torch.tensor(lengths, device=model.device)[:, None]
     together = call(input_ids=last, position_ids=positions, past_key_values=SideBySide(caches), use_cache=True)
     wanted = torch.cat(alone).float()
-    if float((together.logits[:, -1] - wanted).abs().max()) > CLOSE * max(1.0, float(wanted.abs().max())):
+    close = max(CLOSE, ROUNDINGS * torch.finfo(model.dtype).eps)
+    if float((together.logits[:, -1] - wanted).abs().max()) > close * max(1.0, float(wanted.abs().max())):
         raise ConfigError(f"{type(model).__name__} does not write several texts together as each alone; not served")

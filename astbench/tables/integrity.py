@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,6 +40,9 @@ def check_scores(file: Path, record: Mapping[str, Any], items: Mapping[str, Any]
     Raises:
         DataError: naming the record and the field.
     """
+    if record["command"] == "deploy-test":
+        _check_load(file, record, items)
+        return
     metrics = record.get("metrics") or {}
     expected = {f"metrics.{name}": value for name, value in _of_items(record, metrics, items).items()}
     said = {f"metrics.{name}": value for name, value in metrics.items()}
@@ -76,3 +79,32 @@ def _of_items(record: Mapping[str, Any], metrics: Mapping[str, Any], items: Mapp
     if words and "word_perplexity" in metrics:
         means["word_perplexity"] = math.exp(means["nll"] * tokens / words)
     return means
+
+
+def _check_load(file: Path, record: Mapping[str, Any], items: Mapping[str, Any]) -> None:
+    """Latencies, goodput and all else that the requests beside a record give; intervals are drawn, and may differ."""
+    from astbench.loadtest.kept import load_part
+    from astbench.loadtest.objective import Objective
+
+    config = record["config"]
+    try:
+        expected = dict(_leaves(load_part(items, Objective(**config.get("slo", {})), config["seed"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: items.json beside it holds no requests of a deployment test: {error}") from error
+    said = dict(_leaves({name: record.get(name) for name in ("load", "alone") if name in record}))
+    for name in {**expected, **said}:
+        one, other = said.get(name), expected.get(name)
+        close = isinstance(one, int | float) and isinstance(other, int | float) and math.isclose(one, other)
+        if not close and one != other and not name.endswith((".low", ".high")):
+            raise DataError(
+                f"{file}: {name} is {one} and items.json beside it gives {other}: one of the two was edited; "
+                "take both as the run wrote them"
+            )
+
+
+def _leaves(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value

@@ -12,6 +12,7 @@ from astbench.tables.layout import Row, Table, markdown, stale_runs
 from astbench.tables.pages import (
     benches,
     chosen,
+    deploy,
     perplexity,
     questions,
     recall,
@@ -42,6 +43,7 @@ KINDS: dict[str, Maker] = {
     "decode": benches.decode,
     "kernel": benches.kernel,
     "speed": benches.speed,
+    "deploy": deploy.tables,
 }
 """`kind` of a table.yaml -> what makes the tables."""
 
@@ -92,6 +94,7 @@ def page(
         *([DENSITY] if any(head.startswith("density") for table in tables for head in table.head) else []),
         block(tables, numbered=True).rstrip(),
         *_daggers(tables),
+        *_drawn(folder, at),
         *_curves(tables[0], at),
         "## How each row repeats",
         *_repeats(group, groups, tables[0], recipes),
@@ -140,6 +143,12 @@ def _daggers(tables: Sequence[Table]) -> list[str]:
 
 def _rows(numbers: Sequence[int]) -> str:
     return f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _drawn(folder: Path, at: Path) -> list[str]:
+    """The picture of all records together, where there is one."""
+    file = folder / "curves.svg"
+    return [f"![Curves]({_link(file, at)})"] if file.is_file() else []
 
 
 def _curves(table: Table, at: Path) -> list[str]:

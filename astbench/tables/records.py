@@ -156,14 +156,15 @@ def read_groups(results: Path) -> dict[str, Group]:
     found = {}
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         if (folder / SIDECAR).is_file() or any(folder.glob(f"*/{RECORD}")):
-            found[folder.name] = _group(folder)
+            found[folder.name] = read_group(folder)
     if not found:
         hint = f"; name the folder above it: --results={results.parent}" if any(results.glob(f"*/{RECORD}")) else ""
         raise DataError(f"--results={results} holds no NAME/RUN/{RECORD}{hint}")
     return found
 
 
-def _group(folder: Path) -> Group:
+def read_group(folder: Path) -> Group:
+    """One group, of the records in a folder. Raises as :func:`read_groups`."""
     said = _sidecar(folder / SIDECAR)
     records = {file.parent.name: read_record(file) for file in sorted(folder.glob(f"*/{RECORD}"))}
     entries = _entries(folder / SIDECAR, said, records)
@@ -175,7 +176,8 @@ def _group(folder: Path) -> Group:
     ]
     for run in runs:
         check_options(run.folder / RECORD, run.record)
-        if (run.name in entries and run.record.get("metrics")) or (run.folder / ITEMS).is_file():
+        kept = run.record["command"] == "deploy-test" or (run.name in entries and run.record.get("metrics"))
+        if kept or (run.folder / ITEMS).is_file():
             check_scores(run.folder / RECORD, run.record, run.items())
     first = next(iter(records.values()), None)
     return Group(
@@ -199,6 +201,8 @@ def kind_of(record: Record) -> str:
     """
     if record["command"] == "bench":
         return "decode" if record["config"].get("modes") == "decode" else "cost"
+    if record["command"] == "deploy-test":
+        return "deploy"
     kinds = {
         "triviaqa": "questions",
         "squad": "questions",

@@ -58,6 +58,8 @@ def run(words: list[str]) -> int:
     from astbench.files.writing import write_json
     from astbench.loadtest.arrivals import poisson
     from astbench.loadtest.client import send_all
+    from astbench.loadtest.objective import Objective
+    from astbench.loadtest.resources import resources
     from astbench.loadtest.summary import summary
     from astbench.runs.record import new_record
 
@@ -69,15 +71,16 @@ def run(words: list[str]) -> int:
             f"no request is due in --seconds={given.seconds:g} at --rate={given.rate:g}; raise one of them"
         )
     console.say(f"{len(due)} requests to {given.url}{path} in {given.seconds:g} s")
-    before = _resources(_get(given.url, "/metrics", key))
+    before = resources(_get(given.url, "/metrics", key))
     sent = asyncio.run(send_all(given.url + path, bodies(path, _REQUESTS, given.max_tokens), due, given.timeout, key))
-    after = _resources(_get(given.url, "/metrics", key))
-    found = summary(sent, given.seconds, given.slo)
+    after = resources(_get(given.url, "/metrics", key))
+    found = summary(sent, given.seconds, Objective(latency=given.slo))
     found["server"] = {
         "model": server.get("model"),
         "attention": server.get("attention"),
         "cpu_seconds": after["cpu"] - before["cpu"] if "cpu" in after and "cpu" in before else None,
         "resident_bytes": after.get("rss"),
+        "gpu_peak_bytes": after.get("gpu_peak"),
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(given.out, {**record, "state": "done", "loadtest": found})
@@ -116,20 +119,14 @@ def _get(url: str, path: str, key: str) -> str:
         raise ConfigError(f"{url}{path} gives no answer: {' '.join(str(reason).split())[:200]}") from error
 
 
-def _resources(metrics: str) -> dict[str, float]:
-    """Of the server's process, as its metrics tell."""
-    names = {"cpu": "process_cpu_seconds_total", "rss": "process_resident_memory_bytes"}
-    found = {key: re.search(rf"^{name} (\S+)$", metrics, re.MULTILINE) for key, name in names.items()}
-    return {key: float(match[1]) for key, match in found.items() if match}
-
-
 def _say(found: dict[str, Any], out: Path) -> None:
     def seconds(value: float | None) -> str:
         return "never" if value is None else f"{value:.3f} s"
 
     latency = {
-        f"latency {q}": f"{seconds(x['value'])} (95%: {seconds(x['low'])} to {seconds(x['high'])})"
-        for q, x in found["latency_seconds"].items()
+        f"{what} {q}": f"{seconds(x['value'])} (95%: {seconds(x['low'])} to {seconds(x['high'])})"
+        for key, what in (("latency", "latency"), ("ttft", "first token"), ("tpot", "a token"))
+        for q, x in found.get(f"{key}_seconds", {}).items()
     }
     lag = found["client_lag_seconds"]
     console.table(
@@ -138,7 +135,7 @@ def _say(found: dict[str, Any], out: Path) -> None:
             + ", ".join(f"{n} x {outcome}" for outcome, n in found["outcomes"].items()),
             **latency,
             "throughput": f"{found['throughput_per_second']:.2f} a second, {found['offered_per_second']:.2f} asked for",
-            "goodput": f"{found['goodput_per_second']:.2f} a second within {found['slo_seconds']:g} s",
+            "goodput": f"{found['goodput_per_second']:.2f} a second within {found['slo_seconds']['latency']:g} s",
             "client's lag": f"{seconds(lag['p50'])} in the middle, {seconds(lag['max'])} at most",
             "record": out,
         }

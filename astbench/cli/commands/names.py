@@ -14,6 +14,7 @@ OWN = {
     "analyze": "what an attention chose, by layer, head, distance and token, beside dense attention",
     "serve": "a trained model behind HTTP: texts as OpenAI's clients ask for them, translations, answers",
     "loadtest": "a server under load that comes at random times: latencies, throughput, what failed",
+    "deploy-test": "attentions served in turn under the same load: latencies, goodput, memory, up to past the knee",
     "run": "a sweep: many runs from one file, each once; a second start does what is left",
     "table": "result tables from records: shown, written into documents, or compared with them",
     "report": "one page of HTML from records: leaderboard, costs, runs, what was chosen",

@@ -115,7 +115,10 @@ def _words(book: Book, run: Run, options: list[str]) -> list[str]:
     """
     again = repeat(run, book.read_recipes)
     given = {LONG.get(name, name) for option in options if (name := option.partition("=")[0].removeprefix("--"))}
-    words = [again.command, *([f"--config={book.recipes.parent / again.recipe}"] if again.recipe else [])]
+    words = [
+        *again.command.split(" ", 1),
+        *([f"--config={book.recipes.parent / again.recipe}"] if again.recipe else []),
+    ]
     for key, value in again.options.items():
         option = f"--{again.typed(key)}"
         if key in given:
@@ -131,7 +134,7 @@ def _words(book: Book, run: Run, options: list[str]) -> list[str]:
 
 def _repeat(book: Book, run: Run, words: list[str], folder: Path) -> bool:
     """Run it and hold it against the record; whether it holds."""
-    if run.record["command"] == "bench":
+    if run.record["command"] in ("bench", "deploy-test"):
         raise ConfigError(
             f"{_name(run)} measures times, which belong to a machine; run the command above, and lay its table beside"
         )

@@ -41,6 +41,7 @@ Models that translate: /translate. Models that answer questions about documents:
   --read_timeout SECONDS  for a client to send a request, and to take the answer (default: {DEFAULTS["read_timeout"]:g})
   --drain SECONDS         for running requests after SIGTERM (default: {DEFAULTS["drain"]:g})
   --device NAME           cpu, cuda, cuda:1 (default: cuda where there is one)
+  --dtype NAME            of weights and activations: float32, bfloat16 or float16 (default: float32)
   --threads N             torch threads
   --chat_template FILE    how a conversation becomes a prompt, where the tokenizer does not say (Jinja)
   --plugins=FILE.py       attentions and tasks of your own
@@ -48,7 +49,8 @@ Models that translate: /translate. Models that answer questions about documents:
 With {KEY}=KEY in the environment, requests must bring `Authorization: Bearer KEY`. See docs/serve.md."""
 
 _PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
-_OWN = ("device", "threads", "chat_template")
+_DTYPES = ("float32", "bfloat16", "float16")
+_OWN = ("device", "dtype", "threads", "chat_template")
 
 
 def run(words: list[str]) -> int:
@@ -68,7 +70,7 @@ def run(words: list[str]) -> int:
 
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    served.module.to(_device(given.device))
+    served.module.to(_device(given.device), getattr(torch, given.dtype))
     if given.chat_template is not None:
         served.tokenizer.chat_template = _template(given.chat_template)
     from astbench.serving.app import build_app
@@ -79,7 +81,7 @@ def run(words: list[str]) -> int:
     console.table(
         {
             "attention": " ".join(f"{name}={value}" for name, value in served.module.attention.items())[:200],
-            "device": f"{served.model.device}, {torch.get_num_threads()} threads",
+            "device": f"{served.model.device}, {given.dtype}, {torch.get_num_threads()} threads",
             "limits": f"{service.limit} tokens, {options.max_batch} at a time, {options.queue} waiting",
             "key": "asked for" if key else f"none; set {KEY} to ask for one",
             **{f"note {number}": note for number, note in enumerate(served.notes, 1)},
@@ -97,6 +99,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         kind = type(default) if default is not None else int
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--device", default=None)
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--chat_template", type=Path, default=None)
     parser.add_argument("--backbone", default=None)

@@ -1,0 +1,1 @@
+"""Attentions served in turn under the same load: cells, records and curves. The command is `astbench deploy-test`."""
