@@ -18,7 +18,7 @@ from astbench.runs.folder import RECORD
 from astbench.runs.record import config_hash, read_record
 
 CAPACITY = "capacity"
-"""`rate` of the cell that measures the reference: a few requests one by one, then as many at once as run together."""
+"""`rate` of the first cell of a server and length: a few requests one by one, then as many at once as run together."""
 
 COMMAND = "deploy-test"
 
@@ -86,7 +86,12 @@ def config_of(recipe: Recipe, cell: Cell, calibration: Calibration | None) -> di
     rate: dict[str, Any] = {"rate": CAPACITY}
     if cell.rate is not None:
         per_second, objective = rate_of(recipe, cell, calibration)
-        rate = {"rate": per_second, "slo": objective.said(), "good_share": recipe.good_share}
+        rate = {
+            "rate": per_second,
+            "requests": cell.load.requests,
+            "slo": objective.said(),
+            "good_share": recipe.good_share,
+        }
         rate |= {"of_capacity": cell.rate} if recipe.of_capacity else {}
     return {
         "server": cell.served.name,
@@ -99,7 +104,6 @@ def config_of(recipe: Recipe, cell: Cell, calibration: Calibration | None) -> di
         **({"question": recipe.question} if recipe.route == "/answer" else {}),
         "length": cell.load.length,
         "output": cell.load.output,
-        "requests": cell.load.requests,
         **rate,
         "client_timeout": recipe.timeout,
         "seed": recipe.seed,

@@ -123,7 +123,7 @@ class Recipe:
 
     @property
     def calibrated(self) -> bool:
-        """Whether what the reference takes alone, and its capacity, have to be measured first."""
+        """Whether rates or objectives follow from what the reference takes."""
         return self.of_capacity or any(key.endswith("_times") for load in self.loads for key in load.slo)
 
 

@@ -50,8 +50,7 @@ def cells(recipe: Recipe) -> Iterator[Cell]:
     """Every cell: server by server, length by length, rate by rate."""
     for served in recipe.servers:
         for load in recipe.loads:
-            if served is recipe.reference and recipe.calibrated:
-                yield cell_of(recipe, served, load, None)
+            yield cell_of(recipe, served, load, None)
             yield from (cell_of(recipe, served, load, rate) for rate in recipe.rates)
 
 
@@ -126,8 +125,7 @@ class _OfServer:
         """All cells of a length, up to the first rate that is not held."""
         self._warm = False
         recipe, served = self._recipe, self._served
-        if served is recipe.reference and recipe.calibrated:
-            self._cell(cell_of(recipe, served, load, None), None)
+        self._cell(cell_of(recipe, served, load, None), None)
         calibration = _calibration(recipe, load)
         for rate in recipe.rates:
             cell = cell_of(recipe, served, load, rate)

@@ -33,15 +33,20 @@ def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
     runs = _ordered([run for run in group.runs if run.record["config"]["rate"] != _CAPACITY])
     if not runs:
         return []
-    return [_gains(group.name, runs), _rates(group.name, runs)]
+    alone = {_place(run): run for run in group.runs if run.record["config"]["rate"] == _CAPACITY}
+    return [_gains(group.name, runs, alone), _rates(group.name, runs)]
 
 
 def curves(runs: Sequence[Run]) -> dict[tuple[int, str], list[Run]]:
     """Length and server -> its cells by rate; the reference first."""
     found: dict[tuple[int, str], list[Run]] = {}
     for run in _ordered([run for run in runs if run.record["config"]["rate"] != _CAPACITY]):
-        found.setdefault((run.record["config"]["length"], run.record["config"]["server"]), []).append(run)
+        found.setdefault(_place(run), []).append(run)
     return found
+
+
+def _place(run: Run) -> tuple[int, str]:
+    return run.record["config"]["length"], run.record["config"]["server"]
 
 
 def knee_of(cells: Sequence[Run]) -> Knee:
@@ -58,7 +63,7 @@ def _ordered(runs: Sequence[Run]) -> list[Run]:
     return sorted(runs, key=key)
 
 
-def _gains(name: str, runs: Sequence[Run]) -> Table:
+def _gains(name: str, runs: Sequence[Run], alone: Mapping[tuple[int, str], Run]) -> Table:
     by_curve = curves(runs)
     reference = str(runs[0].record["config"]["reference"])
     streamed = "ttft_seconds" in runs[0].record["load"]
@@ -67,30 +72,48 @@ def _gains(name: str, runs: Sequence[Run]) -> Table:
         dense = by_curve.get((length, reference), [])
         pair = _lowest_common(cells, dense) if server != reference else None
         ratios = _ratios(*pair, streamed) if pair else _Ratios.none(streamed)
-        best = [max(run.record["load"][f"{what}_per_second"] for run in cells) for what in ("goodput", "throughput")]
+        best = max(run.record["load"]["goodput_per_second"] for run in cells)
         memory = max((run.memory or 0) for run in cells)
         row = (
             f"`{server}`",
             f"{length:,}",
+            *_alone(alone.get((length, server)), alone.get((length, reference)), streamed),
             *ratios.said,
             knee_of(cells).said(),
-            *(f"{number:.3g}" for number in best),
+            f"{best:.3g}",
             f"{memory / 2**30:.2f}" if memory else "",
             ratios.verdict,
         )
-        rows.append(Row(row, tuple(cells)))
+        rows.append(Row(row, (*cells, *(run for place, run in alone.items() if place == (length, server)))))
     times = ("first token", "a token after it") if streamed else ()
     head = (
         "served",
         "tokens",
-        *(f"{what}, times {reference}'s (95%)" for what in (*times, "whole answer")),
+        *(("alone: first token, s", "alone: a token, ms") if streamed else ("alone, s",)),
+        f"capacity, requests a second (times {reference}'s)",
+        *(f"at the lowest rate: {what}, times {reference}'s (95%)" for what in (*times, "whole answer")),
         "held up to, requests a second",
         "answered well a second, at most",
-        "answered a second, at most",
         "peak memory, GiB",
         f"whole answers beside {reference}'s",
     )
-    return Table(f"{name}.gains", f"Beside {reference}: at the lowest rate, and up to the knee", head, 1, tuple(rows))
+    return Table(
+        f"{name}.gains", f"Alone, at the lowest rate and up to the knee, beside {reference}", head, 1, tuple(rows)
+    )
+
+
+def _alone(run: Run | None, reference: Run | None, streamed: bool) -> tuple[str, ...]:
+    """What a request takes that comes alone, and how many are answered a second when many come at once."""
+    if run is None:
+        return ("",) * (3 if streamed else 2)
+    took, capacity = run.record["alone"], run.record["load"]["throughput_per_second"]
+    times: tuple[str, ...] = (f"{took['latency']:.3g}",)
+    if streamed:  # a text of one token has no time a token
+        times = (f"{took['ttft']:.3g}", f"{1000 * took['tpot']:.3g}" if "tpot" in took else "-")
+    over = (
+        f" ({capacity / reference.record['load']['throughput_per_second']:.2f})" if reference not in (None, run) else ""
+    )
+    return (*times, f"{capacity:.3g}{over}")
 
 
 class _Ratios:
