@@ -12,10 +12,11 @@ from typing import Any
 from astbench.deploy.recipe import Load, Recipe, Served
 from astbench.errors import ConfigError, DataError
 from astbench.files.paths import other_kind
-from astbench.files.writing import sha256
+from astbench.files.writing import TEMPORARY, sha256
 from astbench.loadtest.objective import Objective
 from astbench.runs.folder import RECORD
 from astbench.runs.record import config_hash, read_record
+from astbench.tables.records import ITEMS
 
 CAPACITY = "capacity"
 """`rate` of the first cell of a server and length: a few requests one by one, then as many at once as run together."""
@@ -118,7 +119,7 @@ def finished(cell: Cell, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     record = read_record(cell.folder / RECORD)
     if record is None or record.get("state") != "done":
-        if cell.folder.is_dir() and any(cell.folder.iterdir()) and record is None:
+        if record is None and cell.folder.is_dir() and any(_foreign(file) for file in cell.folder.iterdir()):
             raise ConfigError(f"{cell.folder} holds files and no record; give the recipe another folder")
         return None
     if record.get("config_hash") == config_hash(dict(config)):
@@ -137,6 +138,11 @@ def _digest(text: Path) -> str:
     if not text.is_file():
         raise DataError(f"text: {text} does not exist{other_kind(text)}; name a file of text")
     return sha256(text)
+
+
+def _foreign(file: Path) -> bool:
+    """Whether a file is none that a kill leaves behind."""
+    return file.name != ITEMS and not file.name.endswith(TEMPORARY)
 
 
 def _plain(value: Any) -> str:

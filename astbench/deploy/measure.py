@@ -46,7 +46,8 @@ class Measure:
         """
         (row,) = self._send(server, self._workload.bodies(cell.load, 1), [0.0])
         if not row.ok:
-            raise ServerFailed(f"a request of {cell.load.length} tokens ended with {row.outcome}")
+            hint = "; is it longer than the model takes?" if row.outcome in ("400", "413") else ""
+            raise ServerFailed(f"a request of {cell.load.length} tokens ended with {row.outcome}{hint}")
 
     def capacity(self, cell: Cell, server: Server) -> Found:
         """What one request takes alone, and how many a second are answered when as many come as run together.

@@ -174,8 +174,10 @@ def read_recipe(path: Path) -> Recipe:
 def _read(path: Path) -> Any:
     try:
         return plain_yaml(read_text(path))
-    except (DataError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from error
 
 
 def _each_has_a_model(said: Mapping[str, Any]) -> bool:

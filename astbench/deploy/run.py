@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from astbench.console import say
 from astbench.deploy.cells import COMMAND, Calibration, Cell, cell_of, config_of, finished
 from astbench.deploy.measure import Found, Measure
+from astbench.deploy.plan import BEYOND, DONE, FAILED, OPEN, calibration_of, held, plan, show
 from astbench.deploy.recipe import Load, Recipe, Served
 from astbench.deploy.server import Server, ServerFailed
 from astbench.deploy.workload import Workload
@@ -23,44 +24,6 @@ from astbench.runs.record import new_record
 from astbench.serving.options import KEY
 from astbench.sweeps.journal import Journal, alone
 from astbench.tables.records import ITEMS, SIDECAR
-
-DONE, FAILED, OPEN, BEYOND = "done", "failed", "to run", "past the knee"
-"""States of a cell; at a rate above one that was not held nothing is measured."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A cell and how far it is; `why` it failed."""
-
-    cell: Cell
-    state: str
-    why: str = ""
-
-
-def plan(recipe: Recipe) -> list[Planned]:
-    """The cells in the order in which they run, with their states.
-
-    Raises:
-        ConfigError: another cell's record lies in a folder.
-    """
-    return [Planned(cell, *_state(recipe, cell)) for cell in cells(recipe)]
-
-
-def cells(recipe: Recipe) -> Iterator[Cell]:
-    """Every cell: server by server, length by length, rate by rate."""
-    for served in recipe.servers:
-        for load in recipe.loads:
-            yield cell_of(recipe, served, load, None)
-            yield from (cell_of(recipe, served, load, rate) for rate in recipe.rates)
-
-
-def show(recipe: Recipe, planned: Sequence[Planned]) -> None:
-    """A line a cell."""
-    left = sum(one.state == OPEN for one in planned)
-    say(f"{recipe.path}: {len(planned)} cells in {recipe.folder}, {left} to run")
-    width = max(len(one.cell.name) for one in planned)
-    for one in planned:
-        say(f"  {one.cell.name:<{width}}  {one.state:<13}  {one.why}".rstrip())
 
 
 def run(recipe: Recipe, words: Sequence[str], *, retry: bool = False, plugins: Sequence[str] = ()) -> int:
@@ -78,11 +41,14 @@ def run(recipe: Recipe, words: Sequence[str], *, retry: bool = False, plugins: S
         Stopped: asked to stop; the server is, too, and finished cells stay.
     """
     with alone(recipe.folder):
-        show(recipe, plan(recipe))
+        show(recipe, planned := plan(recipe))
+        workload = Workload(recipe)
+        if any(one.state == OPEN or (retry and one.state == FAILED) for one in planned):
+            workload.check()
         journal = Journal(recipe.folder, recipe.path)
         if not (recipe.folder / SIDECAR).exists():
             write_text(recipe.folder / SIDECAR, f"kind: deploy\ntitle: {json.dumps(recipe.title)}\n")
-        measure = Measure(recipe, Workload(recipe), os.environ.get(KEY, ""))
+        measure = Measure(recipe, workload, os.environ.get(KEY, ""))
         for served in recipe.servers:
             with _OfServer(recipe, served, measure, journal, words, plugins, retry) as one:
                 for load in recipe.loads:
@@ -126,7 +92,7 @@ class _OfServer:
         self._warm = False
         recipe, served = self._recipe, self._served
         self._cell(cell_of(recipe, served, load, None), None)
-        calibration = _calibration(recipe, load)
+        calibration = calibration_of(recipe, load)
         for rate in recipe.rates:
             cell = cell_of(recipe, served, load, rate)
             if recipe.calibrated and calibration is None:
@@ -134,7 +100,7 @@ class _OfServer:
                 self._failed(cell, time.monotonic(), f"{name} failed, which says at what rate requests come")
                 continue
             record = self._cell(cell, calibration)
-            if record is not None and not _held(record):
+            if record is not None and not held(record):
                 return
 
     def _cell(self, cell: Cell, calibration: Calibration | None) -> dict[str, Any] | None:
@@ -184,7 +150,7 @@ class _OfServer:
             raise ServerFailed(self._never)
         if self._server is None:
             words = self._served.words(self._recipe.serve, self._plugins)
-            say(f"astbench {' '.join(words)}")
+            say(f"astbench {shlex.join(words)}")
             server = Server(words, self._recipe.folder / "logs" / f"{self._served.name}.log", os.environ.get(KEY, ""))
             try:
                 self._server = self._running.enter_context(server)
@@ -200,37 +166,6 @@ class _OfServer:
             (cell.folder / ITEMS).unlink(missing_ok=True)
             write_json(cell.folder / RECORD, {**record, "state": FAILED, "error": why})
         say(f"{cell.name} FAILED after {time.monotonic() - began:.0f} s: {why}")
-
-
-def _state(recipe: Recipe, cell: Cell) -> tuple[str, str]:
-    """How far a cell is, and why it failed."""
-    calibration = None
-    if cell.rate is not None and recipe.calibrated:
-        calibration = _calibration(recipe, cell.load)
-    if cell.rate is None or calibration is not None or not recipe.calibrated:
-        if finished(cell, config_of(recipe, cell, calibration)) is not None:
-            return DONE, ""
-        lower = [cell_of(recipe, cell.served, cell.load, rate) for rate in recipe.rates if rate < (cell.rate or 0)]
-        records = [finished(one, config_of(recipe, one, calibration)) for one in lower]
-        if any(record is not None and not _held(record) for record in records):
-            return BEYOND, ""
-    if recipe.folder.is_dir() and (why := Journal(recipe.folder, recipe.path).failure(cell.name)):
-        return FAILED, why
-    return OPEN, ""
-
-
-def _calibration(recipe: Recipe, load: Load) -> Calibration | None:
-    """What the reference takes at a length, where it was measured."""
-    if not recipe.calibrated:
-        return None
-    cell = cell_of(recipe, recipe.reference, load, None)
-    record = finished(cell, config_of(recipe, cell, None))
-    return None if record is None else Calibration.of(record)
-
-
-def _held(record: dict[str, Any]) -> bool:
-    """Whether the share of good answers stayed."""
-    return bool(record["load"]["good_share"] >= record["config"]["good_share"])
 
 
 def _told(record: dict[str, Any]) -> str:

@@ -26,6 +26,15 @@ class Workload:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
 
+    def check(self) -> None:
+        """Whether the text is long enough for every load, before any server starts.
+
+        Raises:
+            DataError: it is not, or cannot be read.
+        """
+        for load in self._recipe.loads:
+            self.bodies(load, 1)
+
     def bodies(self, load: Load, count: int) -> list[dict[str, Any]]:
         """The first so many requests of a load.
 

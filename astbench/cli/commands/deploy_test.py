@@ -37,12 +37,14 @@ def run(words: list[str]) -> int:
     recipe = read_recipe(given.recipe)
     if not given.plan and find_spec("aiohttp") is None:
         raise MissingPackageError("astbench deploy-test needs aiohttp: pip install 'astbench[serve,loadtest]'")
-    from astbench.deploy import run as runner
-
     if given.plan:
-        runner.show(recipe, runner.plan(recipe))
+        from astbench.deploy.plan import plan, show
+
+        show(recipe, plan(recipe))
         return 0
-    return runner.run(recipe, words, retry=given.retry, plugins=given.plugins)
+    from astbench.deploy.run import run as start
+
+    return start(recipe, words, retry=given.retry, plugins=given.plugins)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -128,10 +128,14 @@ class _Ratios:
 
 
 def _lowest_common(cells: Sequence[Run], dense: Sequence[Run]) -> tuple[Run, Run] | None:
-    """Cells of the lowest rate that both have."""
-    theirs = {run.record["config"]["rate"]: run for run in dense}
-    common = [run for run in cells if run.record["config"]["rate"] in theirs]
-    return (common[0], theirs[common[0].record["config"]["rate"]]) if common else None
+    """Cells of the lowest rate at which both got the same requests."""
+
+    def same(run: Run) -> tuple[Any, ...]:
+        return tuple(run.record["config"][key] for key in ("rate", "requests", "output", "seed"))
+
+    theirs = {same(run): run for run in dense}
+    common = [run for run in cells if same(run) in theirs]
+    return (common[0], theirs[same(common[0])]) if common else None
 
 
 def _ratios(one: Run, other: Run, streamed: bool) -> _Ratios:

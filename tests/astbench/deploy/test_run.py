@@ -13,6 +13,7 @@ import yaml
 
 from astbench.deploy import run as runner
 from astbench.deploy import workload
+from astbench.deploy.plan import plan
 from astbench.deploy.recipe import read_recipe
 from astbench.errors import ConfigError, DataError
 from astbench.loadtest.client import Sent
@@ -74,7 +75,7 @@ def gone(pid):
 
 
 def states(recipe):
-    return {one.cell.name: one.state for one in runner.plan(recipe)}
+    return {one.cell.name: one.state for one in plan(recipe)}
 
 
 def test_each_cell_is_measured_once_by_one_server(recipe, capsys):
@@ -130,7 +131,7 @@ def test_a_server_that_dies_fails_its_cell_and_the_rest_goes_on(recipe, capsys):
 def test_cells_of_a_capacity_that_failed_say_so(recipe):
     found = recipe({"a": 2, "b": 1}, rates={"of_capacity": [1]})
     assert start(found) == 1
-    why = {one.cell.name: one.why for one in runner.plan(found)}
+    why = {one.cell.name: one.why for one in plan(found)}
     assert why["b-32-1x"] == "a-32-capacity failed, which says at what rate requests come"
 
 
@@ -140,10 +141,23 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe):
         start(recipe({"a": 1}, rates={"per_second": [20]}, load=[{"length": 32, "output": 4, "requests": 7}]))
 
 
+def test_what_a_kill_leaves_behind_is_no_obstacle(recipe):
+    found = recipe({"a": 1}, rates={"per_second": [20]})
+    folder = Path("runs/d/a-32-20ps")
+    folder.mkdir(parents=True)
+    (folder / "items.json").write_text("{}")
+    (folder / ".record.json.x.tmp").write_text("{")
+    assert start(found) == 0
+    (folder / "record.json").unlink()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="a-32-20ps holds files and no record"):
+        start(found)
+
+
 def test_a_text_that_is_too_short(recipe):
     with pytest.raises(DataError, match=r"t.txt has 300 tokens and a prompt needs 396; name a longer text"):
         start(recipe({"a": 1}, load=[{"length": 400, "output": 4, "requests": 1}]))
-    assert all(gone(pid) for pid, _ in servers())
+    assert not servers()
 
 
 def test_an_edited_record_is_found_out(recipe):
