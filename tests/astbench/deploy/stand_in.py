@@ -1,7 +1,7 @@
 """Stands in for `astbench serve` where only the deployment test is tested: answers as a server does, in no time.
 
 `stand_in.py PARENT serve MODEL --attention=local --attention.window=N ...`; what it does is said by the window:
-1 serves, 2 refuses to start, 3 is killed by its 18th request, 4 answers slowly, one request after another.
+1 serves, 2 refuses to start, 3 is killed by its 18th request, 5 by its 7th, 4 answers slowly, one after another.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ class Answers(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         seen.append(body)
-        if kind == "3" and len(seen) > 17:
+        if len(seen) >= {"3": 18, "5": 7}.get(kind, 10**6):
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "4":
             with one:

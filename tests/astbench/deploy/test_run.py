@@ -128,6 +128,27 @@ def test_a_server_that_dies_fails_its_cell_and_the_rest_goes_on(recipe, capsys):
     assert states(found)["a-32-40ps"] == "done" and len(servers()) == 5  # a new one has not had its 18th request
 
 
+def test_nobody_waits_for_the_requests_of_a_dead_server(recipe):
+    """The seventh request is the first of a minute of them."""
+    found = recipe({"a": 5}, rates={"per_second": [1]}, load=[{"length": 32, "output": 4, "requests": 60}])
+    began = time.monotonic()
+    assert start(found) == 1
+    assert time.monotonic() - began < 40 and states(found)["a-32-1ps"] == "failed"
+
+
+def test_requests_have_exactly_so_many_tokens_and_are_the_same_for_all(recipe):
+    found = recipe({"a": 1, "b": 1})
+    made = [workload.Workload(found).bodies(found.loads[0], 5) for _ in range(2)]
+    assert made[0] == made[1] and len({tuple(body["prompt"]) for body in made[0]}) > 1
+    assert all(len(body["prompt"]) == 28 and body["max_tokens"] == 4 for body in made[0])  # 32 together
+    text = Path("t.txt").read_text()
+    assert all(bytes(body["prompt"]).decode() in text for body in made[0])
+    asked = recipe({"a": 1}, path="/answer", load=[{"length": 32, "requests": 5}], slo={"latency": 1}, question="who")
+    documents = workload.Workload(asked).bodies(asked.loads[0], 5)
+    assert all(len(body["document"]) == 32 and body["document"] in text for body in documents)
+    assert {body["question"] for body in documents} == {"who"}
+
+
 def test_cells_of_a_capacity_that_failed_say_so(recipe):
     found = recipe({"a": 2, "b": 1}, rates={"of_capacity": [1]})
     assert start(found) == 1
