@@ -192,14 +192,8 @@ def understood(line):
         return [command, "--help"]
     if command in INSTEAD:
         return [command, *words, *INSTEAD[command]]
-    if command in (
-        "table",
-        "report",
-        "push",
-        "serve",
-        "loadtest",
-        "deploy-test",
-    ):  # README's show one; the others: tests/astbench
+    # README's show one; the others: tests/astbench
+    if command in ("table", "report", "push", "serve", "loadtest", "deploy-test"):
         return [command, "--help"]
     if "--help" in words or "--resume=runs/NAME" in words or command in ("--help", "list", "describe", "doctor"):
         return [command, *words]

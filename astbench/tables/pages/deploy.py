@@ -196,6 +196,7 @@ def _rates(name: str, runs: Sequence[Run]) -> Table:
             f"{100 * load['good_share']:.0f}",
             str(load["requests"] - load["answered"]),
             "" if server["cores_busy"] is None else f"{server['cores_busy']:.2f}",
+            _each(server["cpu_seconds"], load["answered"]),
             "" if run.memory is None else f"{run.memory / 2**30:.2f}",
         )
         rows.append(Row(row, (run,)))
@@ -213,9 +214,14 @@ def _rates(name: str, runs: Sequence[Run]) -> Table:
         "answered well, %",
         "failed",
         "cores busy",
+        "CPU seconds an answer",
         "peak memory, GiB",
     )
     return Table(f"{name}.rates", "Every rate", head, 1, tuple(rows))
+
+
+def _each(seconds: float | None, answered: int) -> str:
+    return "" if seconds is None or not answered else f"{seconds / answered:.3g}"
 
 
 def _slo(said: Mapping[str, float]) -> str:
