@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Mapping
 from importlib.util import find_spec
 from os.path import exists, isdir
 from pathlib import Path
@@ -15,12 +16,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+import astbench.backbones.cct  # noqa: F401  # makes it known to the auto classes
 from astbench.backbones.presets import PRESETS, BackboneConfig, Head, resolve_preset
 from astbench.errors import ConfigError, MissingPackageError, NameOrPluginError
 from astbench.files.reading import read_by_library
@@ -32,12 +35,17 @@ _AUTO = {
     "causal_lm": AutoModelForCausalLM,
     "seq2seq": AutoModelForSeq2SeqLM,
     "sequence_classification": AutoModel,
+    "image_classification": AutoModelForImageClassification,
 }
 _TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 def load_backbone(
-    config: BackboneConfig, head: Head, *, tokenizer: PreTrainedTokenizerBase | None = None
+    config: BackboneConfig,
+    head: Head,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A Hugging Face model with its head, in float32 and in its own (sdpa) attention.
 
@@ -45,6 +53,7 @@ def load_backbone(
         config: Preset, folder or hub name, and length.
         head: Which head stands on it.
         tokenizer: Gives a preset its vocabulary and special tokens.
+        settings: More of a preset's configuration, which depends on the data.
 
     Raises:
         ConfigError: unknown preset, or a folder without weights.
@@ -53,7 +62,7 @@ def load_backbone(
     """
     preset = resolve_preset(config.name, head)
     if preset:
-        return _from_preset(preset, head, tokenizer, config.max_positions)
+        return _from_preset(preset, head, tokenizer, config.max_positions, settings or {})
     model = _from_pretrained(config, head)
     if config.max_positions and config.max_positions > max_positions(model):
         extend_positions(model, config.max_positions)
@@ -61,9 +70,13 @@ def load_backbone(
 
 
 def _from_preset(
-    name: str, head: Head, tokenizer: PreTrainedTokenizerBase | None, max_positions: int | None
+    name: str,
+    head: Head,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_positions: int | None,
+    more: Mapping[str, Any],
 ) -> PreTrainedModel:
-    settings = dict(PRESETS[name])
+    settings = {**PRESETS[name], **more}
     if max_positions:
         settings["max_position_embeddings"] = max_positions
     model_type = settings.pop("model_type")

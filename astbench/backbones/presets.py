@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Head = Literal["question_answering", "causal_lm", "seq2seq", "sequence_classification"]
-"""What stands on the backbone: span extraction, next-token prediction, a decoder that translates, or what the task
-itself puts there."""
+Head = Literal["question_answering", "causal_lm", "seq2seq", "sequence_classification", "image_classification"]
+"""What stands on the backbone: span extraction, next-token prediction, a decoder that translates, what the task itself
+puts there, or the classes of pictures."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ _INDUCTION_SIZES = {
     # as above; as many kv heads as heads
     "tiny": (128, 2, 2, 2, 352),
     "small": (256, 2, 2, 2, 704),
+}
+_CCT_SIZES = {
+    # layers / kernel size x convolutions, as the paper calls them: hidden, heads, feed-forward
+    "2/3x2": (128, 2, 128),
+    "7/3x1": (256, 4, 512),
 }
 
 
@@ -175,6 +180,31 @@ def _llama_copying(size: str) -> dict[str, Any]:
     return {**_llama(size), "copying": True}
 
 
+def _cct(size: str) -> dict[str, Any]:
+    layers, _, convolutions = size.partition("/")
+    kernel_size, _, number = convolutions.partition("x")
+    hidden, heads, feed_forward = _CCT_SIZES[size]
+    return {
+        "model_type": "cct",
+        "num_conv_layers": int(number),
+        "kernel_size": int(kernel_size),
+        "hidden_size": hidden,
+        "num_hidden_layers": int(layers),
+        "num_attention_heads": heads,
+        "intermediate_size": feed_forward,
+    }
+
+
+def cct_tokens(image_size: int, num_conv_layers: int, kernel_size: int) -> int:
+    """Tokens that a CCT's tokenizer makes of a square picture, by the sizes of its convolutions and poolings."""
+    stride, padding = max(1, kernel_size // 2 - 1), max(1, kernel_size // 2)
+    side = image_size
+    for _ in range(num_conv_layers):
+        side = (side + 2 * padding - kernel_size) // stride + 1
+        side = (side - 1) // 2 + 1  # pooling, 3 wide, by steps of 2
+    return side * side
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     f"{family}-{size}": make(size)
     for family, make, sizes in (
@@ -185,6 +215,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ("marian", _marian, _SEQ2SEQ_SIZES),
         ("induction", _induction, _INDUCTION_SIZES),
         ("llama-copying", _llama_copying, _DECODER_SIZES),
+        ("cct", _cct, _CCT_SIZES),
     )
     for size in sizes
 }
@@ -195,8 +226,12 @@ DEFAULT_FAMILY: dict[Head, str] = {
     "seq2seq": "marian",
     # Its start favours no kind of head, unlike rope-bert's.
     "sequence_classification": "modernbert",
+    "image_classification": "cct",
 }
 """What a bare `tiny` or `small` means for a head."""
+
+_SHORT = {"cct-tiny": "cct-2/3x2", "cct-small": "cct-7/3x1"}
+"""The two where a family's sizes have names of their own."""
 
 
 def resolve_preset(name: str, head: Head) -> str | None:
@@ -204,4 +239,5 @@ def resolve_preset(name: str, head: Head) -> str | None:
     if name in PRESETS:
         return name
     full = f"{DEFAULT_FAMILY[head]}-{name}"
+    full = _SHORT.get(full, full)
     return full if full in PRESETS else None

@@ -17,11 +17,7 @@ from astbench_registry import CapabilityError
 @torch.no_grad()
 def probe_attention(model: PreTrainedModel) -> tuple[list[RecordedCall], dict[nn.Module, int]]:
     """One tiny forward pass that writes down which modules call the interface, how, and the width of their input."""
-    encoder, decoder = PROBE_LENGTHS
-    inputs = {"input_ids": torch.ones(1, encoder, dtype=torch.long, device=model.device)}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.ones(1, decoder, dtype=torch.long, device=model.device)
+    inputs = _inputs(model)
     widths: dict[nn.Module, int] = {}
     passes: Counter[nn.Module] = Counter()
 
@@ -41,7 +37,7 @@ def probe_attention(model: PreTrainedModel) -> tuple[list[RecordedCall], dict[nn
     except (AttributeError, TypeError) as error:
         raise CapabilityError(
             f"{type(model).__name__} cannot be probed with token ids ({type(error).__name__}: {error}); models of text "
-            f"are served: {', '.join(FAMILIES)}"
+            f"and classifiers of pictures are served: {', '.join(FAMILIES)}"
         ) from error
     finally:
         for hook in hooks:
@@ -60,6 +56,22 @@ def probe_attention(model: PreTrainedModel) -> tuple[list[RecordedCall], dict[nn
             f"{type(model).__name__} shares one attention module among its layers; each layer needs its own"
         )
     return calls, widths
+
+
+def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A few tokens, or a grey picture."""
+    size = getattr(model.config, "image_size", None)
+    if model.main_input_name == "pixel_values" and size:
+        sides = (size, size) if isinstance(size, int) else size
+        return {
+            "pixel_values": torch.zeros(1, model.config.num_channels, *sides, device=model.device, dtype=model.dtype)
+        }
+    encoder, decoder = PROBE_LENGTHS
+    inputs = {"input_ids": torch.ones(1, encoder, dtype=torch.long, device=model.device)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.ones(1, decoder, dtype=torch.long, device=model.device)
+    return inputs
 
 
 def max_positions(model: PreTrainedModel, module: nn.Module) -> int:

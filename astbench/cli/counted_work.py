@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from astbench.backbones.flop_count import FlopCount
 from astbench.runs.run_record import RunRecord
@@ -65,7 +64,8 @@ class CountedWork(Callback):
             if self._step in self._chosen:
                 self._start(pl_module)
         if self._count is not None:
-            self._tokens += _tokens(batch)
+            assert isinstance(pl_module, TaskModule)
+            self._tokens += pl_module.input_tokens(batch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -92,7 +92,8 @@ class CountedWork(Callback):
         """Count from here, if it is chosen."""
         if trainer.state.fn != TrainerFn.FITTING and self._batches in self._chosen:
             self._start(pl_module)
-            self._tokens = _tokens(arguments[0])
+            assert isinstance(pl_module, TaskModule)
+            self._tokens = pl_module.input_tokens(arguments[0])
 
     on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]
 
@@ -155,11 +156,3 @@ def _summed(module: TaskModule, counted: list[list[float]], number: int, process
         fused = first.planned_backend(module.device).startswith("triton")
         found["choosing"] = None if fused else round(beside)
     return {**found, "tokens": round(tokens) or None, "counted": len(counted), "of": number}
-
-
-def _tokens(batch: Any) -> int:
-    """Input tokens of a batch, padding apart; 0 where there are none."""
-    ids, real = (batch.get(name) if isinstance(batch, dict) else None for name in ("input_ids", "attention_mask"))
-    if not isinstance(ids, Tensor):
-        return 0
-    return int(real.sum()) if isinstance(real, Tensor) else ids.numel()

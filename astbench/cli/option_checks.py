@@ -106,9 +106,11 @@ def check_options(command: str, options: Namespace, task: Task) -> None:
     """
     _, data_class, task_config = task.load()
     check_data_sizes(vars(options.data))
-    check_attention_sizes(without_name(options.attention), options.data[data_class.length_option])
+    longest, flag = data_class.longest(options.data, options.backbone)
+    check_attention_sizes(without_name(options.attention), longest or 0)
     config = make_config(options.attention.name, without_name(options.attention))
-    _check_attention(command, options, task, config, task_config(**without_name(options.task)))
+    chosen = task_config(**without_name(options.task))
+    _check_attention(command, options, task, config, chosen, {"length": longest, "length_flag": flag})
     if options.transform.name is not None:
         _check_transform(command, options, config)
     BackboneConfig(**vars(options.backbone))
@@ -131,16 +133,13 @@ def check_options(command: str, options: Namespace, task: Task) -> None:
         )
 
 
-def _check_attention(command: str, options: Namespace, task: Task, config: AttentionConfig, chosen: Any) -> None:
+def _check_attention(
+    command: str, options: Namespace, task: Task, config: AttentionConfig, chosen: Any, length: dict[str, Any]
+) -> None:
     """Refuse an attention that cannot do what the task asks of it, and say where it could be used."""
     name = options.attention.name
     module_class, data_class, _ = task.load()
-    length = data_class.length_option
-    layer = {
-        "length": options.data[length],
-        "length_flag": f"--data.{length}",
-        **{"padded": data_class.pads, **module_class.needs(command, options.data)},
-    }
+    layer = {**length, "padded": data_class.pads, **module_class.needs(command, options.data)}
     wanted = module_class.patterns(chosen)
     able = [place for place, pattern in wanted.items() if pattern in config.can.patterns]
     if 0 < len(able) < len(wanted):

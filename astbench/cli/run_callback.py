@@ -75,9 +75,9 @@ class RunCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The tokenizer goes beside the checkpoint, so that the run can be used later."""
         SIGNALS.check()
-        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        if trainer.is_global_zero and stage == "fit" and not (self.folder / TOKENIZER).exists():
-            self.folder.save_tokenizer(tokenizer.save_pretrained)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if data.tokenized and trainer.is_global_zero and stage == "fit" and not (self.folder / TOKENIZER).exists():
+            self.folder.save_tokenizer(data.tokenizer.save_pretrained)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what is about to run."""

@@ -6,8 +6,11 @@ ValueError or RuntimeError for these; here, and for `os.path`, there is simply n
 
 from __future__ import annotations
 
+from itertools import chain, zip_longest
 from os.path import exists, isdir
 from pathlib import Path
+
+from astbench.errors import DataError
 
 REFUSED = (OSError, ValueError, RuntimeError)
 """What looking for a file of an impossible name may raise."""
@@ -39,3 +42,18 @@ def shown(name: object) -> str:
     """A name for a message: in quotes, without control characters, not too long."""
     text = str(name)
     return repr(text if len(text) <= 120 else f"{text[:120]}...")
+
+
+def in_turns(folder: Path, names: tuple[str, ...], pattern: str) -> list[tuple[Path, int]]:
+    """Files of a folder per class, sorted, with the class's number; one of each in turns: any first N are balanced.
+
+    Raises:
+        DataError: a class without files.
+    """
+    columns: list[list[tuple[Path, int]]] = []
+    for label, name in enumerate(names):
+        files = sorted((folder / name).glob(pattern))
+        if not files:
+            raise DataError(f"{folder / name} holds no {pattern}")
+        columns.append([(file, label) for file in files])
+    return [pick for pick in chain.from_iterable(zip_longest(*columns)) if pick is not None]

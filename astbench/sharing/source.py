@@ -90,6 +90,10 @@ def read_source(folder: Path, base: str) -> Source:
     """
     run = finished_run(folder)
     task = find_task(run.record["config"]["task"]["name"])
+    if not task.load()[1].tokenized:
+        raise ConfigError(
+            f"task {task.name} trains a model that transformers knows only beside astbench: its runs cannot be pushed"
+        )
     trained = rebuild(checkpoint_file(folder), task)
     module, model = trained.module, trained.model
     if extra := sorted(set(trained.weights) - {f"model.{name}" for name in model.state_dict()}):

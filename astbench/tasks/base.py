@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Mapping
 from os.path import exists, isdir  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -31,6 +32,7 @@ class TaskData(pl.LightningDataModule):
 
     length_option: ClassVar[str]  # the option that says how long inputs can be
     pads: ClassVar[bool]  # whether the inputs of a batch differ in length
+    tokenized: ClassVar[bool] = True  # whether there is a tokenizer, which a run keeps
     num_workers: int = 0
     eval_batch_size: int
 
@@ -43,6 +45,11 @@ class TaskData(pl.LightningDataModule):
         self.tokenizer_folder: Path | None = None
         self.notes: list[str] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    def longest(cls, data: Mapping[str, Any], backbone: Mapping[str, Any]) -> tuple[int | None, str]:
+        """Tokens of the longest input that these options allow, None where only the model knows, and their flag."""
+        return data[cls.length_option], f"--data.{cls.length_option}"
 
     def read_from(self, path: str) -> None:
         """Take the path, which only `local` reads.

@@ -96,7 +96,7 @@ class ProbeData(TaskData):
             ConfigError: a pretrained backbone.
             DataError: nothing to read, or nothing in it that can be used.
         """
-        if self._tokenizer is None:
+        if self.tokenized and self._tokenizer is None:
             if self.tokenizer_folder is not None:
                 self._tokenizer = saved_tokenizer(self.tokenizer_folder)
             else:
@@ -112,7 +112,11 @@ class ProbeData(TaskData):
                 rows = self.read(split)
                 if not len(rows):
                     raise DataError(f"{self.task}: the {split} split of source {self.source} is empty")
-                self.sets[split] = ProbeSet(rows, len(rows) if limit is None else min(limit, len(rows)))
+                self.sets[split] = self.examples(split, rows, len(rows) if limit is None else min(limit, len(rows)))
+
+    def examples(self, split: str, rows: Sequence[dict[str, Any]], count: int) -> ProbeSet:
+        """The first `count` rows of a split, as the model takes them."""
+        return ProbeSet(rows, count)
 
     def generated(
         self, split: str, num_train: int, num_eval: int, data_seed: int, make: Callable[[int, int], Any], **keep: bool
@@ -162,7 +166,7 @@ class ProbeData(TaskData):
             "examples": {split: len(s) for split, s in self.sets.items()},
             "length": self.length,
             "fingerprints": {
-                split: s.fingerprint(FINGERPRINTED if self.source == "generated" else len(s))
+                split: s.fingerprint(FINGERPRINTED if self.source in ("generated", "demo") else len(s))
                 for split, s in self.sets.items()
             },
             "notes": list(self.notes),

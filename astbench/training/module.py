@@ -323,6 +323,13 @@ class TaskModule(pl.LightningModule):
         real = int(batch["attention_mask"][0].sum())
         return real, real
 
+    def input_tokens(self, batch: Any) -> int:
+        """Input tokens of a batch, padding apart; 0 where there are none."""
+        ids, real = (batch.get(name) if isinstance(batch, dict) else None for name in ("input_ids", "attention_mask"))
+        if not isinstance(ids, Tensor):
+            return 0
+        return int(real.sum()) if isinstance(real, Tensor) else ids.numel()
+
     def counts(self) -> dict[str, int]:
         """Parameters in all, those that learn, and the attention's own."""
         own = sum(p.numel() for p in self.swapped.parameters())

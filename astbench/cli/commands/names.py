@@ -4,7 +4,7 @@ LIGHTNING = {
     "fit": "train, evaluate, and leave a record",
     "validate": "evaluate on the validation split",
     "test": "evaluate on the test split",
-    "predict": "answer a question about a document, continue a text, translate",
+    "predict": "answer a question about a document, continue a text, translate, name what is on a picture",
 }
 OWN = {
     "list": "attentions, transforms, tasks and backbones by name",

@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 from astbench.errors import ConfigError
 from astbench.tasks.base import at_least
+from astbench.tasks.cifar import JPEG_NOTE, has_jpegs
 from astbench.tasks.lra import listops, pathfinder, sources
 from astbench.tasks.lra.base_data import Row, SequenceClassificationData
 from astbench.tasks.lra.sources import local_folder
 
 PIXELS = 32 * 32
-
-JPEG_NOTE = "these images are JPEG files, which CIFAR-10's originals are not: some detail is lost"
 
 
 class ListOpsData(SequenceClassificationData):
@@ -148,7 +147,7 @@ class ImageData(_ImageData):
 
     Args:
         source: local.
-        path: Folder with cifar-10-batches-bin/ (the binary version), or with train/CLASS/ and test/CLASS/ images.
+        path: Folder with cifar-10-batches-bin/ or cifar-10-batches-py/, or with train/CLASS/ and test/CLASS/ images.
         max_length: Pixels of an image that are read, row by row; the arena's task is all of them.
     """
 
@@ -165,7 +164,7 @@ class ImageData(_ImageData):
     def rows(self, split: str) -> Sequence[Row]:
         """See the base class."""
         folder = local_folder(self.path)
-        if sources.has_jpegs(folder) and JPEG_NOTE not in self.notes:
+        if has_jpegs(folder) and JPEG_NOTE not in self.notes:
             self.notes.append(JPEG_NOTE)
         if split == "test":
             return self.cut(sources.read_cifar(folder, "test"))

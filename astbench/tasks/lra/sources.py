@@ -5,26 +5,21 @@ Rows are (inputs, label) with one input, or the two of a pair, as bytes: charact
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from itertools import chain, zip_longest
+from collections.abc import Iterator
 from os.path import isdir  # of names that the system refuses pathlib's own raise
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from astbench.errors import DataError
-from astbench.files.paths import asked_path, file_inside, other_kind, shown
-from astbench.files.reading import one_line, read_bytes
+from astbench.files.images import read_image
+from astbench.files.paths import asked_path, file_inside, in_turns, other_kind, shown
 from astbench.files.text import lines, read_document
+from astbench.tasks import cifar
 from astbench.tasks.lra.base_data import Row
 from astbench.tasks.lra.listops import SYMBOLS
 
-CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_CIFAR_FILES = {"train": [f"data_batch_{n}.bin" for n in range(1, 6)], "test": ["test_batch.bin"]}
 _PIXELS = 32 * 32
-_CIFAR_RECORD = 1 + 3 * _PIXELS
 _SPLIT_NAMES = {"train": ("train",), "validation": ("val", "eval", "valid"), "test": ("test",)}
 _LISTOPS_IDS = {symbol: number for number, symbol in enumerate(SYMBOLS)}
 
@@ -88,35 +83,19 @@ def read_imdb(folder: Path, split: str, length: int) -> list[Row]:
     """
     if (folder / "aclImdb").is_dir():
         folder = folder / "aclImdb"
-    return _class_folders(folder / split, ("neg", "pos"), "*.txt", lambda file: _review(file, length))
+    picks = in_turns(folder / split, ("neg", "pos"), "*.txt")
+    return [((_review(file, length),), label) for file, label in picks]
 
 
 def read_cifar(folder: Path, split: str) -> list[Row]:
-    """CIFAR-10 in grey: the binary version, or folders of images a class in `train/` and `test/`.
-
-    The version for Python is pickled, and reading a pickle runs what is in it: it is refused.
+    """CIFAR-10 in grey, as :func:`astbench.tasks.cifar.read_cifar` finds it.
 
     Raises:
-        DataError: none of these there, or a damaged file; names it.
+        DataError: nothing of it there, or a damaged file; names it.
     """
-    if (folder / "cifar-10-batches-bin").is_dir():
-        folder = folder / "cifar-10-batches-bin"
-    files = [folder / name for name in _CIFAR_FILES[split]]
-    if any(file.is_file() for file in files):
-        return [row for file in files for row in _cifar_file(file)]
-    if (folder / split).is_dir():
-        return _class_folders(folder / split, CIFAR_CLASSES, "*.*", _grey_image)
-    if any(folder.glob("**/data_batch_1")):
-        raise DataError(
-            f"--data.path={folder} holds CIFAR-10's pickled version, which is not read (a pickle is code); get the "
-            "binary version, cifar-10-batches-bin"
-        )
-    raise DataError(f"--data.path={folder} holds neither {_CIFAR_FILES[split][0]} nor {split}/{CIFAR_CLASSES[0]}/")
-
-
-def has_jpegs(folder: Path) -> bool:
-    """Whether a folder of image folders holds JPEG files: CIFAR-10 is not published so."""
-    return any(True for ending in ("jpg", "jpeg", "JPG", "JPEG") for _ in folder.glob(f"*/*/*.{ending}"))
+    pixels, labels = cifar.read_cifar(folder, split)
+    greys = _grey(pixels.view(-1, 3, _PIXELS).transpose(1, 2))
+    return [((grey,), label) for grey, label in zip(greys, labels, strict=True)]
 
 
 def read_pathfinder(folder: Path, contour_length: int) -> list[Row]:
@@ -176,18 +155,6 @@ def _tsv(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
         yield f"{file}:{number}", cells
 
 
-def _class_folders(folder: Path, names: tuple[str, ...], pattern: str, read: Callable[[Path], bytes]) -> list[Row]:
-    """The files of a folder per class, sorted; one of each class in turns, so that any first N are balanced."""
-    columns: list[list[tuple[Path, int]]] = []
-    for label, name in enumerate(names):
-        files = sorted((folder / name).glob(pattern))
-        if not files:
-            raise DataError(f"{folder / name} holds no {pattern}")
-        columns.append([(file, label) for file in files])
-    picks = [pick for pick in chain.from_iterable(zip_longest(*columns)) if pick is not None]
-    return [((read(file),), label) for file, label in picks]
-
-
 def _review(file: Path, length: int) -> bytes:
     text = read_document(file)
     if not text.strip():
@@ -197,37 +164,10 @@ def _review(file: Path, length: int) -> bytes:
 
 def _grey_image(file: Path) -> bytes:
     """The 1,024 grey levels of an image, row by row."""
-    if not file.is_file():
-        raise DataError(f"{file} is no file")  # a pipe would be waited for
-    try:
-        with warnings.catch_warnings():
-            # Nothing is unpacked before its size is known.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
-        with image:
-            if image.size != (32, 32):
-                raise DataError(f"{file} is {image.size[0]} x {image.size[1]} pixels, expected 32 x 32")
-            mode = image.mode
-            data = image.tobytes() if mode in ("L", "RGB") else image.convert("RGB").tobytes()
-    except DataError:
-        raise
-    except Exception as error:  # what its many decoders raise on damaged files is anybody's guess
-        raise DataError(f"{file} cannot be read as an image: {one_line(error)}") from error
-    if mode == "L":
-        return data
-    return _grey(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(1, _PIXELS, 3))[0]
-
-
-def _cifar_file(file: Path) -> Iterator[Row]:
-    data = read_bytes(file)
-    if not data or len(data) % _CIFAR_RECORD:
-        raise DataError(f"{file} holds {len(data)} bytes, expected a multiple of {_CIFAR_RECORD} (label and image)")
-    records = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, _CIFAR_RECORD)
-    labels = records[:, 0].tolist()
-    if (wrong := max(labels)) >= len(CIFAR_CLASSES):
-        raise DataError(f"{file}: image {labels.index(wrong) + 1} has the label {wrong}, expected 0 to 9")
-    greys = _grey(records[:, 1:].view(-1, 3, _PIXELS).transpose(1, 2))
-    yield from (((grey,), label) for grey, label in zip(greys, labels, strict=True))
+    image = read_image(file, (32, 32))
+    if image.mode == "L":
+        return image.tobytes()
+    return _grey(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, _PIXELS, 3))[0]
 
 
 def _grey(colours: torch.Tensor) -> list[bytes]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from astbench.backbones.load import require_positions
 from astbench.tasks.base import gathered
-from astbench.tasks.generated import share_of
+from astbench.tasks.guesses import accuracies, items_of
 from astbench.tasks.lra.base_data import SequenceClassificationData
 from astbench.tasks.lra.config import SequenceClassifierConfig
 from astbench.training.module import TaskModule
@@ -114,17 +114,12 @@ class SequenceClassifier(TaskModule):
 
     def _finish(self, stage: str, split: str) -> None:
         rows = gathered(self.trainer, self.guesses)
-        rights = [right for _, right in rows.values()]
-        metrics = {
-            "accuracy": share_of([guess == right for guess, right in rows.values()]),
-            # What always answering the most frequent class would get.
-            "majority": share_of([right == max(set(rights), key=rights.count) for right in rights]),
-        }
+        metrics = accuracies(rows)
         self.results = {
             "metrics": metrics,
             "signature": f"{self.data.signature}, {self.config.pooling} pooling, {len(rows)} examples",
             "split": split,
-            "items": {str(i): {"accuracy": 100.0 * (g == r), "guess": g, "label": r} for i, (g, r) in rows.items()},
+            "items": items_of(rows),
         }
         for name, value in metrics.items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy", rank_zero_only=True)

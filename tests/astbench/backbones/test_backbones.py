@@ -33,7 +33,7 @@ def heads_of(preset):
     return heads.get(family, ["question_answering", "sequence_classification"])
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name in PRESETS if not name.startswith("cct")])
 def test_every_preset_builds_and_takes_every_pattern_of_its_head(preset):
     for head in heads_of(preset):
         tokenizer = train_bpe(TEXTS, 300) if head == "seq2seq" else train_tokenizer(TEXTS, 90)
@@ -91,8 +91,8 @@ def test_names_of_presets(name, head, preset):
 
 
 def test_default_families_have_the_short_names():
-    for family in DEFAULT_FAMILY.values():
-        assert {f"{family}-tiny", f"{family}-small"} <= PRESETS.keys()
+    for head in DEFAULT_FAMILY:
+        assert {resolve_preset("tiny", head), resolve_preset("small", head)} <= PRESETS.keys()
 
 
 @pytest.mark.parametrize(

@@ -306,9 +306,23 @@ def test_a_layer_that_attends_twice_is_refused_for_that():
 def test_what_is_no_text_model_is_refused():
     with pytest.raises(CapabilityError, match="Linear is no transformers model"):
         swap_attention(torch.nn.Linear(2, 2), "dense")
-    vit = AutoModel.from_config(AutoConfig.for_model("vit", **_WIDE, image_size=8, patch_size=4))
-    with pytest.raises(CapabilityError, match="ViTModel cannot be probed with token ids"):
-        swap_attention(vit, "dense")
+    sound = {"conv_dim": [8], "conv_kernel": [2], "conv_stride": [2], "num_feat_extract_layers": 1}
+    hubert = AutoModel.from_config(AutoConfig.for_model("hubert", **_WIDE, **sound, num_conv_pos_embedding_groups=2))
+    with pytest.raises(CapabilityError, match="HubertModel cannot be probed with token ids"):
+        swap_attention(hubert, "dense")
+
+
+@torch.no_grad()
+def test_a_vision_transformer_is_probed_with_a_picture():
+    vit = AutoModel.from_config(AutoConfig.for_model("vit", **_WIDE, image_size=[8, 12], patch_size=4)).eval()
+    pictures = torch.randn(2, 3, 8, 12)
+    own = vit(pictures).last_hidden_state
+    handle = swap_attention(vit, "dense")
+    assert len(handle.slots) == 2
+    torch.testing.assert_close(vit(pictures).last_hidden_state, own)
+    handle.undo()
+    swap_attention(vit, "local", {"window": 1})
+    assert (vit(pictures).last_hidden_state - own).abs().max() > 1e-3
 
 
 def test_parts_stay_in_the_mode_they_were_in():

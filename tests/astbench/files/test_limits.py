@@ -146,7 +146,7 @@ def test_an_image_is_measured_before_it_is_unpacked(tmp_path, monkeypatch):
     file = tmp_path / "train/deer/1.png"
     file.parent.mkdir(parents=True)
     image.new("L", (4000, 4000)).save(file)
-    monkeypatch.setattr(image.Image, "tobytes", lambda *_: pytest.fail("it was unpacked"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("it was unpacked"))
     with pytest.raises(DataError, match="4000 x 4000 pixels, expected 32 x 32"):
         lra._grey_image(file)
 

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 from astbench.runs.folder import RECORD
+from astbench.tasks.cifar import CLASSES as CIFAR_CLASSES
+from astbench.tasks.cifar import JPEG_NOTE
 from astbench.tasks.lra import listops as lra_listops
 from astbench.tasks.lra import pathfinder as lra_pathfinder
-from astbench.tasks.lra import sources as lra_sources
 from astbench.tasks.lra.base_data import FIRST, Padded
-from astbench.tasks.lra.data import JPEG_NOTE, ImageData, ListOpsData, PathfinderData, RetrievalData, TextData
+from astbench.tasks.lra.data import ImageData, ListOpsData, PathfinderData, RetrievalData, TextData
 
 RECORD_BYTES = 1 + 3 * 1024
 
@@ -250,7 +251,7 @@ def test_cifar_binary_is_grey_by_the_usual_weights(tmp_path):
 
 def image_folders(folder, ending):
     for split in ("train", "test"):
-        for number, name in enumerate(lra_sources.CIFAR_CLASSES):
+        for number, name in enumerate(CIFAR_CLASSES):
             (folder / split / name).mkdir(parents=True)
             for shade in (0, 1):
                 Image.new("RGB", (32, 32), (20 * number, 20 * number, 100 * shade)).save(
@@ -443,12 +444,14 @@ def test_bad_image_folders(astbench, tmp_path):
     assert_refused(astbench, tmp_path, "lra_image", "deer/1.png is no file")
 
 
-def test_pickles_are_refused_unread(astbench, tmp_path):
+def test_pickles_of_something_else_are_refused(astbench, tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
-    # Were this unpickled, it would make a file.
+    # Were it run, it would make a file.
     evil = b"cos\nsystem\n(S'touch %s'\ntR." % str(tmp_path / "owned").encode()
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(evil)
-    assert_refused(astbench, tmp_path, "lra_image", "pickled version, which is not read", "cifar-10-batches-bin")
+    for number in range(2, 6):
+        (tmp_path / "cifar-10-batches-py" / f"data_batch_{number}").write_bytes(evil)
+    assert_refused(astbench, tmp_path, "lra_image", "data_batch_1 is no batch", "it names os.system")
     assert not (tmp_path / "owned").exists()
 
 
