@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from os.path import exists, isdir
@@ -37,6 +38,8 @@ _AUTO = {
     "sequence_classification": AutoModel,
     "image_classification": AutoModelForImageClassification,
 }
+_LIKE_CCT = re.compile(r"cct-\d+/\d+x\d+")
+"""Names of the paper's that are no preset here, and not those of anybody's repository."""
 _TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
@@ -220,7 +223,7 @@ def locate(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
     if not isdir(folder):
         if exists(folder) or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
             raise ConfigError(f"--backbone.name={config.name} is not a folder with a pretrained model")
-        if "/" not in config.name:
+        if "/" not in config.name or _LIKE_CCT.fullmatch(config.name):
             names = [*PRESETS, "tiny", "small"]
             near = difflib.get_close_matches(config.name, names, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""

@@ -29,8 +29,8 @@ _FILES = {
     BINARY: {"train": [f"data_batch_{n}.bin" for n in range(1, 6)], "test": ["test_batch.bin"]},
     PICKLED: {"train": [f"data_batch_{n}" for n in range(1, 6)], "test": ["test_batch"]},
 }
-_MOST_BYTES = 1 << 30
-"""Of one file in an archive; the published ones have 31 MB."""
+_MOST_BYTES = 1 << 28
+"""Of one file; the published ones have 31 MB."""
 
 
 def read_cifar(path: Path, split: str) -> tuple[Tensor, list[int]]:
@@ -71,35 +71,27 @@ def has_jpegs(folder: Path) -> bool:
 
 def _from_archive(file: Path, split: str) -> list[tuple[Tensor, list[int]]]:
     """The batches of a split, in the order of their names; nothing is unpacked onto the disk."""
-    found: dict[str, tuple[Tensor, list[int]]] = {}
-    version, wanted = "", [""]
-    for name, source in _members(file):
-        if PurePosixPath(name).parent.name not in _FILES:
-            continue
-        version = PurePosixPath(name).parent.name
-        wanted = _FILES[version][split]
-        if PurePosixPath(name).name in wanted:
-            found[PurePosixPath(name).name] = _batch(version, source, f"{file}: {name}")
+    found = {name.name: _batch(name.parent.name, data, f"{file}: {name}") for name, data in _members(file, split)}
+    version = PICKLED if any(name in found for name in _FILES[PICKLED][split]) else BINARY
+    wanted = _FILES[version][split]
     if missing := [name for name in wanted if name not in found]:
-        raise DataError(
-            f"--data.path={file} holds no {version or BINARY}/{missing[0] or _FILES[BINARY][split][0]}; it must be "
-            "one of CIFAR-10's archives, a folder, or its unpacked files"
-        )
+        raise DataError(f"--data.path={file} holds no {version}/{missing[0]}, and is not one of CIFAR-10's archives")
     return [found[name] for name in wanted]
 
 
-def _members(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and bytes of the plain files in an archive of CIFAR-10's size."""
+def _members(file: Path, split: str) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Names and bytes of a split's files, of either version, in an archive."""
     try:
         with open_bytes(file) as source, tarfile.open(fileobj=source, mode="r|") as archive:
             for member in archive:
-                if not member.isreg():
+                name = PurePosixPath(member.name)
+                if not member.isreg() or name.name not in _FILES.get(name.parent.name, {split: []})[split]:
                     continue
                 if member.size > _MOST_BYTES:
                     raise DataError(f"{file}: {member.name[:80]} has {member.size:,} bytes, more than CIFAR-10 has")
                 content: IO[bytes] | None = archive.extractfile(member)
                 assert content is not None, "a plain file has a content"
-                yield member.name, content.read()
+                yield name, content.read()
     except tarfile.TarError as error:
         raise DataError(f"{file} is no .tar.gz, or a damaged one: {error}") from error
     except UNREADABLE as error:

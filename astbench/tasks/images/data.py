@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from astbench.backbones.cct import CCTForImageClassification
 from astbench.backbones.presets import PRESETS, BackboneConfig, Head, cct_tokens, resolve_preset
 from astbench.errors import ConfigError, DataError
 from astbench.files.hub import hub_rows
@@ -176,15 +177,15 @@ class ImageData(ProbeData):
         """Refuse a model of other pictures or classes; learn how many tokens it makes of one.
 
         Raises:
-            ConfigError: of another size, or of other classes.
+            ConfigError: no CCT, or one of another size or of other classes.
         """
-        size = getattr(model.config, "image_size", None)
+        if not isinstance(model, CCTForImageClassification):
+            raise ConfigError(f"{PRESET}, or a folder with a CCT; {self.backbone.name} is a {type(model).__name__}")
+        size = model.config.image_size
         names = [name for _, name in sorted((model.config.id2label or {}).items())]
         if size != self.image_size:
             raise ConfigError(
                 f"--backbone.name={self.backbone.name} is for pictures of {size} pixels: set --data.image_size={size}"
-                if isinstance(size, int)
-                else f"--backbone.name={self.backbone.name} takes no square pictures; {PRESET}"
             )
         if tuple(names) != self.classes:
             raise ConfigError(

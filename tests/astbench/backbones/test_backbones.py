@@ -99,6 +99,7 @@ def test_default_families_have_the_short_names():
     ("name", "message"),
     [
         ("modernbert-tny", "unknown backbone 'modernbert-tny'; did you mean 'modernbert-tiny'?"),
+        ("cct-7/3x2", "unknown backbone 'cct-7/3x2'; did you mean 'cct-7/3x1'?"),
         ("./nowhere", "is not a folder with a pretrained model"),
         ("/nowhere/at/all", "is not a folder with a pretrained model"),
         ("a/b/c", "is not a folder with a pretrained model"),

@@ -165,7 +165,7 @@ GOOD = [(f"{BINARY}/{name}", content_of(BINARY, n)) for n, name in enumerate(NAM
     [
         (b"no archive", "cannot be unpacked"),
         (packed(GOOD)[:-200], "cut short or damaged"),
-        (packed([]), "it must be one of CIFAR-10's archives"),
+        (packed([]), "is not one of CIFAR-10's archives"),
         (packed(GOOD[1:]), f"holds no {BINARY}/data_batch_1.bin"),
         (packed([("elsewhere/data_batch_1.bin", b"")]), f"holds no {BINARY}/data_batch_1.bin"),
         (packed([(GOOD[0][0], GOOD[0][1][:-1])]), f"bytes, expected a multiple of {RECORD}"),

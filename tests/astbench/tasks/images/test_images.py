@@ -1,13 +1,16 @@
 """The images task: pictures as the model takes them, and fit, test and predict through the command line."""
 
 import json
+import shutil
 import signal
 
 import pytest
 import torch
 from PIL import Image
 from scipy.stats import binomtest
+from transformers import ViTConfig, ViTForImageClassification
 
+from astbench.backbones.cct import CCTConfig, CCTForImageClassification
 from astbench.runs.checkpoints import read_checkpoint
 from astbench.runs.folder import METRICS, RECORD
 from astbench.tasks.cifar import CLASSES, JPEG_NOTE
@@ -220,3 +223,26 @@ def test_bad_options(astbench, tmp_path, options, code, part):
     done = astbench("fit", *attention, *DEMO, *options, f"--run_dir={tmp_path / 'run'}")
     refused(done, code, part)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_a_model_of_pictures(astbench, tmp_path):
+    names = dict(enumerate(("disc", "square", "triangle", "cross", "ring")))
+    small = {"hidden_size": 16, "intermediate_size": 16}
+    CCTForImageClassification(CCTConfig(**small, id2label=names)).save_pretrained(tmp_path / "cct")
+    CCTForImageClassification(CCTConfig(**small, id2label=names, image_size=16)).save_pretrained(tmp_path / "16")
+    CCTForImageClassification(CCTConfig(**small, num_labels=5)).save_pretrained(tmp_path / "nameless")
+    vit = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+    ViTForImageClassification(ViTConfig(**small, **vit, id2label=names)).save_pretrained(tmp_path / "vit")
+    for folder, part in (
+        ("cct", ""),
+        ("16", "is for pictures of 16 pixels: set --data.image_size=16"),
+        ("nameless", "knows other classes than --data.source=demo: LABEL_0, LABEL_1, LABEL_2, LABEL_3, ..."),
+        ("vit", "or a folder with a CCT; "),
+    ):
+        words = ["--attention=dense", *DEMO, f"--backbone={tmp_path / folder}", f"--run_dir={tmp_path / 'run'}"]
+        done = astbench("fit", *words)
+        if not part:
+            assert done.code == 0, done.err
+            shutil.rmtree(tmp_path / "run")
+        else:
+            assert done.code == 2 and part in done.err.splitlines()[-1], done.err
