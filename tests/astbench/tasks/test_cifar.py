@@ -135,6 +135,7 @@ ROWS = drawn(0)[0].numpy().tobytes()
             pickle.dumps({"data": np.asfortranarray(np.zeros((2, 3072), "u1")), "labels": [1, 2]}, 2),
             "expected 2 images",
         ),
+        (pickle.dumps({"data": np.zeros((3072, 2), "u1"), "labels": [1, 2]}, protocol=2), "an array of (3072, 2)"),
         # Makes room for four thousand million objects.
         (b"\x80\x02}r\xff\xff\xff\xff.", "it numbers more objects than it can hold"),
         (old_pickle(ROWS, range(COUNT)).replace(b"ndarray", b"memmap", 1), "it names numpy.memmap"),

@@ -13,7 +13,7 @@ def test_the_class_is_the_kind_of_the_shape_that_has_the_marks_colour(monkeypatc
     monkeypatch.setattr(
         demo, "_shape", lambda kind, *place: shapes.append((kind, drawn(kind, *place))) or shapes[-1][1]
     )
-    others = 0
+    others = second = 0
     for seed in range(60):
         shapes.clear()
         picture, label = demo.generate(seed)
@@ -23,7 +23,9 @@ def test_the_class_is_the_kind_of_the_shape_that_has_the_marks_colour(monkeypatc
         assert abs(near[0] - near[1]) > 50  # the two colours differ
         assert not (shapes[0][1] & shapes[1][1]).any()  # nothing lies over something else
         assert not any(mask[: demo.MARK, : demo.MARK].any() for _, mask in shapes)
+        second += int(near[1] < near[0])
         others += shapes[0][0] != shapes[1][0]
+    assert 15 < second < 45  # either is asked for
     assert others > 30  # the other shape would mostly be a wrong answer
 
 

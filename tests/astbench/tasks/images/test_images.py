@@ -17,7 +17,7 @@ from astbench.tasks.cifar import CLASSES, JPEG_NOTE
 from astbench.tasks.images import data as data_module
 from astbench.tasks.images.data import HUB, ImageData
 from astbench.tasks.images.pictures import MEAN, STD, Pictures, PictureSet, augmented, normalised
-from astbench.tasks.images.task import interval
+from astbench.tasks.images.task import ImageClassifier, interval
 from astbench.training.sampler import Draw
 
 SHORT = ["--task=images", "--data.batch_size=4", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1"]
@@ -79,6 +79,18 @@ def test_the_interval_is_wilsons(right, count):
     assert interval(right, count) == pytest.approx((100 * low, 100 * high), abs=1e-4)
 
 
+def test_labels_are_smoothed_in_training(monkeypatch):
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    module = ImageClassifier({"name": "dense"}, task={"label_smoothing": 0.3})
+    monkeypatch.setattr(module, "forward", lambda batch: logits)
+    monkeypatch.setattr(module, "total_loss", lambda loss, each: (loss, each))
+    loss, each = module.training_step({"label": torch.arange(6) % 5}, 0)
+    logs = logits.log_softmax(-1)
+    exact = -0.7 * logs[torch.arange(6), torch.arange(6) % 5] - 0.3 * logs.mean(-1)
+    torch.testing.assert_close(each, exact)
+    torch.testing.assert_close(loss, exact.mean())
+
+
 def test_rows_of_the_hub(monkeypatch):
     asked = []
     rows = [{"img": Image.new("RGB", (32, 32), (10 * n, 0, 5)), "label": n % 10} for n in range(20)]
@@ -129,6 +141,10 @@ def test_test_and_predict_take_the_run(astbench, trained, tmp_path):
     assert f"{answer['confidence']:.3f}; then {next(iter(answer['others']))}" in done.out
     assert 0.2 <= answer["confidence"] <= 1 and len(answer["others"]) == 2
     assert "red.png has 50 x 40 pixels: its middle square" in done.out
+
+
+def test_it_is_not_pushed(astbench, trained):
+    refused(astbench("push", trained, "owner/name"), 2, "transformers knows only beside astbench")
 
 
 def test_predict_looks_at_the_middle_square(tmp_path):
