@@ -94,7 +94,8 @@ def read_cifar(folder: Path, split: str) -> list[Row]:
         DataError: nothing of it there, or a damaged file; names it.
     """
     pixels, labels = cifar.read_cifar(folder, split)
-    greys = _grey(pixels.view(-1, 3, _PIXELS).transpose(1, 2))
+    parts = pixels.view(-1, 3, _PIXELS).transpose(1, 2).split(1000)  # all of them in float32 would be 600 MB
+    greys = [grey for part in parts for grey in _grey(part.contiguous())]
     return [((grey,), label) for grey, label in zip(greys, labels, strict=True)]
 
 
