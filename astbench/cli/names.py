@@ -6,7 +6,6 @@ is built for exactly those classes.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from astbench.tasks import find_task, load_plugin, registered_tasks
 from astbench.tasks.registry import task_of_class
 from astbench_registry import PluginError, RegistryError, UnknownAttentionError
 from astbench_registry import load_plugin as load_attentions
+from astbench_registry.name_table import did_you_mean
 from astbench_registry.registry import config_class, current_names, registered
 from astbench_registry.transforms.registry import (
     registered_transforms,
@@ -126,8 +126,7 @@ def is_transform(name: str) -> bool:
     if name in attentions or name in transforms:
         return name not in attentions
     names = [*attentions, *transforms]
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ";"
+    hint = did_you_mean(name, names)
     raise UnknownAttentionError(
         f"unknown attention or transform '{name}'{hint} registered: {', '.join(attentions)}; transforms: "
         f"{', '.join(transforms)}"

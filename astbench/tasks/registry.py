@@ -11,26 +11,16 @@ Three sources, as of attentions (:mod:`astbench_registry.registry`):
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from astbench.errors import NameOrPluginError
 from astbench.tasks.table import TASKS, Task
 from astbench_registry.errors import PluginError
-from astbench_registry.plugins import (
-    check_name,
-    claimed_by,
-    clashes_in,
-    entry_points,
-    entry_source,
-    import_plugin,
-    load_entry_point,
-    roll_back,
-    running_plugin,
-    sole_entry_point,
-)
+from astbench_registry.name_table import NameTable, require_defaults
+from astbench_registry.plugins import import_plugin
 from astbench_registry.registry import attentions_of
 from astbench_registry.transforms.registry import transforms_of
 
@@ -58,13 +48,24 @@ class RegisteredTask:
     row: Task | None = None
 
     @property
+    def target(self) -> str:
+        """`module:Class` of the LightningModule; empty until it is loaded."""
+        return self.row.module if self.row else ""
+
+    @property
     def summary(self) -> str:
         """What the task is, in one line."""
         return self.row.summary if self.row else "(not loaded)"
 
 
-_decorated: dict[str, RegisteredTask] = {}
-roll_back(lambda: _decorated)
+_names: NameTable[RegisteredTask] = NameTable(
+    "task",
+    ENTRY_POINT_GROUP,
+    {name: partial(RegisteredTask, name, "astbench", row) for name, row in TASKS.items()},
+    lambda name, source, target: RegisteredTask(name, source),
+    NameOrPluginError,
+    alphabetical=False,
+)
 
 
 def register_task(
@@ -85,19 +86,15 @@ def register_task(
     """
 
     def register(cls: T) -> T:
-        source = running_plugin() or cls.__module__
-        check_name("task", name, source)
+        source = _names.source_of(name, cls)
         what = f"task '{name}' from {source}"
         _check_classes(what, cls, data, config)
-        taken = _taken_by(name)
-        if taken and taken != source:
-            raise PluginError(f"task '{name}' is registered twice: by {taken} and by {source}; rename one")
         module, dataset, options = (f"{c.__module__}:{c.__qualname__}" for c in (cls, data, config))
         try:
             made = Task(name, summary, module, dataset, options, sources, **{"real": "", **row})
         except TypeError as error:
             raise PluginError(f"{what}: {str(error).replace('Task.__init__', 'register_task')}") from error
-        _decorated[name] = RegisteredTask(name, source, made)
+        _names.add(name, RegisteredTask(name, source, made))
         return cls
 
     return register
@@ -113,9 +110,7 @@ def _check_classes(what: str, module: Any, data: Any, config: Any) -> None:
         raise PluginError(f"{what}: its data must be a subclass of astbench.tasks.base.TaskData")
     if not (isinstance(config, type) and is_dataclass(config)):
         raise PluginError(f"{what}: its config must be a dataclass")
-    required = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
-    if required:
-        raise PluginError(f"{what}: config fields without a default: {required}")
+    require_defaults(what, config)
     lacking = [f"{module.__name__}.head"] if not hasattr(module, "head") else []
     lacking += [
         f"{data.__name__}.{n}" for n in ("length_option", "pads", "check_model", "describe") if not hasattr(data, n)
@@ -127,29 +122,17 @@ def _check_classes(what: str, module: Any, data: Any, config: Any) -> None:
         raise PluginError(f"{what}: {inside[0]} must stand at the top of its file, where a resumed run finds it")
 
 
-def _taken_by(name: str) -> str | None:
-    if name in TASKS:
-        return "astbench"
-    if name in _decorated:
-        return _decorated[name].source
-    return claimed_by(ENTRY_POINT_GROUP, name)
-
-
 def registered_tasks() -> dict[str, RegisteredTask]:
     """Every name that can be asked for, built-ins first, without importing anybody's code.
 
     Two installed packages that claim one name are both left out here (:func:`task_clashes` names them).
     """
-    found = {name: RegisteredTask(name, "astbench", row) for name, row in TASKS.items()}
-    for name, eps in sorted(entry_points(ENTRY_POINT_GROUP).items()):
-        if name not in found and len(eps) == 1:
-            found[name] = RegisteredTask(name, entry_source(eps[0]))
-    return {**found, **_decorated}
+    return _names.rows()
 
 
 def task_clashes() -> dict[str, list[str]]:
     """Names that several claim, with all of them: installed packages, or one and a built-in, which wins."""
-    return clashes_in(ENTRY_POINT_GROUP, TASKS)
+    return _names.clashes()
 
 
 def find_task(name: str) -> Task:
@@ -161,23 +144,9 @@ def find_task(name: str) -> Task:
     """
     if name in TASKS:
         return TASKS[name]
-    if name not in _decorated:
-        _load(name)
-    row = _decorated[name].row
+    row = _names.load(name).row
     assert row is not None, f"{name} was loaded without a row"
     return row
-
-
-def _load(name: str) -> None:
-    ep = sole_entry_point("task", ENTRY_POINT_GROUP, name)
-    if ep is None:
-        names = list(registered_tasks())
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ";"
-        raise NameOrPluginError(f"unknown task '{name}'{hint} registered: {', '.join(names)}")
-    load_entry_point("task", ep)
-    if name not in _decorated:
-        raise PluginError(f"task '{name}' from {entry_source(ep)}: {ep.value} must carry @register_task('{name}', ...)")
 
 
 def load_plugin(target: str) -> list[str]:
@@ -187,9 +156,11 @@ def load_plugin(target: str) -> list[str]:
         PluginError: the file is missing, raises at import, or registers none of them.
     """
     module = import_plugin(target)
-    own = f"{module.__name__}:"
-    tasks = [name for name, task in _decorated.items() if task.source == target or _module_of(task).startswith(own)]
-    names = [*attentions_of(target, module), *transforms_of(target, module), *sorted(tasks)]
+    names = [
+        *attentions_of(target, module),
+        *transforms_of(target, module),
+        *_names.registered_by(target, module),
+    ]
     if not names:
         raise PluginError(
             f"plugin {target} registers no attention, no task and no transform; decorate a class with "
@@ -204,13 +175,4 @@ def task_of_class(reference: str) -> str:
     Raises:
         PluginError: it does not load, or registers no such class.
     """
-    target, _, cls = reference.rpartition(":")
-    wanted = f"{import_plugin(target).__name__}:{cls}"
-    for name, task in _decorated.items():
-        if _module_of(task) == wanted:
-            return name
-    raise PluginError(f"{reference}: no class '{cls}' with @register_task in {target}")
-
-
-def _module_of(task: RegisteredTask) -> str:
-    return task.row.module if task.row else ""
+    return _names.of_class(reference)

@@ -14,29 +14,18 @@ Plugins are code: loading one runs it (:mod:`astbench_registry.plugins`).
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from types import ModuleType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from astbench_registry.capabilities import AttentionConfig, Capabilities
 from astbench_registry.errors import PluginError, UnknownAttentionError
-from astbench_registry.plugins import (
-    check_name,
-    claimed_by,
-    clashes_in,
-    entry_points,
-    entry_source,
-    import_plugin,
-    load_entry_point,
-    one_line,
-    roll_back,
-    running_plugin,
-    sole_entry_point,
-)
+from astbench_registry.name_table import NameTable, did_you_mean, require_defaults
+from astbench_registry.plugins import import_plugin
 from astbench_registry.table import BUILTIN
 
 if TYPE_CHECKING:
@@ -71,8 +60,13 @@ class Registered:
         return (self.config.__doc__ or "").strip().partition("\n")[0] if self.config else "(not loaded)"
 
 
-_decorated: dict[str, Registered] = {}
-roll_back(lambda: _decorated)
+_names: NameTable[Registered] = NameTable(
+    "attention",
+    ENTRY_POINT_GROUP,
+    {name: partial(Registered, name, "astbench", row.target, row.config) for name, row in BUILTIN.items()},
+    Registered,
+    UnknownAttentionError,
+)
 
 
 def register_attention(name: str, config: type[AttentionConfig]) -> Callable[[T], T]:
@@ -89,38 +83,23 @@ def register_attention(name: str, config: type[AttentionConfig]) -> Callable[[T]
     def register(cls: T) -> T:
         from astbench_registry.interface import Attention
 
-        source = running_plugin() or cls.__module__
-        check_name("attention", name, source)
+        source = _names.source_of(name, cls)
         if not (isinstance(cls, type) and issubclass(cls, Attention)):
             raise PluginError(f"attention '{name}' from {source} must be a subclass of astbench_registry.Attention")
         if "forward" not in vars(cls) and cls.forward is Attention.forward:
             raise PluginError(f"attention '{name}' from {source} does not implement forward()")
         _check_config(name, source, config)
-        taken = _taken_by(name)
-        if taken and taken != source:
-            raise PluginError(f"attention '{name}' is registered twice: by {taken} and by {source}; rename one")
-        cls.config_class = config
-        cls.name = name
-        _decorated[name] = Registered(name, source, f"{cls.__module__}:{cls.__qualname__}", config, cls)
+        _names.add(name, Registered(name, source, f"{cls.__module__}:{cls.__qualname__}", config, cls))
+        cls.config_class, cls.name = config, name
         return cls
 
     return register
 
 
-def _taken_by(name: str) -> str | None:
-    if name in BUILTIN:
-        return "astbench"
-    if name in _decorated:
-        return _decorated[name].source
-    return claimed_by(ENTRY_POINT_GROUP, name)
-
-
 def _check_config(name: str, source: str, config: Any) -> None:
     if not (isinstance(config, type) and issubclass(config, AttentionConfig) and is_dataclass(config)):
         raise PluginError(f"attention '{name}' from {source}: its config must be a dataclass of AttentionConfig")
-    missing = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
-    if missing:
-        raise PluginError(f"attention '{name}' from {source}: config fields without a default: {missing}")
+    require_defaults(f"attention '{name}' from {source}", config)
     if not isinstance(getattr(config, "capabilities", None), Capabilities):
         raise PluginError(f"attention '{name}' from {source}: its config must set `capabilities = Capabilities(...)`")
 
@@ -130,17 +109,12 @@ def registered() -> dict[str, Registered]:
 
     Two installed packages that claim one name are both left out here (:func:`clashes` names them).
     """
-    found = {name: Registered(name, "astbench", row.target, row.config) for name, row in BUILTIN.items()}
-    for name, eps in entry_points(ENTRY_POINT_GROUP).items():
-        if name not in found and len(eps) == 1:
-            found[name] = Registered(name, entry_source(eps[0]), eps[0].value)
-    found.update(_decorated)
-    return dict(sorted(found.items()))
+    return _names.rows()
 
 
 def clashes() -> dict[str, list[str]]:
     """Names that several claim, with all of them: installed packages, or one and a built-in, which wins."""
-    return clashes_in(ENTRY_POINT_GROUP, BUILTIN)
+    return _names.clashes()
 
 
 def load_plugin(target: str) -> list[str]:
@@ -157,8 +131,7 @@ def load_plugin(target: str) -> list[str]:
 
 def attentions_of(target: str, module: ModuleType) -> list[str]:
     """Names that a plugin registered, itself or through what it imported."""
-    own = f"{module.__name__}:"
-    return sorted(name for name, row in _decorated.items() if row.source == target or row.target.startswith(own))
+    return _names.registered_by(target, module)
 
 
 def config_class(name: str) -> type[AttentionConfig]:
@@ -194,17 +167,8 @@ def build_attention(name: str, options: Mapping[str, Any] | AttentionConfig, sha
     """
     config = options if isinstance(options, AttentionConfig) else make_config(name, options)
     cls = attention_class(name)
-    if name in BUILTIN:
-        return cls(config, shape)
-    try:
-        return cls(config, shape)
-    except ValueError:
-        raise  # an option that does not go with this layer
-    except Exception as error:  # whatever a plugin raises is reported under its name
-        source = _load(name).source
-        raise PluginError(
-            f"attention '{name}' from {source} cannot be built: {type(error).__name__}: {one_line(error)}"
-        ) from error
+    attention: Attention = _names.build(name, lambda: cls(config, shape))
+    return attention
 
 
 def make_config(name: str, options: Mapping[str, Any]) -> AttentionConfig:
@@ -231,8 +195,7 @@ def check_options(what: str, group: str, cls: type[Any], options: Mapping[str, A
     types = option_types(cls)
     for option, value in options.items():
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ";"
+            hint = did_you_mean(option, known)
             raise ValueError(f"{what} has no option '{option}'{hint} options: {', '.join(known) or 'none'}")
         if not _finite(value):
             raise ValueError(f"--{group}.{option} must be a finite number, got {value}")
@@ -288,33 +251,9 @@ def type_name(hint: Any) -> str:
 
 
 def _load(name: str) -> Registered:
-    if name in _decorated:
-        return _decorated[name]
-    if ".py:" in name or (":" in name and "." in name):
-        return _load_reference(name)
-    ep = sole_entry_point("attention", ENTRY_POINT_GROUP, name)
-    if ep is None:
-        names = list(registered())
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ";"
-        raise UnknownAttentionError(f"unknown attention '{name}'{hint} registered: {', '.join(names)}")
-    cls = load_entry_point("attention", ep)
-    if getattr(cls, "name", None) != name or name not in _decorated:
-        raise PluginError(
-            f"attention '{name}' from {entry_source(ep)}: {ep.value} must carry @register_attention('{name}', ...)"
-        )
-    return _decorated[name]
-
-
-def _load_reference(reference: str) -> Registered:
-    """`./mine.py:Mine` or `package.module:Mine`: a class by its address."""
-    target, _, attribute = reference.rpartition(":")
-    module = import_plugin(target)
-    cls = getattr(module, attribute, None)
-    name = getattr(cls, "name", None)
-    if name not in _decorated or _decorated[name].cls is not cls:
-        raise PluginError(f"{reference}: no class '{attribute}' with @register_attention in {target}")
-    return _decorated[name]
+    if ".py:" in name or (":" in name and "." in name):  # `./mine.py:Mine` or `package.module:Mine`
+        return _names.load(_names.of_class(name))
+    return _names.load(name)
 
 
 def _attribute(target: str) -> Any:

@@ -111,8 +111,8 @@ def run(tmp_path_factory):
 @pytest.fixture
 def fresh_registry(monkeypatch):
     """Plugins of one test are unknown to the next."""
-    monkeypatch.setattr(registry, "_decorated", {})
-    monkeypatch.setattr(tasks, "_decorated", {})
+    monkeypatch.setattr(registry._names, "decorated", {})
+    monkeypatch.setattr(tasks._names, "decorated", {})
 
 
 @pytest.fixture

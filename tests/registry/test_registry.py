@@ -58,7 +58,7 @@ class Mine(Attention):
 @pytest.fixture(autouse=True)
 def fresh_registry(monkeypatch):
     """Plugins of one test are unknown to the next."""
-    monkeypatch.setattr(registry, "_decorated", {})
+    monkeypatch.setattr(registry._names, "decorated", {})
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:

@@ -33,7 +33,7 @@ MINE = dedent(
 
 @pytest.fixture(autouse=True)
 def fresh_transforms(monkeypatch):
-    monkeypatch.setattr(transforms, "_decorated", {})
+    monkeypatch.setattr(transforms._names, "decorated", {})
 
 
 @pytest.fixture(scope="module")

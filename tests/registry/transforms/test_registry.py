@@ -5,7 +5,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from astbench_registry import PluginError, Transform, TransformConfig, plugins, register_transform
+from astbench_registry import PluginError, Transform, TransformConfig, name_table, plugins, register_transform
 from astbench_registry.errors import CapabilityError, UnknownTransformError
 from astbench_registry.transforms import registry
 from astbench_registry.transforms.applied import AppliedTransform, different_values
@@ -20,7 +20,7 @@ from astbench_registry.transforms.values import ValueCounts
 
 @pytest.fixture(autouse=True)
 def fresh_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_decorated", {})
+    monkeypatch.setattr(registry._names, "decorated", {})
 
 
 class Plain(Transform):
@@ -54,7 +54,7 @@ def test_an_installed_package_brings_one(monkeypatch):
         claims.clear()  # while a plugin loads, its own entry point is no clash
         return register_transform("plain", TransformConfig)(Plain)
 
-    monkeypatch.setattr(registry, "load_entry_point", load)
+    monkeypatch.setattr(name_table, "load_entry_point", load)
     assert transform_class("plain") is Plain
 
 
