@@ -65,6 +65,7 @@ class CommandLine:
         attention: Registered name; as it was said until its plugin is loaded.
         task: Registered name.
         transform: Registered name; None for none.
+        depth: Registered name; None for none.
         plugins: Files and modules to load, from argv and from configs that are trusted.
     """
 
@@ -75,6 +76,7 @@ class CommandLine:
     attention: str | None = None
     task: str | None = None
     transform: str | None = None
+    depth: str | None = None
     plugins: tuple[str, ...] = ()
 
     def has(self, name: str) -> bool:
@@ -164,7 +166,8 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         files = [_resumed(line.resume, [*options, *map(Option, words)])]
     line = replace(line, configs=tuple(read_config(file) for file in files))
     names = {kind: line.value(f"{kind}.name") for kind in CODE}
-    line = replace(line, attention=names["attention"], task=names["task"], transform=names["transform"])
+    line = replace(line, attention=names["attention"], task=names["task"])
+    line = replace(line, transform=names["transform"], depth=names["depth"])
     return replace(line, plugins=tuple(dict.fromkeys(_plugins(line))))
 
 
@@ -264,8 +267,8 @@ def _plugins(line: CommandLine) -> Iterator[str]:
     known = {plugin_key(plugin) for plugin in (*typed, *_files_of(names))}
     for config in line.configs:
         named = [str(plugin) for key in ("plugins", "plugins+") for plugin in config.data.get(key) or []]
-        chosen_names = (line.attention, line.task, line.transform)
-        for kind, chosen, typed_name in zip(CODE, chosen_names, names, strict=True):
+        for kind, typed_name in zip(CODE, names, strict=True):
+            chosen = getattr(line, kind)
             if typed_name is None and chosen == config.value(kind, "name"):
                 named += _files_of([chosen])
         for plugin in named:

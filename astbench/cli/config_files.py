@@ -12,10 +12,10 @@ import yaml
 from astbench.errors import ConfigError
 from astbench.files.plain_yaml import MOST_CHARACTERS, plain_yaml
 
-NAMED = ("attention", "task", "backbone", "transform")
+NAMED = ("attention", "task", "backbone", "transform", "depth")
 """Groups whose name alone may stand for them: `attention: ast` is `attention: {name: ast}`."""
 
-CODE = ("attention", "task", "transform")
+CODE = ("attention", "task", "transform", "depth")
 """Groups whose name may be that of a class in a file, `./mine.py:Mine`."""
 
 LINKED = {*NAMED, "optim", "seed", "init_from"}

@@ -44,6 +44,7 @@ def say_first_lines(
         {
             "attention": f"{handle.name} in {len(handle.slots)} layers {options}",
             **_transform(module),
+            **_depth(module),
             "task": task.name,
             "source": _source(facts["data"]),
             "backbone": f"{module.backbone.name}, {counts['total']:,} parameters, {counts['attention']:,} of them "
@@ -65,6 +66,15 @@ def _transform(module: TaskModule) -> dict[str, str]:
         return {}
     options = " ".join(f"{name}={value}" for name, value in transforming.config.headline().items())
     return {"transform": f"{transforming.name} in {len(transforming.slots)} layers {options}"}
+
+
+def _depth(module: TaskModule) -> dict[str, str]:
+    """The depth policy, where there is one."""
+    adaptive = module.adaptive
+    if adaptive is None:
+        return {}
+    options = " ".join(f"{name}={value}" for name, value in adaptive.config.headline().items())
+    return {"depth": f"{adaptive.name} over {adaptive.stack.shape.num_layers} layers {options}"}
 
 
 def _backend(module: TaskModule) -> str:

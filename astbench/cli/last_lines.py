@@ -29,6 +29,11 @@ def say_last_lines(task: Task, module: TaskModule, record: Mapping[str, Any], fo
         rows["transform"] = (
             f"{transform['zeros']:.3f} of the visible pairs are zero, {told}, a row sums to {transform['row_sum']:.3f}"
         )
+    if depth := record.get("depth"):
+        rows["depth"] = (
+            f"{depth['mean_layers']:.2f} of {depth['layers']} layers on average, {depth['share']:.3f} of their "
+            f"operations, {depth['paths']} different paths"
+        )
     if "train" in record:
         train = record["train"]
         wanted = module.trainer.max_steps

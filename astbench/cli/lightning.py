@@ -21,7 +21,16 @@ from astbench.backbones.adapters import adapter_folder
 from astbench.backbones.presets import BackboneConfig
 from astbench.cli.analysing import Analysing
 from astbench.cli.command_line import CommandLine
-from astbench.cli.option_checks import check_options, group_options, refuse_code, refuse_functions, without_name
+from astbench.cli.config_files import CODE
+from astbench.cli.depths import DepthCallback, check_trained_depth
+from astbench.cli.option_checks import (
+    check_options,
+    depth_options,
+    group_options,
+    refuse_code,
+    refuse_functions,
+    without_name,
+)
 from astbench.cli.parser import ALLOWED, Parser
 from astbench.cli.plain_options import as_yaml, plain_options
 from astbench.cli.processes import leading
@@ -40,6 +49,7 @@ from astbench.runs.run_record import config_doubts
 from astbench.tasks import Task, find_task
 from astbench.training.optim import OptimConfig
 from astbench.training.trainer import TRAINER_DEFAULTS
+from astbench_registry.depth.registry import depth_config_class
 from astbench_registry.registry import config_class, current_names
 from astbench_registry.transforms.registry import transform_config_class
 
@@ -93,6 +103,11 @@ class CLI(LightningCLI):
         )
         if self.line.transform is not None:
             parser.add_class_arguments(transform_config_class(self.line.transform), "transform", instantiate=False)
+        parser.add_argument(
+            "--depth.name", type=str | None, default=self.line.depth, help="registered policy that chooses the layers"
+        )
+        if self.line.depth is not None:
+            parser.add_class_arguments(depth_config_class(self.line.depth), "depth", instantiate=False)
         parser.add_argument("--task.name", type=str, default=self.task.name, help="registered task")
         parser.add_class_arguments(self.task_config, "task", instantiate=False)
         parser.add_class_arguments(BackboneConfig, "backbone", instantiate=False)
@@ -124,6 +139,7 @@ class CLI(LightningCLI):
             parser.link_arguments(
                 group, f"model.{group}", compute_fn=without_name if group == "task" else group_options
             )
+        parser.link_arguments("depth", "model.depth", compute_fn=depth_options)
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("init_from", "model.init_from")
         parser.set_defaults(self._demo_defaults(parser))
@@ -148,7 +164,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what can be checked before anything is built or read."""
         sys.argv[1:] = [self.command, *self.line.typed]  # Lightning starts a run's other processes with these
-        names = {"attention": self.attention, "task": self.task.name, "transform": self.line.transform}
+        names = {kind: getattr(self.line, kind) for kind in CODE}
         for kind, known in names.items():
             if self.options[kind].name != known:  # only names that were looked at may be imported
                 raise ConfigError(f"--{kind}={known} was chosen, and the options name {self.options[kind].name}")
@@ -186,6 +202,9 @@ class CLI(LightningCLI):
         callbacks = [*(trainer.pop("callbacks", None) or []), self.run_callback, self.run_callback.counted]
         if self.transforming is not None:
             callbacks.insert(-2, self.transforming)  # the first lines tell of it
+        self.depths = DepthCallback() if self.line.depth else None
+        if self.depths is not None:
+            callbacks.append(self.depths)
         if self.analysing is not None:
             callbacks.append(self.analysing)
         trainer["enable_progress_bar"] = trainer.get("enable_progress_bar") is not False
@@ -244,6 +263,8 @@ class CLI(LightningCLI):
                         self.run_callback.record.data.update(self.analysing.finish(self.model, self.folder))
                     if self.transforming is not None:
                         self.run_callback.record.data.update(self.transforming.record(self.model))
+                    if self.depths is not None:
+                        self.run_callback.record.data.update(self.depths.record(self.model, self.folder))
                     self.run_callback.finish(self.model)
                 except (SystemExit, Exception) as error:
                     # Lightning makes exits of signals, and torch errors of workers that died of one.
@@ -306,6 +327,7 @@ class CLI(LightningCLI):
         options, trained = self.options, checkpoint["hyper_parameters"]
         trained = {**trained, "attention": current_names(trained["attention"])}
         fixed = {k: (trained["task"] or {}).get(k) for k in self.module_class.fixed_task_options}
+        check_trained_depth(file, trained.get("depth"), depth_options(options.depth))
         for group in ("attention", "backbone", "task"):
             now = group_options(options[group])
             before = fixed if group == "task" else {k: v for k, v in trained[group].items() if k not in _FREE}
@@ -330,8 +352,9 @@ class CLI(LightningCLI):
         config = self.options.clone()
         for key in ("config", "run_dir", "weights_only", "verbose"):
             config.pop(key, None)
-        if config.transform.name is None:
-            config.pop("transform")
+        for group in ("transform", "depth"):
+            if config[group].name is None:
+                config.pop(group)
         text = self._parser(self.command).dump(as_yaml(config), skip_unset=False, skip_validation=True)
         head = f"# astbench {self.command} --config={CONFIG} runs this again.\n"
         write_text(self.folder / CONFIG, head + text)

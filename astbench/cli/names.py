@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from astbench.cli.command_line import CommandLine, read_command_line
 from astbench.errors import ConfigError, NameOrPluginError
@@ -17,6 +17,7 @@ from astbench.tasks import find_task, load_plugin, registered_tasks
 from astbench.tasks.registry import task_of_class
 from astbench_registry import PluginError, RegistryError, UnknownAttentionError
 from astbench_registry import load_plugin as load_attentions
+from astbench_registry.depth.registry import depth_config_class, depth_of_class, registered_depths
 from astbench_registry.name_table import did_you_mean
 from astbench_registry.registry import config_class, current_names, registered
 from astbench_registry.transforms.registry import (
@@ -54,6 +55,9 @@ def _registered_as(line: CommandLine) -> CommandLine:
     if line.transform and ":" in line.transform:
         plugins = dict.fromkeys([*line.plugins, line.transform.rpartition(":")[0]])
         line = replace(line, transform=transform_of_class(line.transform), plugins=tuple(plugins))
+    if line.depth and ":" in line.depth:
+        plugins = dict.fromkeys([*line.plugins, line.depth.rpartition(":")[0]])
+        line = replace(line, depth=depth_of_class(line.depth), plugins=tuple(plugins))
     return line
 
 
@@ -112,32 +116,37 @@ def name_of_class(target: str) -> str:
     raise PluginError(f"{plugin} registers no class '{cls}'; it registers: {', '.join(names)}")
 
 
-def is_transform(name: str) -> bool:
-    """Whether a name, or `./mine.py:Mine`, is that of a transform rather than of an attention.
+def kind_of(name: str) -> Literal["attention", "transform", "depth"]:
+    """What a name, or `./mine.py:Mine`, is that of: of two of one name the attention, then the transform.
 
     Raises:
-        UnknownAttentionError: it is neither's, with the nearest name and all of both.
+        UnknownAttentionError: it is nobody's, with the nearest name and all of them.
     """
+    attentions, transforms, depths = registered(), registered_transforms(), registered_depths()
     if ":" in name:
         target, _, cls = name.rpartition(":")
         load_plugin(target)
-        return any(row.cls is not None and row.cls.__name__ == cls for row in registered_transforms().values())
-    attentions, transforms = registered(), registered_transforms()
-    if name in attentions or name in transforms:
-        return name not in attentions
-    names = [*attentions, *transforms]
+        if any(row.cls is not None and row.cls.__name__ == cls for row in registered_transforms().values()):
+            return "transform"
+        is_depth = any(row.cls is not None and row.cls.__name__ == cls for row in registered_depths().values())
+        return "depth" if is_depth else "attention"
+    if name in attentions:
+        return "attention"
+    if name in transforms or name in depths:
+        return "transform" if name in transforms else "depth"
+    names = [*attentions, *transforms, *depths]
     hint = did_you_mean(name, names)
     raise UnknownAttentionError(
-        f"unknown attention or transform '{name}'{hint} registered: {', '.join(attentions)}; transforms: "
-        f"{', '.join(transforms)}"
+        f"unknown attention, transform or depth policy '{name}'{hint} registered: {', '.join(attentions)}; transforms: "
+        f"{', '.join(transforms)}; depth: {', '.join(depths)}"
     )
 
 
 def check_names(line: CommandLine) -> None:
-    """Both names are given and known, and that of a transform where there is one.
+    """Both names are given and known, and those of a transform and a depth policy where there are any.
 
     Raises:
-        ConfigError: one is missing, or that of a transform whose options were given.
+        ConfigError: one is missing, or that of a transform or policy whose options were given.
         NameOrPluginError: one is unknown, or its plugin does not load.
     """
     if line.attention is None:
@@ -146,10 +155,14 @@ def check_names(line: CommandLine) -> None:
         raise ConfigError(f"--task=NAME is required: {', '.join(registered_tasks())}")
     if line.transform is None and (lost := next((o for o in line.options if o.name.startswith("--transform.")), None)):
         raise ConfigError(f"{lost} needs a transform: --transform={' or '.join(registered_transforms())}")
+    if line.depth is None and (lost := next((o for o in line.options if o.name.startswith("--depth.")), None)):
+        raise ConfigError(f"{lost} needs a policy: --depth={' or '.join(registered_depths())}")
     try:
         config_class(line.attention)
         find_task(line.task)
         if line.transform is not None:
             transform_config_class(line.transform)
+        if line.depth is not None:
+            depth_config_class(line.depth)
     except RegistryError as error:
         raise NameOrPluginError(str(error)) from error

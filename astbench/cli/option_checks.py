@@ -20,6 +20,7 @@ from astbench.errors import ConfigError, MissingPackageError
 from astbench.tasks import Task
 from astbench.training.optim import OptimConfig
 from astbench_registry import AttentionConfig
+from astbench_registry.depth.registry import make_depth_config
 from astbench_registry.registry import make_config
 from astbench_registry.transforms.registry import make_transform_config, require_probabilities
 
@@ -46,6 +47,12 @@ def group_options(group: Any) -> dict[str, Any]:
 def without_name(group: Any) -> dict[str, Any]:
     """A parsed group's options without the `name` that chose them."""
     return {k: v for k, v in group_options(group).items() if k != "name"}
+
+
+def depth_options(group: Any) -> dict[str, Any] | None:
+    """The depth policy's options with its name; None where every layer runs."""
+    options = group_options(group)
+    return options if options.get("name") is not None else None
 
 
 def refuse_functions(value: Any, where: str = "trainer") -> None:
@@ -113,6 +120,10 @@ def check_options(command: str, options: Namespace, task: Task) -> None:
     _check_attention(command, options, task, config, chosen, {"length": longest, "length_flag": flag})
     if options.transform.name is not None:
         _check_transform(command, options, config)
+    if options.depth.name is not None:
+        _check_depth(command, options, task)
+    elif options.optim.train == "depth":
+        raise ConfigError("--optim.train=depth needs a depth policy that learns: --depth=transformer_inverse")
     BackboneConfig(**vars(options.backbone))
     OptimConfig(**vars(options.optim))
     check_numbers(options.as_dict(), "--")
@@ -173,6 +184,26 @@ def _check_transform(command: str, options: Namespace, attention: AttentionConfi
             f"--transform={name} with these options looks at attention values first: set --backbone.calibrate=2, the "
             "batches of the training split that it looks at"
         )
+
+
+def _check_depth(command: str, options: Namespace, task: Task) -> None:
+    """Refuse a depth policy where it cannot work.
+
+    Raises:
+        ConfigError: an encoder-decoder, layers that are compiled or run twice, or a policy that nobody trained.
+        ValueError: an option of the policy.
+    """
+    name = options.depth.name
+    config = make_depth_config(name, without_name(options.depth))
+    if task.load()[0].head == "seq2seq":
+        raise ConfigError(f"--depth={name} works on encoders and on decoders; {task.name} takes an encoder-decoder")
+    for option in ("gradient_checkpointing", "compile"):
+        if options.backbone[option]:
+            raise ConfigError(f"--depth={name} runs layers in groups of its own: leave --backbone.{option} off")
+    if config.learns and command != "fit" and not options.get("ckpt_path") and not options.init_from:
+        raise ConfigError(f"--depth={name} is learned: {command} needs a run trained with it, --ckpt_path=runs/NAME")
+    if not config.learns and options.optim.train == "depth":
+        raise ConfigError(f"--optim.train=depth needs a policy that learns; --depth={name} has nothing to learn")
 
 
 def _check_trainer(trainer: Namespace, task: Task) -> None:

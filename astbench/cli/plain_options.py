@@ -28,6 +28,7 @@ def plain_options(options: Namespace) -> dict[str, Any]:
     """The options as JSON-able data."""
     plain = dict(json.loads(json.dumps(options.as_dict(), default=str)))
     plain.pop("config", None)  # where the options were read from; they are all here
-    if plain["transform"]["name"] is None:
-        plain.pop("transform")
+    for group in ("transform", "depth"):
+        if plain[group]["name"] is None:
+            plain.pop(group)
     return plain

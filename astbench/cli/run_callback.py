@@ -64,8 +64,9 @@ class RunCallback(Callback):
 
     def begin(self, config: dict[str, Any], words: Sequence[str], checkpoint: str | None, *, writer: bool) -> None:
         """First version of the record; see :meth:`RunRecord.begin`."""
-        transform = (config.get("transform") or {}).get("name")
-        plugins = foreign_code(config["attention"]["name"], self.task.name, config.get("plugins") or [], transform)
+        transform, depth = ((config.get(group) or {}).get("name") for group in ("transform", "depth"))
+        listed = config.get("plugins") or []
+        plugins = foreign_code(config["attention"]["name"], self.task.name, listed, transform, depth)
         self.record.begin(self.command, config, words, checkpoint, writer=writer, plugins=plugins)
 
     def recording(self) -> AbstractContextManager[None]:

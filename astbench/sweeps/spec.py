@@ -30,12 +30,13 @@ _TAKEN = ("logs", "failed", "sweep.json", "table.yaml")
 
 _LONGEST_NAME = 80
 _OWN = ("run_dir", "resume", "config", "plugins", "trust_config")
-_GROUPS = ("attention", "task", "backbone", "transform", "data", "optim", "trainer")
+_GROUPS = ("attention", "task", "backbone", "transform", "depth", "data", "optim", "trainer")
 _TYPED = {
     "seed_everything": "seed",
     "attention.name": "attention",
     "task.name": "task",
     "transform.name": "transform",
+    "depth.name": "depth",
     "backbone": "backbone.name",
 }
 """Options that have a shorter name; in a sweep they go by that one."""
@@ -347,7 +348,7 @@ def _label(key: str, value: Any) -> str:
     """`ast`, `density0.25`, `seed3`: names of attentions and tasks stand for themselves."""
     text = value if isinstance(value, str) else json.dumps(value)
     last = key.removeprefix("--").rpartition(".")[2]
-    return text if last in ("attention", "task", "transform", "name", "backbone") else f"{last}{text}"
+    return text if last in ("attention", "task", "transform", "depth", "name", "backbone") else f"{last}{text}"
 
 
 def _exclude(path: Path, said: Any, command: str) -> tuple[Options, ...]:

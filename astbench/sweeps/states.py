@@ -107,8 +107,9 @@ def wanted(cell: Cell) -> Options:
             if f"{group}.name" not in names:
                 raise ConfigError(f"{cell.name}: the sweep names no {group}; add it to options or axes")
         attention, task = str(names["attention.name"]), str(names["task.name"])
-        source, transform = str(names.get("data.source", find_source(task))), names.get("transform.name")
-        plain = defaults(attention, task, source, None if transform is None else str(transform))
+        source = str(names.get("data.source", find_source(task)))
+        others = [None if names.get(key) is None else str(names[key]) for key in ("transform.name", "depth.name")]
+        plain = defaults(attention, task, source, *others)
         laid = [_of_attention(layer, attention) for layer in laid]
         known = {".".join(key.split(".")[:2]) for key in plain}
         for key in given:
@@ -128,7 +129,7 @@ def differs(cell: Cell, record: Mapping[str, Any]) -> str:
     if not isinstance(config, dict):
         return "its record holds no config"
     asked = wanted(cell)
-    held = dict(config) if cell.command == "bench" else {"transform.name": None, **flatten(config)}
+    held = dict(config) if cell.command == "bench" else {"transform.name": None, "depth.name": None, **flatten(config)}
     ignored = (*NO_EFFECT, *(() if cell.command in ("fit", "bench") else TRAINS), "run_dir")
     for key, value in asked.items():
         if key == _THREADS and value is None:  # the record says how many there were

@@ -16,10 +16,11 @@ from astbench.bench.config import BenchConfig
 from astbench.tasks import find_task
 from astbench.training.optim import OptimConfig
 from astbench.training.trainer import TRAINER_DEFAULTS
+from astbench_registry.depth.registry import depth_config_class
 from astbench_registry.registry import config_class, current_names
 from astbench_registry.transforms.registry import transform_config_class
 
-GROUPS = ("attention", "task", "transform", "data", "optim", "backbone", "trainer")
+GROUPS = ("attention", "task", "transform", "depth", "data", "optim", "backbone", "trainer")
 """Groups of options that decide what a run computes."""
 
 Options = dict[str, Any]
@@ -43,6 +44,7 @@ def _of(attention: str, task: str) -> Mapping[str, Any]:
             "attention": {"name": attention, **asdict(config_class(attention)())},
             "task": {"name": task, **asdict(config())},
             "transform": {"name": None},
+            "depth": {"name": None},
             "data": _arguments(data),
             "optim": asdict(OptimConfig()),
             "backbone": asdict(BackboneConfig()),
@@ -51,7 +53,7 @@ def _of(attention: str, task: str) -> Mapping[str, Any]:
     )
 
 
-def defaults(attention: str, task: str, source: str, transform: str | None = None) -> Options:
+def defaults(attention: str, task: str, source: str, transform: str | None = None, depth: str | None = None) -> Options:
     """Every option of `astbench fit --attention=... --task=... --data.source=...` when no other is given.
 
     Args:
@@ -59,15 +61,18 @@ def defaults(attention: str, task: str, source: str, transform: str | None = Non
         task: Registered name.
         source: Of the data.
         transform: Registered name, whose options are there too; None for none.
+        depth: Likewise.
 
     Raises:
         NameOrPluginError: an unknown task.
-        RegistryError: an unknown attention or transform.
+        RegistryError: an unknown attention, transform or depth policy.
     """
     found = {**_of(attention, task), "data.source": source}
     if transform is not None:
         options = transform_config_class(transform)().as_dict()
         found |= {f"transform.{option}": value for option, value in options.items()}
+    if depth is not None:
+        found |= {f"depth.{option}": value for option, value in depth_config_class(depth)().as_dict().items()}
     demo = find_task(task).demo if source == find_task(task).sources[0] else {}
     return {**found, **{key: value for key, value in demo.items() if key in found}}
 

@@ -29,11 +29,12 @@ LONG = {
     "attention": "attention.name",
     "task": "task.name",
     "transform": "transform.name",
+    "depth": "depth.name",
     "backbone": "backbone.name",
 }
 """Options that may be typed by a shorter name, by that name."""
 
-_SHORT = {LONG[name]: name for name in ("seed", "attention", "task", "transform")}
+_SHORT = {LONG[name]: name for name in ("seed", "attention", "task", "transform", "depth")}
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def repeat(run: Run, recipes: Sequence[Recipe]) -> Repeat:
 def _fits(run: Run, recipes: Sequence[Recipe]) -> Iterator[tuple[str | None, Options]]:
     recorded = flatten(run.record["config"])
     attention, task, source = (recorded[key] for key in ("attention.name", "task.name", "data.source"))
-    plain = defaults(attention, task, source, recorded.get("transform.name"))
+    plain = defaults(attention, task, source, recorded.get("transform.name"), recorded.get("depth.name"))
     wanted = {**plain, **recorded, **run.entry.also}
     usual = find_source(task)
     bare = {**plain, "attention.name": None, "task.name": None}
@@ -152,7 +153,7 @@ def _laid_over(recipe: Recipe, attention: str) -> Options:
 def _differences(given: Options, wanted: Options) -> Options:
     """Options to add to what is given; the attention and the task first."""
     differs = {key: value for key, value in wanted.items() if key not in NO_EFFECT and given.get(key, ...) != value}
-    first = [key for key in ("attention.name", "task.name", "transform.name") if key in differs]
+    first = [key for key in ("attention.name", "task.name", "transform.name", "depth.name") if key in differs]
     return {key: differs[key] for key in [*first, *(k for k in differs if k not in first)]}
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from astbench.errors import NameOrPluginError
 from astbench.tasks.table import TASKS, Task
+from astbench_registry.depth.registry import depths_of
 from astbench_registry.errors import PluginError
 from astbench_registry.name_table import NameTable, require_defaults
 from astbench_registry.plugins import import_plugin
@@ -150,7 +151,7 @@ def find_task(name: str) -> Task:
 
 
 def load_plugin(target: str) -> list[str]:
-    """Import a plugin, `path/to/file.py` or `package.module`; the attentions, transforms and tasks it registered.
+    """Import a plugin, `path/to/file.py` or `package.module`; the names of any kind that it registered.
 
     Raises:
         PluginError: the file is missing, raises at import, or registers none of them.
@@ -159,12 +160,13 @@ def load_plugin(target: str) -> list[str]:
     names = [
         *attentions_of(target, module),
         *transforms_of(target, module),
+        *depths_of(target, module),
         *_names.registered_by(target, module),
     ]
     if not names:
         raise PluginError(
-            f"plugin {target} registers no attention, no task and no transform; decorate a class with "
-            "@register_attention, @register_task or @register_transform"
+            f"plugin {target} registers no attention, task, transform or depth policy; decorate a class with "
+            "@register_attention, @register_task, @register_transform or @register_depth"
         )
     return names
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from astbench.backbones.load import load_backbone
 from astbench.backbones.swap import swap_attention
 from astbench.backbones.tokenizers import saved_tokenizer
+from astbench.errors import ConfigError
 from astbench.runs.checkpoint_checks import check_content, check_weights
 from astbench.runs.checkpoints import read_checkpoint
 from astbench.runs.folder import RunFolder
@@ -61,12 +62,17 @@ def rebuild(file: Path, task: Task) -> Trained:
         task: What the run was trained on.
 
     Raises:
+        ConfigError: it chose its depth by input.
         CheckpointError: missing, damaged, or not what its configuration says.
         DataError: the run's backbone or tokenizer is not there any more.
     """
     RunFolder(file.parent).check_tokenizer()
     checkpoint = check_content(read_checkpoint(file), file)
     options = checkpoint["hyper_parameters"]
+    if depth := options.get("depth"):
+        raise ConfigError(
+            f"{file.parent} was trained with --depth={depth['name']}, which nobody else knows: it cannot be served or pushed"
+        )
     attention = current_names(options["attention"])
     module = task.load()[0](**{**options, "attention": attention, "init_from": None})
     tokenizer = saved_tokenizer(file.parent)

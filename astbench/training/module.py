@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from astbench import console
 from astbench.backbones.adapters import adapter_folder, start_from_adapter
+from astbench.backbones.depth.adaptive import DEPTH, AdaptiveDepth
 from astbench.backbones.load import load_backbone
 from astbench.backbones.presets import BackboneConfig, Head
 from astbench.backbones.swap import WHERE, SwapHandle, Where, swap_attention
@@ -25,7 +26,9 @@ from astbench.errors import CheckpointError, ConfigError, NumericError
 from astbench.runs.checkpoint_checks import check_content, check_weights
 from astbench.runs.checkpoints import read_checkpoint
 from astbench.training.averaging import final_weights
+from astbench.training.depth import trained_policy
 from astbench.training.optim import OptimConfig
+from astbench.training.policy_gradient import policy_loss
 from astbench.training.seeds import derived_seed, seed_devices
 from astbench.training.sharding import FullyShardedStrategy, shard
 from astbench_registry import Pattern
@@ -41,6 +44,7 @@ class TaskModule(pl.LightningModule):
         task: Fields of the task's own config.
         seed: Initial weights and every random draw derive from it.
         init_from: Run folder whose trained backbone to start from, or an adapter.
+        depth: `{"name": ..., **options}` of a depth policy; None runs every layer.
     """
 
     head: ClassVar[Head]
@@ -55,6 +59,7 @@ class TaskModule(pl.LightningModule):
         task: dict[str, Any] | None = None,
         seed: int = 0,
         init_from: str | None = None,
+        depth: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -63,6 +68,8 @@ class TaskModule(pl.LightningModule):
         self.optim = OptimConfig(**(optim or {}))
         self.seed = seed
         self.init_from = init_from
+        self.depth = dict(depth) if depth else None
+        self.adaptive: AdaptiveDepth | None = None
         self._to_observe = self._to_budget = self.backbone.calibrate
         self._has_share = False  # of a calibrated budget, from another run
         self.model: PreTrainedModel | None = None
@@ -91,22 +98,39 @@ class TaskModule(pl.LightningModule):
             # A generator of its own for the variant's parameters: the backbone's are the same for every variant.
             torch.manual_seed(self.seed + 1)
             self.handle = swap_attention(self.model, self.attention["name"], options, where=self.where)
+        if self.depth is not None:
+            self._adapt_depth(self.depth)
         if self.backbone.gradient_checkpointing:
             # transformers 5.23 calls it by another name and warns of the old one.
             name = "activation_checkpointing_enable"
             enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
             # Not the reentrant kind, which would lose the gradients of the attention's own losses.
             enable({"use_reentrant": False})
-        if self.backbone.compile and self.trainer.state.fn == TrainerFn.FITTING:
+        if self.backbone.compile and self._trains:
             self._compile_layers()
         if self.init_from:
             self._load_trained_backbone(self.init_from)
-        if self.optim.train == "attention":
+        if self.optim.train != "all":
             self._freeze_backbone()
         # Pretrained models come in evaluation mode.
         self.model.train()
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
             shard(self, self._layers("--trainer.strategy=fsdp2"))
+
+    @property
+    def _trains(self) -> bool:
+        return bool(self.trainer.state.fn == TrainerFn.FITTING)
+
+    def _adapt_depth(self, depth: dict[str, Any]) -> None:
+        """Put the policy on the model, its first weights from a generator of its own."""
+        if self.trainer.world_size > 1 and self._trains:
+            raise ConfigError(
+                f"--depth={depth['name']} trains in one process: layers that one process leaves out have no gradient "
+                "there; set --trainer.devices=1"
+            )
+        torch.manual_seed(self.seed + 2)
+        options = {key: value for key, value in depth.items() if key != "name"}
+        self.adaptive = AdaptiveDepth(self.swapped, depth["name"], options)
 
     def build_model(self) -> PreTrainedModel:
         """The backbone, before its attention is swapped."""
@@ -133,7 +157,11 @@ class TaskModule(pl.LightningModule):
         }
         own = set(self.handle.state_dict())
         mine = self.model.state_dict()
-        wanted = {n for n in mine if n not in own}
+        policy, note = trained_policy(
+            folder, checkpoint["hyper_parameters"].get("depth"), self.depth, mine, weights, training=self._trains
+        )
+        self.handle.notes += [note] if note else []
+        wanted = {n for n in mine if n not in own and not n.startswith(f"{DEPTH}.")}
         wrong = sorted(n for n in wanted if n not in weights or weights[n].shape != mine[n].shape)
         if wrong:
             raise CheckpointError(f"--init_from={folder} was trained on another backbone: {wrong[0]} differs")
@@ -141,7 +169,7 @@ class TaskModule(pl.LightningModule):
         self._own_weights_are_trained(fitting)
         if own - fitting:
             self.handle.notes.append(f"{len(own - fitting)} of the attention's {len(own)} own tensors start anew")
-        usable = {n: w for n, w in weights.items() if n in wanted | fitting}
+        usable = {n: w for n, w in weights.items() if n in wanted | fitting | policy}
         self.model.load_state_dict(usable, strict=False)
 
     def _own_weights_are_trained(self, names: set[str]) -> None:
@@ -170,11 +198,14 @@ class TaskModule(pl.LightningModule):
 
     def _freeze_backbone(self) -> None:
         assert self.model is not None and self.handle is not None
-        own = {id(p) for p in self.handle.parameters()}
+        if self.optim.train == "depth":
+            own = {id(p) for p in self.adaptive.own_parameters()} if self.adaptive else set()
+            lacking = "a depth policy that learns: --depth=transformer_inverse"
+        else:
+            own = {id(p) for p in self.handle.parameters()}
+            lacking = f"an attention with parameters; {self.attention['name']} has none"
         if not own:
-            raise ConfigError(
-                f"--optim.train=attention needs an attention with parameters; {self.attention['name']} has none"
-            )
+            raise ConfigError(f"--optim.train={self.optim.train} needs {lacking}")
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in own)
 
@@ -195,6 +226,8 @@ class TaskModule(pl.LightningModule):
         log_prob = self.swapped.log_prob()
         if log_prob is not None:
             auxiliary["policy"] = policy_loss(each, log_prob)
+        if self.adaptive is not None:
+            auxiliary |= {f"depth_{name}": loss for name, loss in self.adaptive.losses(each).items()}
         total = task_loss + sum(auxiliary.values()) if auxiliary else task_loss
         if not torch.isfinite(total):
             parts = {
@@ -257,7 +290,7 @@ class TaskModule(pl.LightningModule):
         training = self.model.training
         self.model.eval()
         for look in passes:
-            with torch.no_grad(), look():
+            with torch.no_grad(), look(), self.adaptive.full_depth() if self.adaptive else nullcontext():
                 for batch in islice(data.train_dataloader(), batches):
                     self(self.trainer.strategy.batch_to_device(batch))
             found = f"--transform={transforming.name}" if transforming and look == transforming.calibrating else None
@@ -287,20 +320,24 @@ class TaskModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up, its schedule a function of the step and `max_steps` alone."""
-        own = {id(p) for p in self.swapped.parameters()}
-        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        optim = self.optim
+        own = {id(p): optim.attention_lr or optim.lr for p in self.swapped.parameters()}
+        if self.adaptive is not None:
+            policy_lr = getattr(self.adaptive.config, "lr", None) or optim.lr
+            own |= {id(p): policy_lr for p in self.adaptive.own_parameters()}
+        groups: dict[tuple[bool, float, bool], list[torch.nn.Parameter]] = {}
         for parameter in self.parameters():
             if parameter.requires_grad:
-                groups.setdefault((id(parameter) in own, parameter.dim() >= 2), []).append(parameter)
-        optim = self.optim
+                lr, decays = own.get(id(parameter), optim.lr), parameter.dim() >= 2
+                groups.setdefault((id(parameter) in own, lr, decays), []).append(parameter)
         optimizer = torch.optim.AdamW(
             [
                 {
                     "params": parameters,
-                    "lr": (optim.attention_lr or optim.lr) if is_own else optim.lr,
+                    "lr": lr,
                     "weight_decay": optim.weight_decay if decays else 0.0,
                 }
-                for (is_own, decays), parameters in groups.items()
+                for (_, lr, decays), parameters in groups.items()
             ],
             betas=(optim.beta1, optim.beta2),
         )
@@ -352,25 +389,3 @@ def _float32() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def policy_loss(each: Tensor, log_prob: Tensor) -> Tensor:
-    """REINFORCE: the gradient raises the probability of choices whose sequence lost less than the others on average.
-
-    Each sequence's baseline is the mean of the others' losses: Kool, van Hoof and Welling 2019 (Buy 4 REINFORCE
-    Samples, Get a Baseline for Free!), eq. 6, with a batch in the place of samples for one input.
-
-    Args:
-        each: Losses `(batch,)`.
-        log_prob: `(batch,)`.
-
-    Raises:
-        ConfigError: for a batch of one, which nothing can be compared with.
-    """
-    batch = len(each)
-    if batch < 2:
-        raise ConfigError(
-            "--attention.estimator=policy_gradient compares the sequences of a batch; set --data.batch_size=2 or more"
-        )
-    advantage = (each.detach() - each.detach().mean()) * batch / (batch - 1)
-    return (advantage * log_prob).mean()

@@ -19,7 +19,8 @@ class OptimConfig:
         beta2: Decay of the second moment.
         warmup_steps: Steps of linear warm-up.
         schedule: What follows the warm-up, down to 0 at `max_steps` (constant: it stays).
-        train: Which parameters learn: everything, or only the attention's own on a frozen backbone.
+        train: Which parameters learn: everything, or on a frozen backbone only the attention's own, or only those of
+            the depth policy.
     """
 
     lr: float = 1e-3
@@ -29,7 +30,7 @@ class OptimConfig:
     beta2: float = 0.999
     warmup_steps: int = 50
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    train: Literal["all", "attention"] = "all"
+    train: Literal["all", "attention", "depth"] = "all"
 
     def __post_init__(self) -> None:
         for name in ("lr", "attention_lr"):

@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from astbench_registry.capabilities import AttentionConfig, Capabilities, Pattern
+from astbench_registry.depth.config import DepthConfig
+from astbench_registry.depth.registry import register_depth
 from astbench_registry.errors import CapabilityError, PluginError, RegistryError, UnknownAttentionError
 from astbench_registry.registry import (
     attention_class,
@@ -24,6 +26,7 @@ from astbench_registry.transforms.config import TransformConfig
 from astbench_registry.transforms.registry import register_transform
 
 if TYPE_CHECKING:
+    from astbench_registry.depth.interface import Choice, DepthPolicy, Outcome, StackShape
     from astbench_registry.interface import (
         Attention,
         AttentionContext,
@@ -44,6 +47,8 @@ _LAZY = (
     "CacheState",
 )
 
+_DEPTH = ("Choice", "DepthPolicy", "Outcome", "StackShape")
+
 __all__ = [
     "Attention",
     "AttentionConfig",
@@ -55,9 +60,14 @@ __all__ = [
     "CacheState",
     "Capabilities",
     "CapabilityError",
+    "Choice",
+    "DepthConfig",
+    "DepthPolicy",
+    "Outcome",
     "Pattern",
     "PluginError",
     "RegistryError",
+    "StackShape",
     "Transform",
     "TransformConfig",
     "UnknownAttentionError",
@@ -66,6 +76,7 @@ __all__ = [
     "config_class",
     "load_plugin",
     "register_attention",
+    "register_depth",
     "register_transform",
     "registered",
 ]
@@ -76,6 +87,8 @@ def __getattr__(name: str) -> Any:
         return import_module("astbench_registry.mask").AttentionMask
     if name == "Transform":
         return import_module("astbench_registry.transforms.interface").Transform
+    if name in _DEPTH:
+        return getattr(import_module("astbench_registry.depth.interface"), name)
     if name in _LAZY:
         return getattr(import_module("astbench_registry.interface"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

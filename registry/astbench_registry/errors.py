@@ -13,6 +13,10 @@ class UnknownTransformError(RegistryError):
     """No transform of that name."""
 
 
+class UnknownDepthError(RegistryError):
+    """No depth policy of that name."""
+
+
 class PluginError(RegistryError):
     """A plugin does not load, or clashes with another."""
 

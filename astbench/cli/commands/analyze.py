@@ -54,6 +54,8 @@ def run(words: list[str]) -> int:
     check_interpreter()
     drop_strays()
     assert line.attention is not None
+    if line.depth is not None:
+        raise ConfigError(f"analyze looks at every layer of every input; --depth={line.depth} leaves some out")
     if of_values:
         able = config_class(line.attention)().can.yields_probabilities
         require_probabilities(line.attention, able=able, what="analyze --values")

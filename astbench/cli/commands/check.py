@@ -1,17 +1,21 @@
-"""`astbench check NAME`: the conformance suite, on any attention or transform, ours or a plugin's."""
+"""`astbench check NAME`: the conformance suite, on any attention, transform or depth policy, ours or a plugin's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from astbench.cli.bounds import check_attention_sizes
-from astbench.cli.names import current_options, is_transform, name_of_class, read_names
+from astbench.cli.names import current_options, kind_of, name_of_class, read_names
 from astbench.console import say
 from astbench.errors import ConfigError
+from astbench_registry.depth.registry import depth_of_class, make_depth_config
 from astbench_registry.transforms.registry import make_transform_config, transform_of_class
 
 if TYPE_CHECKING:
+    from astbench.backbones.depth.conformance import DepthResult
     from astbench_registry.conformance import Result
+    from astbench_registry.transforms.conformance import TransformResult
 
 
 def run(words: list[str]) -> int:
@@ -20,17 +24,23 @@ def run(words: list[str]) -> int:
     if line.help:
         print(
             "usage: astbench check NAME... [--attention.OPTION=VALUE...] [--all] [--plugins=FILE.py|MODULE]\n"
-            "       astbench check TRANSFORM [--transform.OPTION=VALUE...] [--plugins=FILE.py|MODULE]\n\n"
+            "       astbench check TRANSFORM [--transform.OPTION=VALUE...] [--plugins=FILE.py|MODULE]\n"
+            "       astbench check POLICY|--depth=POLICY [--depth.OPTION=VALUE...] [--plugins=FILE.py|MODULE]\n\n"
             "Causality, padding and batch invariance, gradients, decoding, grouped heads, full density, empty rows,\n"
             "poisoned padding, low precision, determinism: pass, fail, or skip with the reason. Of a transform of\n"
-            "attention weights: hidden pairs, rows, heads and sequences apart, declared values, dense attention."
+            "attention weights: hidden pairs, rows, heads and sequences apart, declared values, dense attention. Of a\n"
+            "depth policy: full depth, layers that do not run, batches, padding, causality, gradients, decoding."
         )
         return 0
-    transforms = [name for name in line.words if is_transform(name)]
-    if transforms:
-        if len(line.words) > 1:
-            raise ConfigError(f"astbench check takes one transform at a time, got {' '.join(line.words)}")
-        return _check_transform(transforms[0], line.attention_options("check", group="transform"))
+    words = [*line.words, *([line.depth] if line.depth else [])]
+    kinds = {name: kind_of(name) for name in words}
+    if others := [name for name in words if kinds[name] != "attention"]:
+        kind = kinds[others[0]]
+        if len(words) > 1:
+            what = {"transform": "transform", "depth": "depth policy"}[kind]
+            raise ConfigError(f"astbench check takes one {what} at a time, got {' '.join(words)}")
+        check_one = {"transform": _check_transform, "depth": _check_depth}[kind]
+        return check_one(others[0], line.attention_options("check", "--depth", "--depth.name", group=kind))
     typed = line.attention_options("check", "--all")
     from astbench_registry import PluginError
     from astbench_registry.registry import config_class, make_config, registered
@@ -76,7 +86,18 @@ def _check_transform(name: str, options: dict[str, Any]) -> int:
     make_transform_config(name, options)  # mistakes end before torch is loaded
     from astbench_registry.transforms.conformance import check_transform
 
-    results = check_transform(name, options)
+    return _said(name, check_transform(name, options))
+
+
+def _check_depth(name: str, options: dict[str, Any]) -> int:
+    name = depth_of_class(name) if ":" in name else name
+    make_depth_config(name, options)  # mistakes end before torch is loaded
+    from astbench.backbones.depth.conformance import check_depth
+
+    return _said(name, check_depth(name, options))
+
+
+def _said(name: str, results: Sequence[TransformResult | DepthResult]) -> int:
     width = max(len(r.property) for r in results)
     say(name)
     for r in results:

@@ -1,4 +1,4 @@
-"""`astbench describe NAME`: options, abilities and paper of an attention, or of a transform of its weights."""
+"""`astbench describe NAME`: options, abilities and paper of an attention, a transform, or a depth policy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 from astbench.cli.explain_call import KEYS, explain_call
-from astbench.cli.names import current_options, is_transform, read_names
+from astbench.cli.names import current_options, kind_of, read_names
 from astbench.errors import ConfigError
-from astbench_registry import AttentionConfig, TransformConfig
+from astbench_registry import AttentionConfig, DepthConfig, TransformConfig
+from astbench_registry.depth.registry import depth_of_class, make_depth_config, registered_depths
 from astbench_registry.registry import config_class, make_config, option_types, registered, type_name
 from astbench_registry.transforms.registry import (
     attentions_with_probabilities,
@@ -30,6 +31,7 @@ def run(words: list[str]) -> int:
     if line.help or not names:
         print("usage: astbench describe NAME [--attention.OPTION=VALUE...] [--plugins=FILE.py|MODULE]")
         print("       astbench describe TRANSFORM [--transform.OPTION=VALUE...] [--plugins=FILE.py|MODULE]")
+        print("       astbench describe POLICY [--depth.OPTION=VALUE...] [--plugins=FILE.py|MODULE]")
         print(f"       astbench describe NAME --explain N=32768 [KEY=VALUE...]   keys: {', '.join(KEYS)}")
         if not line.help:
             raise ConfigError("astbench describe needs a name; `astbench list` shows them")
@@ -38,10 +40,13 @@ def run(words: list[str]) -> int:
         if "=" in names[1]:
             raise ConfigError(f"astbench describe takes {names[1]} only with --explain")
         raise ConfigError(f"astbench describe takes one name, got {' '.join(names)}")
-    if is_transform(names[0]):
+    kind = kind_of(names[0])
+    if kind != "attention":
+        what = {"transform": "a transform of their weights", "depth": "a depth policy"}[kind]
         if explain:
-            raise ConfigError(f"--explain is for attentions; {names[0]} is a transform of their weights")
-        print(_transform(names[0], line.attention_options("describe", group="transform")))
+            raise ConfigError(f"--explain is for attentions; {names[0]} is {what}")
+        describe = {"transform": _transform, "depth": _depth}[kind]
+        print(describe(names[0], line.attention_options("describe", group=kind)))
         return 0
     config = config_class(names[0])
     options = current_options(names[0], line.attention_options("describe", "--explain"))
@@ -58,7 +63,7 @@ def run(words: list[str]) -> int:
 
 
 def _options(
-    chosen: AttentionConfig | TransformConfig,
+    chosen: AttentionConfig | TransformConfig | DepthConfig,
     given: Mapping[str, Any],
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
@@ -90,6 +95,23 @@ def _transform(name: str, options: Mapping[str, Any]) -> str:
     }
     head = f"{name}: {text}\n\n" + "\n".join(f"  {key:<22} {value}" for key, value in facts.items())
     return f"{head}\n\noptions (--transform.OPTION=VALUE)\n{_options(chosen, options)}"
+
+
+def _depth(name: str, options: Mapping[str, Any]) -> str:
+    """A depth policy: what it is, whether it learns, its options."""
+    name = depth_of_class(name) if ":" in name else name
+    chosen = make_depth_config(name, options)
+    row = registered_depths()[name]
+    text = inspect.cleandoc(type(chosen).__doc__ or "").split("\nArgs:")[0].strip()
+    facts = {
+        "from": row.source,
+        "paper": chosen.paper or "-",
+        "learned": "yes, by fit" if chosen.learns else "no",
+        "looks after": f"{chosen.first_layers} layers, which always run" if chosen.first_layers else "the embedding",
+        "works on": "encoders and decoders, with any attention",
+    }
+    head = f"{name}: {text}\n\n" + "\n".join(f"  {key:<22} {value}" for key, value in facts.items())
+    return f"{head}\n\noptions (--depth.OPTION=VALUE)\n{_options(chosen, options)}"
 
 
 def _head(name: str, source: str, config: AttentionConfig) -> str:

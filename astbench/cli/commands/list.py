@@ -10,6 +10,7 @@ from astbench.errors import ConfigError
 from astbench.tasks import registered_tasks
 from astbench.tasks.registry import RegisteredTask, task_clashes
 from astbench_registry import registered
+from astbench_registry.depth.registry import RegisteredDepth, depth_clashes, registered_depths
 from astbench_registry.registry import Registered, clashes
 from astbench_registry.transforms.registry import RegisteredTransform, registered_transforms, transform_clashes
 
@@ -27,7 +28,7 @@ def run(words: list[str]) -> int:
     if line.help:
         print(
             "usage: astbench list [--plugins=FILE.py|MODULE]\n\n"
-            "Every attention, transform, task and backbone preset by name."
+            "Every attention, transform, depth policy, task and backbone preset by name."
         )
         return 0
     if unknown := [*line.others(), *line.words]:
@@ -40,8 +41,12 @@ def run(words: list[str]) -> int:
     print("  a bidirectional/causal model; params: has parameters of its own; layout: reports its key blocks")
     print("\ntransforms of attention weights (validate, test, predict)")
     for transform in registered_transforms().values():
-        print(_transform(transform))
+        print(_summary(transform))
     _print_clashes("transform", transform_clashes())
+    print("\ndepth: which layers an input goes through")
+    for policy in registered_depths().values():
+        print(_summary(policy))
+    _print_clashes("depth", depth_clashes())
     print("\ntask")
     for task in registered_tasks().values():
         print(_task(task))
@@ -66,7 +71,7 @@ def _attention(row: Registered) -> str:
     return f"  {row.name:<13} {patterns:<12} {decode:^6} {gqa:^4} {params:^6} {layout:^6}  {where}"
 
 
-def _transform(row: RegisteredTransform) -> str:
+def _summary(row: RegisteredTransform | RegisteredDepth) -> str:
     if row.config is None:
         return f"  {row.name:<13} (from {row.source}; not loaded, see `astbench describe {row.name}`)"
     source = "" if row.source == "astbench" else f" [{row.source}]"

@@ -7,9 +7,9 @@ LIGHTNING = {
     "predict": "answer a question about a document, continue a text, translate, name what is on a picture",
 }
 OWN = {
-    "list": "attentions, transforms, tasks and backbones by name",
-    "describe": "options, abilities and paper of an attention or transform",
-    "check": "run the conformance suite on an attention or transform",
+    "list": "attentions, transforms, depth policies, tasks and backbones by name",
+    "describe": "options, abilities and paper of an attention, transform or depth policy",
+    "check": "run the conformance suite on an attention, transform or depth policy",
     "bench": "time and memory of attention layers over the length",
     "analyze": "what an attention chose, by layer, head, distance and token, beside dense attention",
     "serve": "a trained model behind HTTP: texts as OpenAI's clients ask for them, translations, answers",

@@ -12,6 +12,7 @@ from astbench.cli.names import check_names, read_names
 from astbench.cli.processes import check_interpreter, drop_strays
 from astbench.tasks import registered_tasks
 from astbench_registry import registered
+from astbench_registry.depth.registry import registered_depths
 from astbench_registry.transforms.registry import registered_transforms
 
 
@@ -50,7 +51,7 @@ def _no_collection() -> Iterator[None]:
 
 def _overview(command: str) -> str:
     attentions = "\n".join(f"  {row.name:<13} {row.summary}" for row in registered().values())
-    transforms = ", ".join(registered_transforms())
+    transforms, depths = ", ".join(registered_transforms()), ", ".join(registered_depths())
     tasks = "\n".join(f"  {task.name:<13} {task.summary}" for task in registered_tasks().values())
     return f"""usage: astbench {command} --attention=NAME --task=NAME [options]
 
@@ -74,7 +75,8 @@ options, all of them with their help: astbench {command} --attention=NAME --task
   --ckpt_path=FOLDER      a run, or its checkpoint, to evaluate (validate, test, predict)
   --init_from=FOLDER      start from the trained weights of another run
   --transform=NAME        change attention weights before they sum values (validate, test, predict): {transforms}
-  --plugins=FILE|MODULE   attentions, transforms and tasks of your own; also --attention=./mine.py:Mine
+  --depth=NAME            choose for each input which layers run: {depths}
+  --plugins=FILE|MODULE   attentions, transforms, depth policies and tasks of your own; also --attention=./mine.py:Mine
   --print_config          print the resolved options and stop
   --trust_config          let configs name code: plugins, classes of files, any callback
   --debug                 show tracebacks"""

@@ -9,7 +9,7 @@ import torch
 from astbench.errors import ConfigError
 from astbench.tasks.recall.data import IGNORED
 from astbench.tasks.recall.task import Recall
-from astbench.training.module import policy_loss
+from astbench.training.policy_gradient import policy_loss
 from astbench_kernels import soft_top_k
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from astbench_registry.block_selection import Call

@@ -1,0 +1,1 @@
+"""Adaptive depth at work in a Hugging Face model: its layers found, folded by path, counted."""

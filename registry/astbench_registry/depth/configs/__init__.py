@@ -1,0 +1,1 @@
+"""Options of the policies, a file each. Imports nothing heavy."""
