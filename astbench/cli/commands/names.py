@@ -12,6 +12,7 @@ OWN = {
     "check": "run the conformance suite on an attention, transform or depth policy",
     "bench": "time and memory of attention layers over the length",
     "analyze": "what an attention chose, by layer, head, distance and token, beside dense attention",
+    "depth": "runs at several depths, the oracle path, and what depth costs at least",
     "serve": "a trained model behind HTTP: texts as OpenAI's clients ask for them, translations, answers",
     "loadtest": "a server under load that comes at random times: latencies, throughput, what failed",
     "deploy-test": "attentions served in turn under the same load: latencies, goodput, memory, up to past the knee",

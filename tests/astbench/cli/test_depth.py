@@ -184,3 +184,26 @@ def test_what_cannot_be_is_refused_in_one_line(astbench, words, code, message):
     done = astbench(*words)
     assert done.code == code, done.err
     assert message in done.err and done.err.count("\n") == 1, done.err
+
+
+def test_runs_at_several_depths_are_compared(astbench, trained, tmp_path):
+    folders = []
+    for path in ("[0]", "[0,1,2]"):
+        folders.append(str(tmp_path / f"path{len(folders)}"))
+        words = ["validate", *LISTOPS, f"--init_from={trained}", "--depth=static", f"--depth.path={path}"]
+        assert astbench(*words, f"--run_dir={folders[-1]}").code == 0
+    done = astbench("depth", str(trained), *folders, "--groups=3")
+    assert done.code == 0, done.err
+    assert "transformer_inverse" in done.out and "oracle path of these 2: share 0." in done.out
+    assert "any choice that knows what is right" in done.out and "by its complexity alone" in done.out
+    alone = astbench("depth", str(trained))
+    assert alone.code == 0 and "need two runs or more" in alone.out
+    (tmp_path / "path0" / "items.json").write_text('{"0": {"accuracy": 100}}')
+    for words, message in (
+        ([str(trained), folders[0]], "were evaluated on other items"),
+        ([str(tmp_path)], "record.json does not exist: name the folder of a finished run with --depth"),
+        ([str(trained), "--groups=0"], "--groups must be at least 1, got 0"),
+        ([], "RUN"),
+    ):
+        done = astbench("depth", *words)
+        assert done.code in (2, 3) and message in done.err and done.err.count("\n") == 1, done.err
