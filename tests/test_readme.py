@@ -193,7 +193,7 @@ def understood(line):
     if command in INSTEAD:
         return [command, *words, *INSTEAD[command]]
     # README's show one; the others: tests/astbench
-    if command in ("table", "report", "push", "serve", "loadtest", "deploy-test"):
+    if command in ("table", "report", "push", "serve", "loadtest", "deploy-test", "depth"):
         return [command, "--help"]
     if "--help" in words or "--resume=runs/NAME" in words or command in ("--help", "list", "describe", "doctor"):
         return [command, *words]

@@ -41,6 +41,7 @@ def plugins(tmp_path_factory):
     (run.tree.cwd / "relu.py").write_text(example("example"))
     (run.tree.cwd / "majority.py").write_text(example("task"))
     (run.tree.cwd / "power.py").write_text(example("transform"))
+    (run.tree.cwd / "by_length.py").write_text(example("depth"))
     fit, task = ["fit", "--attention=ast", *MAJORITY], "--plugins=./majority.py"
     return run.start(
         {
@@ -62,6 +63,9 @@ def plugins(tmp_path_factory):
                 "--transform.power=0.5",
                 "--run_dir=transformed",
             ],
+            "depth checked": ["check", "by_length", "--plugins=./by_length.py"],
+            "depth described": ["describe", "by_length", "--plugins=./by_length.py"],
+            "deep": [*fit, "--task=majority", task, "--depth=./by_length.py:ByLength", "--run_dir=deep"],
         },
         before=STOP,
     )
@@ -74,9 +78,11 @@ def tree(tmp_path_factory):
     code = example("task")
     decorator = re.search(r"^@register_task\(\n.*?^\)\n", code, re.M | re.S)
     code = code.replace(decorator[0], "").replace("from astbench.tasks import register_task\n", "")
-    for kind in ("variant", "task", "transform", "backend", "command", "recipe"):
+    for kind in ("variant", "task", "transform", "policy", "backend", "command", "recipe"):
         run.tree.follow(kind, majority=code)
-    run.tree.lint("variant", "transform", "backend", "command")  # the task lacks docstrings, as its checklist says
+    run.tree.lint(
+        "variant", "transform", "policy", "backend", "command"
+    )  # the task lacks docstrings, as its checklist says
     (recipe,) = run.tree.touched["recipe"]
     return run.start(
         {
@@ -90,6 +96,9 @@ def tree(tmp_path_factory):
             "transform checked": ["check", "binary"],
             "transform's test": ["pytest", "tests/registry/transforms/test_binary.py"],
             "transform's recipe": ["test", "--config=recipes/wikitext2/smollm2-binary.yaml", "--print_config"],
+            "depth checked": ["check", "every_nth"],
+            "depth's test": ["pytest", "tests/registry/depth/test_every_nth.py"],
+            "depth's recipe": ["fit", "--config=recipes/demo/every_nth.yaml", "--print_config"],
             "doctor": ["doctor"],
             "backend checked": ["check", "random_topk", "--attention.backend=by_sequence"],
             "backend described": ["describe", "random_topk", "--attention.backend=by_sequence"],
@@ -153,6 +162,21 @@ def test_a_transform_in_this_repository(tree):
     assert " 0 failed" in succeed(tree["transform checked"])
     succeed(tree["transform's test"])
     assert yaml.safe_load(succeed(tree["transform's recipe"]))["transform"]["threshold"] == 0.001
+
+
+def test_a_depth_policy_as_your_own_file(plugins):
+    assert stated("policy")[0] == 1
+    assert " 0 failed" in succeed(plugins["depth checked"])
+    assert "short                int" in succeed(plugins["depth described"])
+    assert re.search(r"depth +by_length over \d layers short=16 layers=2", succeed(plugins["deep"]))
+
+
+def test_a_depth_policy_in_this_repository(tree):
+    assert stated("policy")[1] == len(tree.tree.touched["policy"])
+    assert "  every_nth     The first layer and every n-th after it." in succeed(tree["listed"])
+    assert " 0 failed" in succeed(tree["depth checked"])
+    succeed(tree["depth's test"])
+    assert yaml.safe_load(succeed(tree["depth's recipe"]))["depth"]["n"] == 2
 
 
 def test_a_backend(tree):
