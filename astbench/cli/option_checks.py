@@ -190,7 +190,8 @@ def _check_depth(command: str, options: Namespace, task: Task) -> None:
     """Refuse a depth policy where it cannot work.
 
     Raises:
-        ConfigError: an encoder-decoder, layers that are compiled or run twice, or a policy that nobody trained.
+        ConfigError: an encoder-decoder, layers that are compiled or run twice, several processes, or a policy that
+            nobody trained.
         ValueError: an option of the policy.
     """
     name = options.depth.name
@@ -202,6 +203,10 @@ def _check_depth(command: str, options: Namespace, task: Task) -> None:
             raise ConfigError(f"--depth={name} runs layers in groups of its own: leave --backbone.{option} off")
     if config.learns and command != "fit" and not options.get("ckpt_path") and not options.init_from:
         raise ConfigError(f"--depth={name} is learned: {command} needs a run trained with it, --ckpt_path=runs/NAME")
+    if command == "fit" and str(options.trainer.devices) not in ("auto", "1"):  # several by `auto` are refused later
+        raise ConfigError(
+            f"--depth={name} trains in one process, got --trainer.devices={options.trainer.devices}; set it to 1"
+        )
     if not config.learns and options.optim.train == "depth":
         raise ConfigError(f"--optim.train=depth needs a policy that learns; --depth={name} has nothing to learn")
 

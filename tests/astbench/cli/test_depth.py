@@ -167,6 +167,7 @@ def test_another_policy_than_the_checkpoints_is_refused(astbench, trained, tmp_p
             ["fit", *LISTOPS, "--depth=static", "--backbone.gradient_checkpointing=true"], 2,
             "leave --backbone.gradient_checkpointing off",
         ),
+        (["fit", *LISTOPS, "--depth=static", "--trainer.devices=2"], 2, "one process, got --trainer.devices=2"),
         (["fit", "--attention=dense", "--task=wmt14", "--depth=static"], 2, "wmt14 takes an encoder-decoder"),
         (
             ["validate", *LISTOPS, "--depth=transformer_inverse"], 2,

@@ -137,3 +137,24 @@ def test_a_price_alone_makes_paths_short(estimator):
         sum(policy.losses(choice, outcome).values()).backward()
         optimizer.step()
     assert policy.eval().choose(hidden, seen).paths.int().tolist() == [[1, 0, 0, 0, 0]] * 32
+
+
+@pytest.mark.parametrize("estimator", ["reinforce", "straight_through"])
+def test_inputs_that_need_a_layer_take_it_and_others_leave_it(estimator):
+    """Half of the inputs lose 2 without the third layer; what tells them apart is in their tokens."""
+    policy = learned(cost=1.0, estimator=estimator, entropy=0.01, start=0.7).train()
+    optimizer = torch.optim.Adam(policy.parameters(), 0.02)
+    hidden, seen = inputs(batch=64)
+    needs = torch.arange(64) % 2 == 0
+    hidden[needs, :, 0] += 2
+    for _ in range(300):
+        choice = policy.choose(hidden, seen)
+        taken = choice.paths[:, 2].float() if choice.gates is None else choice.gates[:, 2]
+        losses = 2.0 * needs * (1 - taken)
+        found = policy.losses(choice, Outcome(losses.detach(), policy.spent(choice.paths)))
+        optimizer.zero_grad()
+        (sum(found.values()) + (losses.mean() if estimator == "straight_through" else 0.0)).backward()
+        optimizer.step()
+    paths = policy.eval().choose(hidden, seen).paths
+    assert (paths[:, 2] == needs).double().mean() > 0.95
+    assert not paths[:, [1, 3, 4]].any(), "what brings nothing is left out"

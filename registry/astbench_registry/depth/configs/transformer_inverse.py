@@ -46,7 +46,7 @@ class TransformerInverseConfig(DepthConfig):
         self.require(self.estimator in ("reinforce", "straight_through"), "estimator", "reinforce or straight_through")
         self.require(self.distill >= 0, "distill", "0 or more")
         self.require(self.entropy >= 0, "entropy", "0 or more")
-        self.require(self.width >= 1, "width", "at least 1")
+        self.require(1 <= self.width <= 65_536, "width", "1 to 65536")
         self.require(0 < self.start < 1, "start", "between 0 and 1")
         self.require(self.lr is None or self.lr > 0, "lr", "above 0")
 
