@@ -70,9 +70,7 @@ def rebuild(file: Path, task: Task) -> Trained:
     checkpoint = check_content(read_checkpoint(file), file)
     options = checkpoint["hyper_parameters"]
     if depth := options.get("depth"):
-        raise ConfigError(
-            f"{file.parent} was trained with --depth={depth['name']}, which nobody else knows: it cannot be served or pushed"
-        )
+        raise ConfigError(f"{file.parent} was trained with --depth={depth['name']}: it cannot be served or pushed")
     attention = current_names(options["attention"])
     module = task.load()[0](**{**options, "attention": attention, "init_from": None})
     tokenizer = saved_tokenizer(file.parent)
