@@ -35,12 +35,14 @@ class _Deep:
         depth: What its record says of the depth.
         right: How much of each item is right, 0 to 1.
         complexity: Predicted of each item; empty where nothing is predicted.
+        weights: The run that trained them.
     """
 
     name: str
     depth: dict[str, Any]
     right: dict[str, float]
     complexity: dict[str, float]
+    weights: Path
 
     @property
     def fixed(self) -> bool:
@@ -96,6 +98,8 @@ def _bounds(runs: list[_Deep], fixed: list[_Deep], groups: int) -> None:
             group = by_value([one.complexity[item] for item in items], min(groups, len(items)))
             rows, weights = grouped(right, group)
             told["any choice by its complexity alone"] = least_share(rows, costs, weights, wanted)
+        if any(path.weights != one.weights for path in fixed):
+            console.say(f"note: {one.name} ran other weights than these paths; the least below is of theirs")
         console.say(f"  {one.name}: {100 * wanted:.2f}% right at share {one.depth['share']:.3f}; the least for it is")
         for who, least in told.items():
             console.say(f"    {'not reached with these paths' if least is None else f'{least:.3f}':<28} {who}")
@@ -122,7 +126,11 @@ def _read(folder: Path) -> _Deep:
         raise DataError(f"{folder}/{FOLDER_ITEMS} does not say how much of each item is right ({metric})")
     predicted = _json(folder / FOLDER_DEPTHS) if (folder / FOLDER_DEPTHS).is_file() else {}
     complexity = {key: rows[0]["complexity"] for key, rows in predicted.items() if "complexity" in rows[0]}
-    return _Deep(str(folder), record["depth"], {key: row[metric] / 100 for key, row in items.items()}, complexity)
+    right = {key: row[metric] / 100 for key, row in items.items()}
+    given = record["config"].get("ckpt_path") or record["config"].get("init_from")
+    weights = Path(given) if given and record["command"] != "fit" else folder
+    weights = weights.parent if weights.suffix == ".ckpt" else weights
+    return _Deep(str(folder), record["depth"], right, complexity, weights.resolve())
 
 
 def _json(file: Path) -> Any:

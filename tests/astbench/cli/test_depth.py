@@ -197,6 +197,10 @@ def test_runs_at_several_depths_are_compared(astbench, trained, tmp_path):
     assert done.code == 0, done.err
     assert "transformer_inverse" in done.out and "oracle path of these 2: share 0." in done.out
     assert "any choice that knows what is right" in done.out and "by its complexity alone" in done.out
+    assert "other weights" not in done.out
+    bare = tmp_path / "bare"
+    assert astbench(*FIT, "--depth=random", "--depth.share=0.7", f"--run_dir={bare}").code == 0
+    assert f"note: {bare} ran other weights than these paths" in astbench("depth", str(bare), *folders).out
     alone = astbench("depth", str(trained))
     assert alone.code == 0 and "need two runs or more" in alone.out
     (tmp_path / "path0" / "items.json").write_text('{"0": {"accuracy": 100}}')
