@@ -13,7 +13,7 @@ from typing import Literal
 
 from astbench_kernels.dispatch import hopper
 
-GatherSchedule = Literal["query_major", "key_major", "masked"]
+GatherSchedule = Literal["query_major", "key_major", "masked", "one_row"]
 
 CHUNK_BYTES = 2**20
 """gather, query-major: gathered keys held at a time. Measured (docs/cpu.md, the table of changes): 0.5-2 MB is
@@ -26,7 +26,7 @@ KEY_MAJOR_BELOW = 0.5
 
 SHORTEST_TILE = 16
 """gather: query rows that a block must meet on average for that, and a key/value head must have for all its pairs to be
-computed; a decoding step's one or few rows gather their own keys. Not measured."""
+computed; a decoding step's few rows gather their own keys. Not measured."""
 
 QUERY_MAJOR_PAIR, QUERY_MAJOR_COPY = 0.7, 30
 """gather, query-major: what a pair costs, and copying its key for the list, over that, if one query row shared it. This
@@ -145,7 +145,7 @@ class Row:
 
     Attributes:
         backend: A name from :func:`astbench_kernels.backends`.
-        schedule: "query_major", "key_major", "masked", "decode" or "hopper".
+        schedule: "query_major", "key_major", "masked", "one_row", "decode" or "hopper".
         when: The condition in words.
         holds: The condition.
         why: What speaks for it.
@@ -246,6 +246,8 @@ def triton_refusals(shapes: Shapes) -> list[str]:
 
 def gather_of(shapes: Shapes) -> GatherSchedule:
     """:func:`gather_schedule` of a call."""
+    if shapes.query_length == 1:
+        return "one_row"
     groups = math.ceil(shapes.query_length / shapes.query_group)
     query_rows = groups * shapes.query_group * shapes.heads // shapes.kv_heads
     size, met = shapes.block_size, shapes.rows_met
@@ -291,6 +293,14 @@ TABLE = (
     ),
     Row(
         "gather",
+        "one_row",
+        "elsewhere; one query row, as in a decoding step",
+        lambda shapes: gather_of(shapes) == "one_row",
+        "its own keys are gathered; tiles of queries and blocks of keys would have to be filled up with nothing",
+        'docs/cpu.md, "One row"',
+    ),
+    Row(
+        "gather",
         "masked",
         f"elsewhere; at least {SHORTEST_TILE} query rows, and all pairs cost less than leaving some out",
         lambda shapes: gather_of(shapes) == "masked",
@@ -313,7 +323,7 @@ TABLE = (
         f"elsewhere; fewer than {KEY_MAJOR_BELOW} x block_size query rows share a list, and a block meets fewer than "
         f"{SHORTEST_TILE} on average",
         lambda shapes: shapes.rows < KEY_MAJOR_BELOW * shapes.block_size,
-        "the few rows that a block meets would make no tile, as in a decoding step",
+        "the few rows that a block meets would make no tile",
         "not measured",
     ),
     Row(

@@ -104,7 +104,7 @@ def test_describe_explains_a_call(astbench):
     assert "gather (masked)" in short and "all (query, key) pairs, of which 0.765 of the visible ones count" in short
     assert "not measured (these shapes were measured at other densities, where the schedule is not masked)" in short
     decoding = facts("--explain", "N=8192", "mode=decode", *measured)
-    assert "gather (query-major)" in decoding and "pattern=causal_self" in decoding
+    assert "gather (one-row)" in decoding and "pattern=causal_self" in decoding
     gpu = facts("--explain", "N=8192", "device=cuda", "dtype=bfloat16", *measured)
     assert "triton (query-major)" in gpu and "not measured (no kernel was measured on cuda)" in gpu
 

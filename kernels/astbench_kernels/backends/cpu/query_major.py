@@ -1,7 +1,7 @@
 """Block-sparse attention by gathering: for each query group, copy its key blocks together, then two matmuls.
 
 Lists that few rows share go the other way round: see `key_major.py`. Where leaving products
-out costs more than it saves, none are: see `masked.py`.
+out costs more than it saves, none are: see `masked.py`. A decoding step has its own: see `one_row.py`.
 
 Plain torch on any device, written for the CPU, where a few MB of gathered keys stay in cache. The backward pass
 gathers again instead of saving the copies: autograd through the gather would keep `1/density` times the memory
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from astbench_kernels.backends.cpu.key_major import KeyMajorAttention
 from astbench_kernels.backends.cpu.masked import MaskedAttention, masked_pairs
+from astbench_kernels.backends.cpu.one_row import one_row_attention
 from astbench_kernels.backends.cpu.units import (
     LOG2_E,
     ListedUnits,
@@ -52,6 +53,8 @@ def _is_finite(x: Tensor) -> bool:
 def _schedule(
     layout: BlockLayout, num_heads: int, num_kv_heads: int, causal: bool, *, masked: bool = True
 ) -> rules.GatherSchedule:
+    if layout.query_length == 1:
+        return "one_row"
     layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
     size, length = layout.block_size, layout.key_length
     rows = rules.rows_per_list(num_heads, num_kv_heads, layout.indices.shape[1], layout.query_group)
@@ -86,7 +89,7 @@ def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes
 
     Query-major, each chunk's lists are as long as its longest one; key-major, every list has its own length (tiles that
     are filled up, and blocks that nobody sees yet, left aside); masked, all keys up to a chunk's last one are computed,
-    and a column of nothing.
+    and a column of nothing; of one row, each list is as long as the longest one.
 
     Args:
         layout: The lists.
@@ -98,6 +101,9 @@ def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes
     layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
     rows = num_heads // layout.indices.shape[1] * layout.query_group
     schedule = _schedule(layout, num_heads, num_kv_heads, causal)
+    if schedule == "one_row":
+        lists = layout.indices.shape[0] * num_heads
+        return lists * int(layout.counts.max()) * layout.block_size
     if schedule == "masked":
         return masked_pairs(layout, num_heads, causal)
     if schedule == "key_major":
@@ -132,8 +138,10 @@ def gather_attention(
     layout = one_list_per_kv_head(layout, q.shape[1], k.shape[1])
     if block_bias is not None and block_bias.shape[1] != layout.indices.shape[1]:
         block_bias = block_bias.repeat_interleave(layout.indices.shape[1] // block_bias.shape[1], 1)
-    run = _SCHEDULES[schedule_of(q, k, v, layout, causal=causal)]
-    out, lse = run.apply(q, k, v, block_bias, layout, scale, causal, key_valid)
+    schedule = schedule_of(q, k, v, layout, causal=causal)
+    if schedule == "one_row":
+        return one_row_attention(q, k, v, block_bias, layout, scale, causal, key_valid)
+    out, lse = _SCHEDULES[schedule].apply(q, k, v, block_bias, layout, scale, causal, key_valid)
     return out, lse
 
 

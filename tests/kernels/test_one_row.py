@@ -1,0 +1,141 @@
+"""A decoding step on the CPU: one row gathers its own keys."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from astbench_kernels import BlockLayout, block_sparse_attention
+from astbench_kernels.attention import what_runs
+from astbench_kernels.backends.cpu.query_major import gathered_pairs
+from astbench_kernels.dispatch import rules
+
+BATCH, HEADS, KV_HEADS, DIM, VALUE_DIM = 2, 6, 3, 5, 4
+
+
+def step(keys, block, group, *, lists=HEADS, carried=False, offset=None, stride=1, seed=0):
+    """Inputs in float64 with gradients, their lists, and which keys are no padding."""
+    g = torch.Generator().manual_seed(seed)
+    offset = keys * stride - 1 if offset is None else offset
+    q, k, v = (
+        torch.randn(BATCH, heads, length, dim, generator=g, dtype=torch.float64, requires_grad=True)
+        for heads, length, dim in ((HEADS, 1, DIM), (KV_HEADS, keys, DIM), (KV_HEADS, keys, VALUE_DIM))
+    )
+    keep = torch.rand(BATCH, lists, 1, -(-keys // block), generator=g) < 0.5
+    layout = BlockLayout.from_mask(
+        keep, block_size=block, query_group=group, query_length=1, key_length=keys, query_offset=offset,
+        key_stride=stride,
+    )  # fmt: skip
+    if carried:
+        since = torch.randint(0, group + 1, layout.indices.shape, generator=g, dtype=torch.int32)
+        layout = replace(layout, since=since)
+    bias = torch.randn(layout.indices.shape, generator=g, dtype=torch.float64, requires_grad=True)
+    return (q, k, v, bias), layout, torch.rand(BATCH, keys, generator=g) < 0.7
+
+
+def results(inputs, layout, valid, backend, causal):
+    """Output, log-sum-exp, and the gradients of both."""
+    q, k, v, bias = inputs
+    out, lse = block_sparse_attention(q, k, v, layout, block_bias=bias, causal=causal, key_valid=valid, backend=backend)
+    g = torch.Generator().manual_seed(1)
+    loss = (out * torch.randn(out.shape, generator=g, dtype=out.dtype)).sum()
+    loss = loss + lse.masked_fill(lse == -torch.inf, 0).sum()
+    return out, lse, *torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("lists", [1, KV_HEADS, HEADS])
+@pytest.mark.parametrize(
+    ("keys", "block", "group", "offset", "stride", "causal"),
+    [
+        (96, 16, 1, None, 1, True),
+        (97, 16, 64, None, 1, True),  # a short last block, the middle of a tile
+        (97, 16, 64, 60, 1, True),  # keys behind the row
+        (97, 16, 4, 20, 1, False),
+        (24, 8, 4, None, 4, True),  # coarse keys
+        (1, 4, 4, None, 1, True),
+    ],
+)  # fmt: skip
+def test_is_the_reference_with_gradients(keys, block, group, offset, stride, causal, lists, carried, padded):
+    inputs, layout, valid = step(keys, block, group, lists=lists, carried=carried, offset=offset, stride=stride)
+    valid = valid if padded else None
+    got, wanted = (results(inputs, layout, valid, name, causal) for name in ("gather", "reference"))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_takes_every_step_and_says_so(monkeypatch):
+    (q, k, v, _), layout, _ = step(64, 8, 16)
+    assert what_runs("gather", q, k, v, layout, causal=True) == "gather (one-row)"
+    rows = torch.cat([q, q], 2)
+    two = replace(layout, query_length=2, query_offset=62)
+    assert what_runs("gather", rows, k, v, two, causal=True) != "gather (one-row)"
+    assert rules.gather_of(shapes(1)) == "one_row" != rules.gather_of(shapes(2))
+
+
+def shapes(query_length):
+    """A call, as `describe --explain` knows it."""
+    return rules.Shapes("cpu", "float32", 1, HEADS, KV_HEADS, HEADS, DIM, query_length, 64, 8, 16, 0.5, True)
+
+
+def test_pieces_change_nothing(monkeypatch):
+    inputs, layout, valid = step(97, 16, 64, carried=True)
+    whole = results(inputs, layout, valid, "gather", True)
+    monkeypatch.setattr(rules, "CHUNK_BYTES", 1)
+    torch.testing.assert_close(results(inputs, layout, valid, "gather", True), whole, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("alone", range(4))
+def test_any_input_may_be_the_only_one_that_learns(monkeypatch, alone):
+    """Pieces share memory where nothing learns, and only there."""
+    monkeypatch.setattr(rules, "CHUNK_BYTES", 1)
+    inputs, layout, valid = step(97, 16, 64)
+    wanted = results(inputs, layout, valid, "reference", True)[2:][alone]
+    plain = [x.detach().requires_grad_(i == alone) for i, x in enumerate(inputs)]
+    q, k, v, bias = plain
+    out, lse = block_sparse_attention(q, k, v, layout, block_bias=bias, causal=True, key_valid=valid, backend="gather")
+    loss = (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)).sum()
+    (loss + lse.masked_fill(lse == -torch.inf, 0).sum()).backward()
+    got = plain[alone].grad
+    torch.testing.assert_close(torch.zeros_like(wanted) if got is None else got, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_is_hidden_never_matters(poison):
+    """Padding, blocks that no list names, keys behind the row, and blocks that only later rows of the tile see."""
+    inputs, layout, valid = step(97, 16, 64, carried=True, lists=KV_HEADS, offset=70)
+    clean = results(inputs, layout, valid, "gather", True)
+    seen = layout.token_mask(causal=True, key_valid=valid)[:, :, 0]  # (batch, list heads, keys)
+    assert 0 < seen.sum() < seen.numel()
+    spoilt = [x.detach().clone().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        for x in spoilt[1:3]:
+            x[~seen] = poison
+    got = results(spoilt, layout, valid, "gather", True)
+    torch.testing.assert_close(got, clean, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_rounds_at_the_end_only(dtype):
+    (q, k, v, _), layout, valid = step(97, 16, 64)
+    small = [x.detach().to(dtype) for x in (q, k, v)]
+    got, lse = block_sparse_attention(*small, layout, causal=True, key_valid=valid, backend="gather")
+    wanted, _ = block_sparse_attention(
+        *(x.double() for x in small), layout, causal=True, key_valid=valid, backend="reference"
+    )
+    assert (got.dtype, lse.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(got.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+def test_keys_of_a_cache_with_room_are_read_where_they_lie():
+    (q, k, v, _), layout, valid = step(97, 16, 64)
+    roomy = [torch.cat([x.detach(), torch.full_like(x, torch.nan)], 2)[:, :, :97] for x in (k, v)]
+    got = block_sparse_attention(q, *roomy, layout, causal=True, key_valid=valid, backend="gather")
+    wanted = block_sparse_attention(q, k, v, layout, causal=True, key_valid=valid, backend="gather")
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_pairs_are_those_of_the_longest_list():
+    _, layout, _ = step(64, 8, 16)
+    width = int(layout.counts.max())
+    assert gathered_pairs(layout, HEADS, KV_HEADS, 4 * DIM, causal=True) == BATCH * HEADS * width * 8
