@@ -189,7 +189,8 @@ def test_a_backend(tree):
 
 def test_a_command(tree):
     assert stated("command") == (None, len(tree.tree.touched["command"]))
-    assert "preset     the Hugging Face configuration of a backbone preset" in succeed(tree["help"])
+    listed = [line.split(maxsplit=1) for line in succeed(tree["help"]).splitlines()]
+    assert ["preset", "the Hugging Face configuration of a backbone preset"] in listed
     assert succeed(tree["command's help"]) == "usage: astbench preset NAME\n"
     assert "hidden_size                  64" in succeed(tree["command"])
     succeed(tree["command's test"])

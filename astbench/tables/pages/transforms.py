@@ -21,7 +21,7 @@ _HEAD = ("attention", "transform", "zeros", "values", "a row sums to")
 
 
 def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
-    """Pruning alone over the share of zeros; quantised values over bits; other transforms. Those that have rows.
+    """Of each attention: pruning alone by the share of zeros, quantised values by bits, other transforms.
 
     Raises:
         DataError: a run without a transform is missing, or scored other items.
@@ -31,16 +31,7 @@ def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
         raise DataError(f"records of {group.name} hold none of the metrics {', '.join(SCORES)}")
     plain = {str(run.attention["name"]): run for run in group.runs if transform_of(run) is None}
     changed = sorted((run for run in group.runs if transform_of(run) is not None), key=_order)
-    parts = {
-        "pruned": ("pruned, not quantised", [run for run in changed if _options(run).get("bits") == 0]),
-        "bits": ("quantised to a few bits", [run for run in changed if _options(run).get("bits")]),
-        "others": ("other transforms", [run for run in changed if "bits" not in _options(run)]),
-    }
-    return [
-        _table(f"{group.name}.{name}", f"{group.title}: {what}", metric, plain, runs)
-        for name, (what, runs) in parts.items()
-        if runs
-    ]
+    return [_table(group.name, group.title, metric, plain, changed)]
 
 
 def transform_of(run: Run) -> dict[str, Any] | None:
@@ -108,12 +99,13 @@ def _options(run: Run) -> dict[str, Any]:
     return dict(run.record["config"].get("transform") or {})
 
 
-def _order(run: Run) -> tuple[bool, float, int]:
-    """Unpruned scales first, then by the share of zeros, then by bits."""
+def _order(run: Run) -> tuple[int, bool, float, int]:
+    """Pruned by the share of zeros, then in bits, unpruned scales first, then the others."""
     options, found = _options(run), transform_of(run)
     assert found is not None
-    bits = options.get("bits") or 0
-    return bool(options.get("threshold", 1)), 0.0 if bits else float(found["zeros"]), bits
+    bits = options.get("bits")
+    kind = 2 if bits is None else int(bits > 0)
+    return kind, bool(options.get("threshold", 1)), 0.0 if bits else float(found["zeros"]), bits or 0
 
 
 def _lost(gaps: Sequence[float], metric: str) -> str:

@@ -131,7 +131,7 @@ NAMES = ["--task=triviaqa", "--backbone=tiny"]
         (["analyze", "--values=3", "--attention=dense", *NAMES], 2, "--values takes no value, got 3"),
         (["check", "log3bit", "hard"], 2, "one transform at a time"),
         (["check", "log3bit", "--transform.bit=2"], 2, "did you mean 'bits'?"),
-        (["check", "hrad"], 4, "unknown attention or transform 'hrad'; did you mean 'hard'?"),
+        (["check", "hrad"], 4, "unknown attention, transform or depth policy 'hrad'; did you mean 'hard'?"),
         (["describe", "hard", "--explain"], 2, "--explain is for attentions"),
         (["analyze", "--values", "--attention=linear", *NAMES], 2, "does not yield; these do: ast"),
     ],

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 BOOK = Book(ROOT / "results", ROOT / "docs", ROOT / "recipes")
 RUNS = [run for group in BOOK.groups.values() for run in group.runs]
 RECIPES = read_recipes(ROOT / "recipes")
-LONG = {"seed": "seed_everything", "attention": "attention.name", "task": "task.name"}
+LONG = {"seed": "seed_everything", **{key: f"{key}.name" for key in ("attention", "task", "transform", "depth")}}
 
 
 def value(text):
@@ -59,7 +59,7 @@ def test_command_makes_the_recorded_options(run):
         if own.get("attention.name") != given.get("attention.name", own.get("attention.name")):
             own = {key: value for key, value in own.items() if not key.startswith("attention.")}
         names = (wanted[key] for key in ("attention.name", "task.name", "data.source"))
-        usual = defaults(*names)
+        usual = defaults(*names, transform=wanted.get("transform.name"), depth=wanted.get("depth.name"))
         made = {**usual, **own, **given}
     ignored = NO_EFFECT + (TRAINS if command in ("validate", "test") else ())
     wanted = {key: value for key, value in wanted.items() if not key.startswith(ignored)}

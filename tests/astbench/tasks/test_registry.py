@@ -150,7 +150,7 @@ def test_a_file_may_register_both(plugin, plugin_file):
 
 def test_nothing_registered(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(PluginError, match="registers no attention, no task and no transform; decorate a class with"):
+    with pytest.raises(PluginError, match="registers no attention, task, transform or depth policy; decorate"):
         load_plugin(str(tmp_path / "empty.py"))
 
 
