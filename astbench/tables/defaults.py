@@ -32,7 +32,7 @@ def flatten(config: Mapping[str, Any]) -> Options:
     groups = {**config, "attention": current_names(config.get("attention") or {})}
     flat = {f"{group}.{key}": value for group in GROUPS for key, value in (groups.get(group) or {}).items()}
     flat["seed_everything"] = config.get("seed_everything", config.get("seed", 0))
-    flat["init_from"] = config.get("init_from")
+    flat |= {key: config.get(key) for key in ("init_from", "ckpt_path")}
     return flat
 
 

@@ -58,11 +58,12 @@ def _ast(run: Run) -> list[str]:
 
 
 def origin(run: Run, groups: Mapping[str, Group]) -> Run | None:
-    """The run whose weights it started from: the latest that was kept in that folder before it.
+    """The run whose weights it started from or evaluated: the latest that was kept in that folder before it.
 
     None where it started from no run, or from one that has no record.
     """
-    folder = run.record["config"].get("init_from")
+    config = run.record["config"]
+    folder = config.get("ckpt_path") or config.get("init_from")
     if not folder:
         return None
     kept = [r for r in _all(groups) if r.record["config"].get("run_dir") == folder]

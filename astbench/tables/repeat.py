@@ -124,6 +124,8 @@ def _fits(run: Run, recipes: Sequence[Recipe]) -> Iterator[tuple[str | None, Opt
         bare["data.source"] = None  # it has to be said
     if run.record["command"] != "fit":
         wanted = {key: value for key, value in wanted.items() if not key.startswith(TRAINS)}
+    if wanted["ckpt_path"]:  # what those weights started from does not matter any more
+        wanted["init_from"] = None
     yield None, _differences(bare, wanted)
     for recipe in recipes:
         if not recipe.bench and _serves(recipe, task, source):
