@@ -127,7 +127,7 @@ def _words(book: Book, run: Run, options: list[str]) -> list[str]:
             raise ConfigError(f"{_name(run)} was run with a folder of its own machine; name yours with {option}=FOLDER")
         words.append(f"{option}={value if isinstance(value, str) else json.dumps(value)}")
     evaluated = run.record.get("checkpoint") if again.command != "fit" else None
-    if evaluated and "ckpt_path" not in {**again.options, **given}:
+    if evaluated and "ckpt_path" not in given | again.options.keys():
         words.append(f"--ckpt_path={evaluated}")
     return [*words, *options]
 
