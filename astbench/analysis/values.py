@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,12 @@ def _heads(found: dict[str, Any], title: str) -> Any:
     image = axes.imshow(shares, aspect="auto", cmap="magma", interpolation="nearest", extent=span)
     figure.colorbar(image, ax=axes, shrink=0.9, label="share, power of ten")
     axes.set_xlabel("attention value, power of ten", fontsize=8)
-    starts, start = [], 0
-    for layer in layers.values():
-        starts.append(start)
-        start += len(layer["histogram"])
-    step = max(1, len(starts) // 16)
-    axes.set_yticks(starts[::step])
-    axes.set_yticklabels([layer_name(path) for path in layers][::step])
+    ends = list(accumulate(len(layer["histogram"]) for layer in layers.values()))
+    step = max(1, len(ends) // 16)
+    middles = [(begin + end) / 2 for begin, end in pairwise([0, *ends])]
+    axes.set_yticks(middles[::step], [layer_name(path) for path in layers][::step])
+    for end in ends[:-1]:
+        axes.axhline(end, color="white", linewidth=0.4)
     axes.tick_params(labelsize=7)
     widest = max(len(layer["bits"]) for layer in layers.values())
     for place, (what, values) in enumerate(
@@ -143,6 +143,7 @@ def _heads(found: dict[str, Any], title: str) -> Any:
         figure.colorbar(shown, ax=panel, shrink=0.9)
         panel.set_title(what, fontsize=8)
         panel.set_xlabel("head", fontsize=8)
-        panel.set_yticks([])
+        panel.set_yticks(range(0, len(values), step))
+        panel.set_yticklabels([])
         panel.tick_params(labelsize=7)
     return figure

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from astbench.backbones.hooks import AttentionSlot
+from astbench.errors import ConfigError
 from astbench_registry.transforms.applied import AppliedTransform
 from astbench_registry.transforms.registry import build_transform, make_transform_config, require_probabilities
 from astbench_registry.transforms.values import ValueCounts
@@ -36,7 +37,7 @@ class Transforming:
         )
         chosen, last = self.config.layers, max(slot.attention.shape.num_layers for slot in slots) - 1
         if chosen is not None and max(chosen) > last:
-            raise ValueError(f"--transform.layers names layer {max(chosen)}, and the model has layers 0 to {last}")
+            raise ConfigError(f"--transform.layers names layer {max(chosen)}, and the model has layers 0 to {last}")
         self.slots = [s for s in slots if chosen is None or s.attention.shape.layer_index in chosen]
         self.applied: dict[str, AppliedTransform] = {}
         for slot in self.slots:

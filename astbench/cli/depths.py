@@ -13,12 +13,9 @@ from astbench.backbones.depth.counting import DepthCount
 from astbench.backbones.depth.folding import Folded
 from astbench.errors import CheckpointError
 from astbench.files.writing import write_json
-from astbench.runs.folder import RunFolder
+from astbench.runs.folder import DEPTHS, RunFolder
 from astbench.tasks.base import of_all_processes
 from astbench.training.module import TaskModule
-
-ITEMS = "depth.json"
-"""File of the run folder that says which path each input took."""
 
 
 class DepthCallback(pl.Callback):
@@ -64,7 +61,7 @@ class DepthCallback(pl.Callback):
         count = sum((part for part, _ in parts), DepthCount())
         items = {key: said for _, part in parts for key, said in part.items()}
         if items and module.trainer.is_global_zero:
-            write_json(folder / ITEMS, items)
+            write_json(folder / DEPTHS, items)
         costs = adaptive.stack.shape.costs
         found = {"name": adaptive.name, **count.summary(costs), "costs": list(costs)}
         return {"depth": {**found, "programs": adaptive.folding.programs.facts()}}

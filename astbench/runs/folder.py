@@ -22,7 +22,7 @@ CONFIG, RECORD, DONE, METRICS = "config.yaml", "record.json", "done.json", "metr
 LAST, PREVIOUS, MANIFEST, LOCK = "last.ckpt", "previous.ckpt", "manifest.json", ".lock"
 TOKENIZER = "tokenizer"
 ANALYSIS, EXPLORER = "analysis.json", "explorer.json"
-DRIFT, LANGUAGE, VALUES = "drift.json", "linguistics.json", "values.json"
+DRIFT, LANGUAGE, VALUES, DEPTHS = "drift.json", "linguistics.json", "values.json", "depth.json"
 
 KEPT = "kept"
 """Of the manifest's entry of weights that stay: the name of their file."""

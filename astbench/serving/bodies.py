@@ -91,6 +91,16 @@ class Ask(_Strict):
     document: str
 
 
+_FORMS = {
+    "prompt": "a text, or a list of at least one token id",
+    "stop": "a text of 1 to 200 characters, or a list of at most 4 of them",
+    "content": "a text; parts of one (images among them) are not taken",
+}
+"""What fields may be, where a type of its own is refused and others would not be named."""
+
+_INNER = {*Message.model_fields, *StreamOptions.model_fields}
+
+
 def parse(kind: type[Body], body: bytes) -> Body:
     """A request's body.
 
@@ -105,10 +115,14 @@ def parse(kind: type[Body], body: bytes) -> Body:
         first = {"type": "json_invalid", "loc": (), "msg": "nested too deeply"}
     if first["type"] == "json_invalid":
         raise Refused(400, f"the body is no JSON in UTF-8: {first['msg'].removeprefix('Invalid JSON: ')}")
-    where = ".".join(str(part) for part in first["loc"] if str(part) in kind.model_fields or isinstance(part, int))
+    names = {*kind.model_fields, *_INNER}
+    path = [part for part in first["loc"] if str(part) in names or isinstance(part, int)]
+    where = ".".join(map(str, path))
     if first["type"] == "extra_forbidden":
         name = ".".join(map(str, first["loc"]))[:100]
         raise Refused(400, f"unknown field {name!a}; known are {', '.join(kind.model_fields)}", name)
     field = where or "the body"
     given = f", got {ascii(first['input'])[:60]}" if first["type"] != "missing" else ""
-    raise Refused(400, f"{field}: {first['msg']}{given}", where or None)
+    form = next((_FORMS[str(part)] for part in reversed(path) if str(part) in _FORMS), None)
+    said = f"must be {form}" if form and first["type"] != "missing" else first["msg"]
+    raise Refused(400, f"{field}: {said}{given}", where or None)

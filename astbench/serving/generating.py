@@ -81,9 +81,9 @@ class Generating:
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            if not self._tokenizer(prompt, add_special_tokens=False)["input_ids"]:
+            if not self._ids(prompt, "prompt", add_special_tokens=False):
                 raise Refused(400, "prompt: it holds no token", "prompt")
-            return list(self._tokenizer(prompt)["input_ids"])
+            return self._ids(prompt, "prompt")
         size = self._service.served.model.get_input_embeddings().get_parameter("weight").shape[0]
         if wrong := [token for token in prompt if not 0 <= token < size]:
             raise Refused(400, f"prompt: the model has tokens 0 to {size - 1}, got {wrong[0]}", "prompt")
@@ -99,10 +99,22 @@ class Generating:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise Refused(400, f"messages: the chat template refuses them: {str(error)[:200]}", "messages") from error
-        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = self._ids(str(text), "messages", add_special_tokens=False)
         if not ids:
             raise Refused(400, "messages: they hold no token", "messages")
         return ids
+
+    def _ids(self, text: str, field: str, **options: bool) -> list[int]:
+        """Tokens of a text; a vocabulary of numbers alone has none for words."""
+        try:
+            return list(self._tokenizer(text, **options)["input_ids"])
+        except Exception as error:  # Rust's tokenizers raise nothing more particular
+            raise Refused(
+                400,
+                f"{field}: this model's tokenizer cannot read it ({' '.join(str(error).split())[:100]}); "
+                "send /v1/completions token ids",
+                field,
+            ) from error
 
     async def _respond(
         self,

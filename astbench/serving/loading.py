@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -83,6 +84,15 @@ class Served:
     def handle(self) -> SwapHandle:
         """The swapped attention."""
         return self.module.swapped
+
+    def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Put it on a device, its weights in a dtype.
+
+        What is no weight stays as it is: rotary frequencies in bfloat16 would turn far tokens by other angles.
+        """
+        self.module.to(device)
+        for parameter in self.module.parameters():
+            parameter.data = parameter.data.to(dtype)
 
 
 def load_run(asked: str, config: Mapping[str, Any]) -> Served:

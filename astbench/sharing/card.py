@@ -32,24 +32,26 @@ def card(source: Source, name: str, recipes: Sequence[Recipe], *, adapter: bool,
         adapter: The repository holds the attention's own weights alone.
         license: Identifier; empty to say none.
     """
-    record = source.run.record
-    attention = source.handle.name
+    record, attention = source.run.record, source.handle.name
+    command, load = _command(source, recipes), _load(source, name, adapter=adapter)
+    places = "FOLDER stands for folders of one machine. " if "FOLDER" in command + load else ""
     what = f"The attention's own weights of `{attention}`" if adapter else f"A model with the attention `{attention}`"
     parts = [
         _front(source, license),
         f"# {name}",
-        f"{what}, trained with astbench {record['versions'].get('astbench', '')} "
-        f"on {record['config']['task']['name']}.".replace("  ", " "),
+        f"{what}, trained with astbench {record['versions'].get('astbench', '')} on {_trained_on(record)}.".replace(
+            "  ", " "
+        ),
         _table(dict(_facts(source)), ("", "")),
         "## Scores",
-        f"{_sentence(record.get('signature', ''))} One run with seed {record['seed']}: the intervals are over what was "
-        "scored, and say nothing of other seeds.",
+        f"{_sentence(record.get('signature', ''))} {_split(record)}One run with seed {record['seed']}: the intervals "
+        "are over what was scored, and say nothing of other seeds.",
         _scores(source),
         "## Load it",
-        _load(source, name, adapter=adapter),
+        load,
         "## How it was made",
-        f"```sh\n{_command(source, recipes)}\n```",
-        f"FOLDER stands for folders of one machine. It ran on {_machine(record)}.",
+        f"```sh\n{command}\n```",
+        f"{places}It ran on {_machine(record)}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -66,7 +68,8 @@ def _front(source: Source, license: str) -> str:
 def _facts(source: Source) -> Iterator[tuple[str, str]]:
     record = source.run.record
     data, counts = record["data"], record["parameters"]
-    yield "base model", source.base or "a folder with pretrained weights"
+    scratch = f"none: the preset {source.backbone.name}, from scratch" if source.from_scratch else ""
+    yield "base model", scratch or source.base or "a folder with pretrained weights"
     yield "attention", f"`{source.handle.name}`, in {record['attached']['layers']} layers"
     options = source.run.attention
     shown = (f"`{key}={value}`" for key, value in options.items() if key not in ("name", "backend"))
@@ -84,12 +87,23 @@ def _facts(source: Source) -> Iterator[tuple[str, str]]:
     yield "kernel", ", ".join(record.get("backends") or [])
 
 
+def _trained_on(record: dict[str, Any]) -> str:
+    """The task, and that its data are generated where they are."""
+    task, made = record["config"]["task"]["name"], record["data"]["source"] in ("demo", "generated")
+    return f"generated data of the task {task}" if made else str(task)
+
+
+def _split(record: dict[str, Any]) -> str:
+    return f"Scored on the {record['split']} split. " if record.get("split") else ""
+
+
 def _data(data: dict[str, Any]) -> str:
     prints = dict(data.get("fingerprints") or {})
     if "fingerprint" in data:
         prints["evaluated"] = data["fingerprint"]
     marks = ", ".join(f"{split} `{mark}`" for split, mark in prints.items())
-    return f"source {data['source']}{f', fingerprints: {marks}' if marks else ''}"
+    real = " (generated, not the real data set)" if data["source"] == "demo" else ""
+    return f"source {data['source']}{real}{f', fingerprints: {marks}' if marks else ''}"
 
 
 def _scores(source: Source) -> str:
@@ -112,11 +126,14 @@ def _table(rows: dict[str, str], head: tuple[str, str]) -> str:
 def _load(source: Source, name: str, *, adapter: bool) -> str:
     attention, where = source.handle.name, list(source.handle.where)
     options = " ".join(_options(source))
-    task = source.run.record["config"]["task"]["name"]
+    record = source.run.record
+    task, data = record["config"]["task"]["name"], record["data"]["source"]
     backbone = source.base if adapter else name
     start = f" --init_from={HUB}{name}" if adapter else ""
     names = f"--attention={attention}{' ' + options if options else ''} --task={task}"
-    shell = f"astbench test {names} --backbone={backbone}{start}"
+    command = "validate" if record.get("split") == "validation" else "test"
+    where_data = f" --data.source={data}" + (" --data.path=FOLDER" if data == "local" else "")
+    shell = f"pip install astbench\nastbench {command} {names} --backbone={backbone}{start}{where_data}"
     model = f"{_CLASSES[source.head]}.from_pretrained({backbone!r})"
     if adapter:
         lines = [
@@ -132,9 +149,10 @@ def _load(source: Source, name: str, *, adapter: bool) -> str:
             f'handle = swap_attention(model, said["attention"], said["options"], where={where})',
         ]
     python = "\n".join([f"from transformers import {_CLASSES[source.head]}", "", *lines])
-    shell = f"pip install astbench\n{shell}  # and where the data lies, --data.source"
     told = "Without the swap this model runs dense attention, which it was not trained for."
-    return f"{told}\n\n```sh\n{shell}\n```\n\n```python\n{python}\n```"
+    pretrained = find_task(task).load()[1].takes_pretrained
+    lines_of_shell = f"```sh\n{shell}\n```\n\n" if pretrained else ""
+    return f"{told}\n\n{lines_of_shell}```python\n{python}\n```"
 
 
 def _options(source: Source) -> Iterator[str]:

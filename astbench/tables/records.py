@@ -112,7 +112,7 @@ class Run:
         Raises:
             DataError: the file is missing or no JSON.
         """
-        return _json(self.folder / name)
+        return read_json(self.folder / name)
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def read_record(file: Path) -> Record:
     Raises:
         DataError: no JSON, another schema, no record of a run, or one that names code.
     """
-    record = _json(file)
+    record = read_json(file)
     if record.get("schema") != SCHEMA:
         raise DataError(f"{file} has schema {record.get('schema')}; this astbench reads {SCHEMA}")
     for key, kind in (("command", str), ("state", str), ("started", str), ("config_hash", str), ("config", dict)):
@@ -237,7 +237,12 @@ def read_record(file: Path) -> Record:
     return record
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file beside a record holds.
+
+    Raises:
+        DataError: missing, or no mapping in JSON.
+    """
     try:
         found = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:

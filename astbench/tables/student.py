@@ -7,16 +7,28 @@ import statistics
 from collections.abc import Sequence
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+def interval(
+    values: Sequence[float], confidence: float = 0.95, *, weights: Sequence[float] | None = None
+) -> tuple[float, float]:
     """Two-sided interval of the mean of independent values.
+
+    Args:
+        values: At least two.
+        confidence: Of the interval.
+        weights: Of a weighted mean, a ratio of two sums: its interval is that of the linearised ratio. All alike if not
+            given.
 
     Raises:
         ValueError: fewer than two values.
     """
-    if len(values) < 2:
-        raise ValueError(f"an interval needs two values or more, got {len(values)}")
-    middle = statistics.fmean(values)
-    half = quantile(0.5 + confidence / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    count = len(values)
+    if count < 2:
+        raise ValueError(f"an interval needs two values or more, got {count}")
+    middle = statistics.fmean(values, weights)
+    if weights is not None:
+        scale = count / sum(weights)
+        values = [middle + scale * weight * (value - middle) for value, weight in zip(values, weights, strict=True)]
+    half = quantile(0.5 + confidence / 2, count - 1) * statistics.stdev(values) / math.sqrt(count)
     return middle - half, middle + half
 
 

@@ -164,7 +164,8 @@ def over_items(name: str, value: float, items: Mapping[str, Any]) -> tuple[float
     """
     rows = [row for row in items.values() if isinstance(row, dict)]
     if name in _OF_WINDOWS and len(rows) > 1 and all("nll" in row for row in rows):
-        low, high = interval([row["nll"] for row in rows])
+        tokens = [row["tokens"] for row in rows] if all("tokens" in row for row in rows) else None
+        low, high = interval([row["nll"] for row in rows], weights=tokens)
         return (low, high, len(rows)) if name == "nll" else (math.exp(low), math.exp(high), len(rows))
     if name not in OF_A_CORPUS and len(rows) > 1 and all(name in row for row in rows):
         low, high = interval([float(row[name]) for row in rows])

@@ -33,6 +33,7 @@ class TaskData(pl.LightningDataModule):
     length_option: ClassVar[str]  # the option that says how long inputs can be
     pads: ClassVar[bool]  # whether the inputs of a batch differ in length
     tokenized: ClassVar[bool] = True  # whether there is a tokenizer, which a run keeps
+    takes_pretrained: ClassVar[bool] = True  # whether pretrained weights can be evaluated
     num_workers: int = 0
     eval_batch_size: int
 

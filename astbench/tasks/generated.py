@@ -43,6 +43,7 @@ class ProbeData(TaskData):
     task: ClassVar[str]
     head: ClassVar[Head]
     pads: ClassVar[bool] = False
+    takes_pretrained: ClassVar[bool] = False
     length: int  # tokens of the longest input
 
     def __init__(

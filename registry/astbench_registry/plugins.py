@@ -153,6 +153,8 @@ def import_plugin(target: str) -> ModuleType:
 
 def _import(target: str) -> ModuleType:
     if not target.endswith(".py"):
+        if target.startswith(".") or "/" in target:
+            raise PluginError(f"plugin {target} is no file that ends in .py, and no module's name")
         return importlib.import_module(target)
     path = Path(plugin_key(target))
     if not path.is_file():

@@ -14,17 +14,16 @@ Plugins are code: loading one runs it (:mod:`astbench_registry.plugins`).
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from functools import partial
+from dataclasses import fields
 from types import ModuleType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from astbench_registry.capabilities import AttentionConfig, Capabilities
+from astbench_registry.class_table import ClassTable, Registered
 from astbench_registry.errors import PluginError, UnknownAttentionError
-from astbench_registry.name_table import NameTable, did_you_mean, require_defaults
+from astbench_registry.name_table import did_you_mean
 from astbench_registry.plugins import import_plugin
 from astbench_registry.table import BUILTIN
 
@@ -36,37 +35,7 @@ ENTRY_POINT_GROUP = "astbench.attention"
 T = TypeVar("T", bound="type[Attention]")
 
 
-@dataclass(frozen=True)
-class Registered:
-    """One name: where it comes from and, once loaded or built in, its options.
-
-    Attributes:
-        name: What `--attention` takes.
-        source: "astbench", a distribution's name, or a plugin's path.
-        target: `module:Class`.
-        config: The options' class; None for an entry point not loaded yet.
-        cls: The attention class; None until loaded.
-    """
-
-    name: str
-    source: str
-    target: str
-    config: type[AttentionConfig] | None = None
-    cls: type[Attention] | None = None
-
-    @property
-    def summary(self) -> str:
-        """First line of the options' docstring."""
-        return (self.config.__doc__ or "").strip().partition("\n")[0] if self.config else "(not loaded)"
-
-
-_names: NameTable[Registered] = NameTable(
-    "attention",
-    ENTRY_POINT_GROUP,
-    {name: partial(Registered, name, "astbench", row.target, row.config) for name, row in BUILTIN.items()},
-    Registered,
-    UnknownAttentionError,
-)
+_names = ClassTable("attention", ENTRY_POINT_GROUP, BUILTIN, UnknownAttentionError)
 
 
 def register_attention(name: str, config: type[AttentionConfig]) -> Callable[[T], T]:
@@ -84,24 +53,18 @@ def register_attention(name: str, config: type[AttentionConfig]) -> Callable[[T]
         from astbench_registry.interface import Attention
 
         source = _names.source_of(name, cls)
+        what = f"attention '{name}' from {source}"
         if not (isinstance(cls, type) and issubclass(cls, Attention)):
-            raise PluginError(f"attention '{name}' from {source} must be a subclass of astbench_registry.Attention")
+            raise PluginError(f"{what} must be a subclass of astbench_registry.Attention")
         if "forward" not in vars(cls) and cls.forward is Attention.forward:
-            raise PluginError(f"attention '{name}' from {source} does not implement forward()")
-        _check_config(name, source, config)
-        _names.add(name, Registered(name, source, f"{cls.__module__}:{cls.__qualname__}", config, cls))
-        cls.config_class, cls.name = config, name
+            raise PluginError(f"{what} does not implement forward()")
+        _names.check_config(what, config, AttentionConfig)
+        if not isinstance(getattr(config, "capabilities", None), Capabilities):
+            raise PluginError(f"{what}: its config must set `capabilities = Capabilities(...)`")
+        _names.enter(name, source, cls, config)
         return cls
 
     return register
-
-
-def _check_config(name: str, source: str, config: Any) -> None:
-    if not (isinstance(config, type) and issubclass(config, AttentionConfig) and is_dataclass(config)):
-        raise PluginError(f"attention '{name}' from {source}: its config must be a dataclass of AttentionConfig")
-    require_defaults(f"attention '{name}' from {source}", config)
-    if not isinstance(getattr(config, "capabilities", None), Capabilities):
-        raise PluginError(f"attention '{name}' from {source}: its config must set `capabilities = Capabilities(...)`")
 
 
 def registered() -> dict[str, Registered]:
@@ -141,22 +104,12 @@ def config_class(name: str) -> type[AttentionConfig]:
         UnknownAttentionError: with the nearest name and all registered ones.
         PluginError: when the plugin that supplies it does not load.
     """
-    if name in BUILTIN:
-        return BUILTIN[name].config
-    config = _load(name).config
-    assert config is not None, f"{name} was loaded without a config"
-    return config
+    return _names.config_class(name)
 
 
 def attention_class(name: str) -> type[Attention]:
     """The class of an attention, imported now. Raises as :func:`config_class`."""
-    if name in BUILTIN:
-        cls: type[Attention] = _attribute(BUILTIN[name].target)
-        cls.config_class, cls.name = BUILTIN[name].config, name
-        return cls
-    loaded = _load(name).cls
-    assert loaded is not None, f"{name} was loaded without a class"
-    return loaded
+    return _names.class_of(name)
 
 
 def build_attention(name: str, options: Mapping[str, Any] | AttentionConfig, shape: AttentionShape) -> Attention:
@@ -248,14 +201,3 @@ def type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     return getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
-
-
-def _load(name: str) -> Registered:
-    if ".py:" in name or (":" in name and "." in name):  # `./mine.py:Mine` or `package.module:Mine`
-        return _names.load(_names.of_class(name))
-    return _names.load(name)
-
-
-def _attribute(target: str) -> Any:
-    module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module), attribute)

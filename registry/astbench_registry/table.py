@@ -6,9 +6,7 @@ its options under `configs/`, its row here, its file under `variants/`, its pari
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from astbench_registry.capabilities import AttentionConfig
+from astbench_registry.class_table import Row
 from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.configs.bigbird import BigBirdConfig
 from astbench_registry.configs.block_selection import OracleTopKConfig, PooledTopKConfig, RandomTopKConfig
@@ -31,15 +29,6 @@ from astbench_registry.configs.sparse import SparseConfig
 from astbench_registry.configs.sqa import SQAConfig
 from astbench_registry.configs.ssa import SSAConfig
 from astbench_registry.configs.synthesizer import SynthesizerConfig
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: the code (`module:Class`) and the options."""
-
-    target: str
-    config: type[AttentionConfig]
-
 
 _VARIANTS = "astbench_registry.variants"
 

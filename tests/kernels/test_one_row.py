@@ -64,7 +64,7 @@ def test_is_the_reference_with_gradients(keys, block, group, offset, stride, cau
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
-def test_takes_every_step_and_says_so(monkeypatch):
+def test_takes_every_step_and_says_so():
     (q, k, v, _), layout, _ = step(64, 8, 16)
     assert what_runs("gather", q, k, v, layout, causal=True) == "gather (one-row)"
     rows = torch.cat([q, q], 2)

@@ -13,9 +13,8 @@ from astbench_registry.depth.registry import depth_of_class, make_depth_config
 from astbench_registry.transforms.registry import make_transform_config, transform_of_class
 
 if TYPE_CHECKING:
-    from astbench.backbones.depth.conformance import DepthResult
     from astbench_registry.conformance import Result
-    from astbench_registry.transforms.conformance import TransformResult
+    from astbench_registry.findings import Finding
 
 
 def run(words: list[str]) -> int:
@@ -97,7 +96,7 @@ def _check_depth(name: str, options: dict[str, Any]) -> int:
     return _said(name, check_depth(name, options))
 
 
-def _said(name: str, results: Sequence[TransformResult | DepthResult]) -> int:
+def _said(name: str, results: Sequence[Finding]) -> int:
     width = max(len(r.property) for r in results)
     say(name)
     for r in results:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ astbench validate --init_from=RUN --depth=static --depth.path=[0,2]
 
   RUN            folders of finished runs
   --groups N     groups of equal size that the predicted complexity is told in (default: 10)"""
-
-FOLDER_ITEMS, FOLDER_DEPTHS = "items.json", "depth.json"
 
 
 @dataclass(frozen=True)
@@ -115,31 +112,24 @@ def _read(folder: Path) -> _Deep:
     Raises:
         DataError: something else.
     """
+    from astbench.runs.folder import DEPTHS, RECORD
+    from astbench.tables.records import ITEMS, read_json, read_record
     from astbench.tasks import find_task
 
-    record = _json(folder / "record.json")
-    if not isinstance(record.get("depth"), dict) or record.get("state") != "done":
+    record = read_record(folder / RECORD)
+    if not isinstance(record.get("depth"), dict) or record["state"] != "done":
         raise DataError(f"{folder} is no finished run with --depth")
     metric = find_task(record["config"]["task"]["name"]).metric
-    items = _json(folder / FOLDER_ITEMS)
+    items = read_json(folder / ITEMS)
     if not items or not all(isinstance(row.get(metric), int | float) for row in items.values()):
-        raise DataError(f"{folder}/{FOLDER_ITEMS} does not say how much of each item is right ({metric})")
-    predicted = _json(folder / FOLDER_DEPTHS) if (folder / FOLDER_DEPTHS).is_file() else {}
+        raise DataError(f"{folder}/{ITEMS} does not say how much of each item is right ({metric})")
+    predicted = read_json(folder / DEPTHS) if (folder / DEPTHS).is_file() else {}
     complexity = {key: rows[0]["complexity"] for key, rows in predicted.items() if "complexity" in rows[0]}
     right = {key: row[metric] / 100 for key, row in items.items()}
     given = record["config"].get("ckpt_path") or record["config"].get("init_from")
     weights = Path(given) if given and record["command"] != "fit" else folder
     weights = weights.parent if weights.suffix == ".ckpt" else weights
     return _Deep(str(folder), record["depth"], right, complexity, weights.resolve())
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist: name the folder of a finished run with --depth") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

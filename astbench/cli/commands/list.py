@@ -10,9 +10,10 @@ from astbench.errors import ConfigError
 from astbench.tasks import registered_tasks
 from astbench.tasks.registry import RegisteredTask, task_clashes
 from astbench_registry import registered
-from astbench_registry.depth.registry import RegisteredDepth, depth_clashes, registered_depths
-from astbench_registry.registry import Registered, clashes
-from astbench_registry.transforms.registry import RegisteredTransform, registered_transforms, transform_clashes
+from astbench_registry.class_table import Registered
+from astbench_registry.depth.registry import depth_clashes, registered_depths
+from astbench_registry.registry import clashes
+from astbench_registry.transforms.registry import registered_transforms, transform_clashes
 
 _MARKS = {
     "bidirectional_self": "bi",
@@ -71,7 +72,7 @@ def _attention(row: Registered) -> str:
     return f"  {row.name:<13} {patterns:<12} {decode:^6} {gqa:^4} {params:^6} {layout:^6}  {where}"
 
 
-def _summary(row: RegisteredTransform | RegisteredDepth) -> str:
+def _summary(row: Registered) -> str:
     if row.config is None:
         return f"  {row.name:<13} (from {row.source}; not loaded, see `astbench describe {row.name}`)"
     source = "" if row.source == "astbench" else f" [{row.source}]"

@@ -41,7 +41,7 @@ _REQUESTS = 200
 
 
 def run(words: list[str]) -> int:
-    """Send, wait, write the record and its main numbers; 0 when everything was sent, whatever came of it."""
+    """Send, wait, write the record and its main numbers; 0 when something was answered, 1 when nothing was."""
     if "-h" in words or "--help" in words:
         print(_USAGE)
         return 0
@@ -52,9 +52,11 @@ def run(words: list[str]) -> int:
     server = json.loads(_get(given.url, "/health", key))
     from astbench.loadtest.prompts import PATHS, bodies
 
-    path = given.path or next((path for path in PATHS if path in server.get("paths", ())), None)
-    if path not in PATHS or path not in server.get("paths", ()):
-        raise ConfigError(f"{given.url} has {', '.join(server.get('paths', ()))}; --path must be one of these")
+    there = [path for path in PATHS if path in server.get("paths", ())]
+    path = given.path or next(iter(there), None)
+    if path not in there:
+        able = f"--path must be {' or '.join(there)}" if there else f"astbench loadtest sends to {', '.join(PATHS)}"
+        raise ConfigError(f"{given.url} has {', '.join(server.get('paths', ())) or 'no paths'}; {able}")
     from astbench.files.writing import write_json
     from astbench.loadtest.arrivals import poisson
     from astbench.loadtest.client import send_all
@@ -85,7 +87,9 @@ def run(words: list[str]) -> int:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(given.out, {**record, "state": "done", "loadtest": found})
     _say(found, given.out)
-    return 0
+    if not found["answered"]:
+        console.say(f"note: nothing was answered; the log of {given.url} says why")
+    return 0 if found["answered"] else 1
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from astbench import console
+from astbench.cli.messages import nearest
 from astbench.cli.names import check_names, current_options, read_names
 from astbench.cli.own_parser import OwnParser
 from astbench.cli.processes import check_interpreter
@@ -70,7 +71,7 @@ def run(words: list[str]) -> int:
 
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    served.module.to(_device(given.device), getattr(torch, given.dtype))
+    served.place(_device(given.device), getattr(torch, given.dtype))
     if given.chat_template is not None:
         served.tokenizer.chat_template = _template(given.chat_template)
     from astbench.serving.app import build_app
@@ -133,7 +134,8 @@ def _load(given: argparse.Namespace, rest: list[str]) -> Served:
     if loading.is_run(str(path)):
         line = read_names([f"--ckpt_path={path}", *rest])
         if others := [option for option in line.others("--ckpt_path")[1:] if option.name != "--config"]:
-            raise ConfigError(f"a run is served as it was trained, and takes no {others[0]}")
+            hint = nearest(others[0].name, [f"--{name}" for name in (*DEFAULTS, *_OWN)])
+            raise ConfigError(f"a run is served as it was trained, and takes no {others[0]}{hint}")
         check_names(line)
         return loading.load_run(str(path), line.configs[0].data)
     line = read_names(rest)

@@ -37,6 +37,7 @@ class NeedleData(RecallData):
     """
 
     task = "needle"
+    takes_pretrained: ClassVar[bool] = True
     grouped_by: ClassVar[str] = "depth"
 
     def __init__(

@@ -244,9 +244,14 @@ def triton_refusals(shapes: Shapes) -> list[str]:
     return reasons
 
 
+def is_one_row(query_length: int) -> bool:
+    """Whether the gather backend takes a call as a decoding step, whatever else :func:`gather_schedule` says."""
+    return query_length == 1
+
+
 def gather_of(shapes: Shapes) -> GatherSchedule:
-    """:func:`gather_schedule` of a call."""
-    if shapes.query_length == 1:
+    """:func:`gather_schedule` of a call, or its way for one row."""
+    if is_one_row(shapes.query_length):
         return "one_row"
     groups = math.ceil(shapes.query_length / shapes.query_group)
     query_rows = groups * shapes.query_group * shapes.heads // shapes.kv_heads
@@ -295,7 +300,7 @@ TABLE = (
         "gather",
         "one_row",
         "elsewhere; one query row, as in a decoding step",
-        lambda shapes: gather_of(shapes) == "one_row",
+        lambda shapes: is_one_row(shapes.query_length),
         "its own keys are gathered; tiles of queries and blocks of keys would have to be filled up with nothing",
         'docs/cpu.md, "One row"',
     ),

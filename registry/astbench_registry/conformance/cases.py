@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from astbench_registry.capabilities import AttentionConfig, Capabilities, Pattern
+from astbench_registry.findings import Failure
 from astbench_registry.interface import Attention, AttentionContext, AttentionOutput, AttentionShape, CacheState
 from astbench_registry.mask import AttentionMask
 
@@ -18,14 +19,6 @@ HEADS, KV_HEADS, HEAD_DIM, HIDDEN_SIZE, BATCH = 6, 3, 5, 7, 2
 LENGTH, KEY_LENGTH = 71, 53  # LENGTH crosses the edge of a group of 64 queries
 MAX_POSITIONS = 97  # of what a variant has parameters for; the longest of these cases has LENGTH + 18 tokens
 SHORT, SHORT_KEYS = 41, 29  # for properties that run the variant hundreds of times
-
-
-class Failure(Exception):
-    """The property does not hold."""
-
-
-class Skip(Exception):
-    """The capability record excludes the property."""
 
 
 Factory = Callable[[Any, AttentionShape], Attention]

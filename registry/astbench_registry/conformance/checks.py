@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from astbench_registry.capabilities import PATTERNS, Pattern
-from astbench_registry.conformance.cases import Failure, Skip, Subject
+from astbench_registry.conformance.cases import Subject
+from astbench_registry.findings import Failure, Skip
 
 TOLERANCE = 1e-10  # float64; sums may be taken in another order, nothing else may differ
 

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from astbench_registry.capabilities import AttentionConfig
 from astbench_registry.conformance import density as of_density
@@ -25,8 +25,9 @@ from astbench_registry.conformance import explicit as of_weights
 from astbench_registry.conformance import gradients as of_gradients
 from astbench_registry.conformance import long as of_length
 from astbench_registry.conformance import outputs as of_outputs
-from astbench_registry.conformance.cases import Factory, Failure, Skip, Subject
+from astbench_registry.conformance.cases import Factory, Subject
 from astbench_registry.conformance.checks import APPLIES, Check
+from astbench_registry.findings import Status, asked, tried
 from astbench_registry.registry import build_attention, config_class, make_config
 
 PROPERTIES: dict[str, Check] = {
@@ -61,7 +62,6 @@ PROPERTIES: dict[str, Check] = {
 }
 """Name to check, in the order in which they run."""
 
-LONGEST_DETAIL = 400
 """Characters of a result's detail."""
 
 _VARIANTS = "astbench_registry.variants"
@@ -83,7 +83,7 @@ class Result:
     variant: str
     property: str
     pattern: str
-    status: Literal["pass", "fail", "skip"]
+    status: Status
     detail: str = ""
 
 
@@ -124,10 +124,7 @@ def check_module(
     properties: Iterable[str] | None = None,
 ) -> list[Result]:
     """Run the suite on whatever `factory(config, shape)` builds, registered or not."""
-    wanted = list(PROPERTIES) if properties is None else list(properties)
-    unknown = [x for x in wanted if x not in PROPERTIES]
-    if unknown:
-        raise ValueError(f"unknown property {unknown[0]!r}; there are: {', '.join(PROPERTIES)}")
+    wanted = asked(properties, PROPERTIES)
     met: dict[str, str] = {}
     return [
         _try(prop, Subject(name, factory, config, pattern), met)
@@ -139,21 +136,14 @@ def check_module(
 
 def _try(name: str, subject: Subject, met: dict[str, str]) -> Result:
     """One result; `met`: exceptions that earlier ones told in full, and where."""
-    status: Literal["pass", "fail", "skip"] = "pass"
-    detail = ""
-    try:
-        PROPERTIES[name](subject)
-    except Skip as skip:
-        status, detail = "skip", str(skip)
-    except Failure as failure:
-        status, detail = "fail", str(failure)
-    except Exception as error:  # whatever a variant raises is a finding about it, not about the suite
-        status, kind, place = "fail", type(error).__name__, _place(error)
-        detail = f"{kind}{place}: {error}"
-        first = met.setdefault(f"{kind}{place}", f"{name}, {subject.pattern}")
-        if first != f"{name}, {subject.pattern}":
-            detail = f"{kind}{place}, as under {first}"
-    return Result(subject.name, name, subject.pattern, status, " ".join(detail.split())[:LONGEST_DETAIL])
+    here = f"{name}, {subject.pattern}"
+
+    def told(error: Exception) -> str:
+        what = f"{type(error).__name__}{_place(error)}"
+        first = met.setdefault(what, here)
+        return f"{what}: {error}" if first == here else f"{what}, as under {first}"
+
+    return Result(subject.name, name, subject.pattern, *tried(PROPERTIES[name], subject, told))
 
 
 def _place(error: Exception) -> str:

@@ -6,17 +6,14 @@ entry-point group `astbench.depth`; and plugins, whose classes carry `@register_
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
-from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from astbench_registry.class_table import ClassTable, Registered
 from astbench_registry.depth.config import DepthConfig
 from astbench_registry.depth.table import BUILTIN
 from astbench_registry.errors import PluginError, UnknownDepthError
-from astbench_registry.name_table import NameTable, require_defaults
 from astbench_registry.registry import check_options
 
 if TYPE_CHECKING:
@@ -27,37 +24,7 @@ ENTRY_POINT_GROUP = "astbench.depth"
 T = TypeVar("T", bound="type[DepthPolicy]")
 
 
-@dataclass(frozen=True)
-class RegisteredDepth:
-    """One name: where it comes from and, once loaded or built in, its options.
-
-    Attributes:
-        name: What `--depth` takes.
-        source: "astbench", a distribution's name, or a plugin's path.
-        target: `module:Class`.
-        config: The options' class; None for an entry point not loaded yet.
-        cls: The policy's class; None until loaded.
-    """
-
-    name: str
-    source: str
-    target: str
-    config: type[DepthConfig] | None = None
-    cls: type[DepthPolicy] | None = None
-
-    @property
-    def summary(self) -> str:
-        """First line of the options' docstring."""
-        return (self.config.__doc__ or "").strip().partition("\n")[0] if self.config else "(not loaded)"
-
-
-_names: NameTable[RegisteredDepth] = NameTable(
-    "depth",
-    ENTRY_POINT_GROUP,
-    {name: partial(RegisteredDepth, name, "astbench", row.target, row.config) for name, row in BUILTIN.items()},
-    RegisteredDepth,
-    UnknownDepthError,
-)
+_names = ClassTable("depth", ENTRY_POINT_GROUP, BUILTIN, UnknownDepthError)
 
 
 def register_depth(name: str, config: type[DepthConfig]) -> Callable[[T], T]:
@@ -80,17 +47,14 @@ def register_depth(name: str, config: type[DepthConfig]) -> Callable[[T], T]:
             raise PluginError(f"{what} must be a subclass of astbench_registry.DepthPolicy")
         if getattr(cls.choose, "__isabstractmethod__", False):
             raise PluginError(f"{what} does not implement choose()")
-        if not (isinstance(config, type) and issubclass(config, DepthConfig) and is_dataclass(config)):
-            raise PluginError(f"{what}: its config must be a dataclass of DepthConfig")
-        require_defaults(what, config)
-        _names.add(name, RegisteredDepth(name, source, f"{cls.__module__}:{cls.__qualname__}", config, cls))
-        cls.config_class, cls.name = config, name
+        _names.check_config(what, config, DepthConfig)
+        _names.enter(name, source, cls, config)
         return cls
 
     return register
 
 
-def registered_depths() -> dict[str, RegisteredDepth]:
+def registered_depths() -> dict[str, Registered]:
     """Every name that can be asked for, sorted, without importing anybody's code."""
     return _names.rows()
 
@@ -121,23 +85,12 @@ def depth_config_class(name: str) -> type[DepthConfig]:
         UnknownDepthError: with the nearest name and all registered ones.
         PluginError: when the plugin that supplies it does not load.
     """
-    if name in BUILTIN:
-        return BUILTIN[name].config
-    config = _names.load(name).config
-    assert config is not None, f"{name} was loaded without a config"
-    return config
+    return _names.config_class(name)
 
 
 def depth_class(name: str) -> type[DepthPolicy]:
     """The class of a policy, imported now. Raises as :func:`depth_config_class`."""
-    if name in BUILTIN:
-        module, _, attribute = BUILTIN[name].target.partition(":")
-        cls: type[DepthPolicy] = getattr(importlib.import_module(module), attribute)
-        cls.config_class, cls.name = BUILTIN[name].config, name
-        return cls
-    loaded = _names.load(name).cls
-    assert loaded is not None, f"{name} was loaded without a class"
-    return loaded
+    return _names.class_of(name)
 
 
 def make_depth_config(name: str, options: Mapping[str, Any]) -> DepthConfig:

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from astbench_registry.depth.config import DepthConfig
+from astbench_registry.class_table import Row
 from astbench_registry.depth.configs.early_exit import EarlyExitConfig
 from astbench_registry.depth.configs.random_paths import RandomConfig
 from astbench_registry.depth.configs.static import StaticConfig
 from astbench_registry.depth.configs.transformer_inverse import TransformerInverseConfig
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: the code (`module:Class`) and the options."""
-
-    target: str
-    config: type[DepthConfig]
-
 
 _HERE = "astbench_registry.depth"
 

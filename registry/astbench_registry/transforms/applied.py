@@ -89,7 +89,8 @@ class AppliedTransform:
         """See :class:`Transform`.
 
         Raises:
-            CapabilityError: the transform returns something else than weights of that shape and dtype.
+            CapabilityError: the transform returns something else than weights of that shape and dtype, or weights of
+                pairs that the mask hides, which would be scored as if the model had not looked ahead.
         """
         if self.calibrating is not None:
             self.calibrating.add(weights, visible)
@@ -101,6 +102,11 @@ class AppliedTransform:
                 raise CapabilityError(
                     f"transform '{self.transform.name}' must return weights {tuple(weights.shape)} in {weights.dtype}, "
                     f"got {tuple(changed.shape)} in {changed.dtype}"
+                )
+            if bool(changed.masked_fill(visible, 0.0).any()):
+                raise CapabilityError(
+                    f"transform '{self.transform.name}' gives weight to pairs that the mask hides, and must leave them "
+                    f"0; see astbench check {self.transform.name}"
                 )
         if self.watching is not None:
             self.watching.add(changed, visible)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from astbench_registry.findings import Failure, Finding, Skip, findings
 from astbench_registry.interface import AttentionContext, AttentionShape
 from astbench_registry.mask import AttentionMask
 from astbench_registry.registry import build_attention
@@ -33,17 +34,8 @@ from astbench_registry.transforms.values import ValueCounts
 # Sizes differ, so that a swapped axis shows.
 BATCH, HEADS, ROWS, KEYS, HEAD_DIM = 2, 3, 23, 31, 5
 SHAPE = AttentionShape(HEADS, HEADS, HEAD_DIM, layer_index=1, num_layers=3)
-LONGEST_DETAIL = 400
 
 Factory = Callable[[TransformConfig, AttentionShape], Transform]
-
-
-class Failure(Exception):
-    """The property does not hold."""
-
-
-class Skip(Exception):
-    """The options exclude the property."""
 
 
 @dataclass(frozen=True)
@@ -207,26 +199,9 @@ TRANSFORM_PROPERTIES: dict[str, Property] = {
 """Name to check, in the order in which they run."""
 
 
-@dataclass(frozen=True)
-class TransformResult:
-    """One property of one transform.
-
-    Attributes:
-        transform: Its name.
-        property: A key of :data:`TRANSFORM_PROPERTIES`.
-        status: "pass", "fail" or "skip".
-        detail: Why it failed or was skipped, in one line.
-    """
-
-    transform: str
-    property: str
-    status: Literal["pass", "fail", "skip"]
-    detail: str = ""
-
-
 def check_transform(
     name: str, options: Mapping[str, Any] | None = None, *, properties: Iterable[str] | None = None
-) -> list[TransformResult]:
+) -> list[Finding]:
     """Run the suite on a registered transform, ours or a plugin's.
 
     Args:
@@ -243,26 +218,9 @@ def check_transform(
 
 def check_built(
     factory: Factory, config: TransformConfig, name: str = "unregistered", properties: Iterable[str] | None = None
-) -> list[TransformResult]:
+) -> list[Finding]:
     """Run the suite on whatever `factory(config, shape)` builds, registered or not."""
-    wanted = list(TRANSFORM_PROPERTIES) if properties is None else list(properties)
-    if unknown := [one for one in wanted if one not in TRANSFORM_PROPERTIES]:
-        raise ValueError(f"unknown property {unknown[0]!r}; there are: {', '.join(TRANSFORM_PROPERTIES)}")
-    return [_try(one, Subject(factory, config), name) for one in wanted]
-
-
-def _try(name: str, subject: Subject, transform: str) -> TransformResult:
-    status: Literal["pass", "fail", "skip"] = "pass"
-    detail = ""
-    try:
-        TRANSFORM_PROPERTIES[name](subject)
-    except Skip as skip:
-        status, detail = "skip", str(skip)
-    except Failure as failure:
-        status, detail = "fail", str(failure)
-    except Exception as error:  # whatever a transform raises is a finding about it, not about the suite
-        status, detail = "fail", f"{type(error).__name__}: {error}"
-    return TransformResult(transform, name, status, " ".join(detail.split())[:LONGEST_DETAIL])
+    return findings(name, properties, TRANSFORM_PROPERTIES, Subject(factory, config))
 
 
 def _demand(condition: bool, message: str) -> None:

@@ -6,15 +6,12 @@ entry-point group `astbench.transforms`; and plugins, whose classes carry `@regi
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
-from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from astbench_registry.class_table import ClassTable, Registered
 from astbench_registry.errors import CapabilityError, PluginError, UnknownTransformError
-from astbench_registry.name_table import NameTable, require_defaults
 from astbench_registry.registry import check_options, registered
 from astbench_registry.transforms.config import TransformConfig
 from astbench_registry.transforms.table import BUILTIN
@@ -28,37 +25,7 @@ ENTRY_POINT_GROUP = "astbench.transforms"
 T = TypeVar("T", bound="type[Transform]")
 
 
-@dataclass(frozen=True)
-class RegisteredTransform:
-    """One name: where it comes from and, once loaded or built in, its options.
-
-    Attributes:
-        name: What `--transform` takes.
-        source: "astbench", a distribution's name, or a plugin's path.
-        target: `module:Class`.
-        config: The options' class; None for an entry point not loaded yet.
-        cls: The transform's class; None until loaded.
-    """
-
-    name: str
-    source: str
-    target: str
-    config: type[TransformConfig] | None = None
-    cls: type[Transform] | None = None
-
-    @property
-    def summary(self) -> str:
-        """First line of the options' docstring."""
-        return (self.config.__doc__ or "").strip().partition("\n")[0] if self.config else "(not loaded)"
-
-
-_names: NameTable[RegisteredTransform] = NameTable(
-    "transform",
-    ENTRY_POINT_GROUP,
-    {name: partial(RegisteredTransform, name, "astbench", row.target, row.config) for name, row in BUILTIN.items()},
-    RegisteredTransform,
-    UnknownTransformError,
-)
+_names = ClassTable("transform", ENTRY_POINT_GROUP, BUILTIN, UnknownTransformError)
 
 
 def register_transform(name: str, config: type[TransformConfig]) -> Callable[[T], T]:
@@ -81,17 +48,14 @@ def register_transform(name: str, config: type[TransformConfig]) -> Callable[[T]
             raise PluginError(f"{what} must be a subclass of astbench_registry.Transform")
         if getattr(cls.__call__, "__isabstractmethod__", False):
             raise PluginError(f"{what} does not implement __call__()")
-        if not (isinstance(config, type) and issubclass(config, TransformConfig) and is_dataclass(config)):
-            raise PluginError(f"{what}: its config must be a dataclass of TransformConfig")
-        require_defaults(what, config)
-        _names.add(name, RegisteredTransform(name, source, f"{cls.__module__}:{cls.__qualname__}", config, cls))
-        cls.config_class, cls.name = config, name
+        _names.check_config(what, config, TransformConfig)
+        _names.enter(name, source, cls, config)
         return cls
 
     return register
 
 
-def registered_transforms() -> dict[str, RegisteredTransform]:
+def registered_transforms() -> dict[str, Registered]:
     """Every name that can be asked for, sorted, without importing anybody's code."""
     return _names.rows()
 
@@ -122,23 +86,12 @@ def transform_config_class(name: str) -> type[TransformConfig]:
         UnknownTransformError: with the nearest name and all registered ones.
         PluginError: when the plugin that supplies it does not load.
     """
-    if name in BUILTIN:
-        return BUILTIN[name].config
-    config = _names.load(name).config
-    assert config is not None, f"{name} was loaded without a config"
-    return config
+    return _names.config_class(name)
 
 
 def transform_class(name: str) -> type[Transform]:
     """The class of a transform, imported now. Raises as :func:`transform_config_class`."""
-    if name in BUILTIN:
-        module, _, attribute = BUILTIN[name].target.partition(":")
-        cls: type[Transform] = getattr(importlib.import_module(module), attribute)
-        cls.config_class, cls.name = BUILTIN[name].config, name
-        return cls
-    loaded = _names.load(name).cls
-    assert loaded is not None, f"{name} was loaded without a class"
-    return loaded
+    return _names.class_of(name)
 
 
 def make_transform_config(name: str, options: Mapping[str, Any]) -> TransformConfig:

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from astbench_registry.transforms.config import TransformConfig
+from astbench_registry.class_table import Row
 from astbench_registry.transforms.configs.hard import HardConfig
 from astbench_registry.transforms.configs.log3bit import Log3bitConfig
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: the code (`module:Class`) and the options."""
-
-    target: str
-    config: type[TransformConfig]
-
 
 _HERE = "astbench_registry.transforms"
 

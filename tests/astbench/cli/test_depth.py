@@ -206,7 +206,7 @@ def test_runs_at_several_depths_are_compared(astbench, trained, tmp_path):
     (tmp_path / "path0" / "items.json").write_text('{"0": {"accuracy": 100}}')
     for words, message in (
         ([str(trained), folders[0]], "were evaluated on other items"),
-        ([str(tmp_path)], "record.json does not exist: name the folder of a finished run with --depth"),
+        ([str(tmp_path)], "record.json cannot be read"),
         ([str(trained), "--groups=0"], "--groups must be at least 1, got 0"),
         ([], "RUN"),
     ):

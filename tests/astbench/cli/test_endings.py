@@ -175,9 +175,9 @@ def test_a_broken_package_is_in_nobodys_way(astbench, tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text("[astbench.attention]\nbroken = broken_module:Broken\n")
     (tmp_path / "broken_module.py").write_text(RAISING + "raise Odd('boo')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for holder, name in ((registry, "BUILTIN"), (registry._names, "builtin")):
-        rows = getattr(holder, name)
-        monkeypatch.setattr(holder, name, {name: rows[name] for name in ("dense", "local")})
+    for attribute in ("builtin", "table"):
+        rows = getattr(registry._names, attribute)
+        monkeypatch.setattr(registry._names, attribute, {name: rows[name] for name in ("dense", "local")})
     done = astbench("check", "--all")
     assert done.code == 0, done.err
     assert "broken left out: attention 'broken' from broken" in done.out and "\nlocal: " in done.out

@@ -66,7 +66,8 @@ def test_a_server(astbench, tmp_path):
         assert (record["command"], record["state"], record["config"]["path"]) == ("loadtest", "done", "/translate")
         assert found["requests"] == found["answered"] == len(poisson(8, 1.5, 0)) and found["good_share"] == 1
         assert found["server"]["attention"]["name"] == "dense" and found["server"]["resident_bytes"] > 1e8
-        assert astbench("loadtest", url, "--path=/answer").err.count("--path must be one of these") == 1
+        assert astbench("loadtest", url, "--path=/answer").err.count("--path must be /translate") == 1
+        assert astbench("loadtest", url, "--path=/health").err.count("--path must be /translate") == 1
     refused = astbench("loadtest", url)
     assert refused.code == 2 and "gives no answer" in refused.err and refused.err.count("\n") == 1
 

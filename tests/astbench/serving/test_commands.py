@@ -181,3 +181,21 @@ def test_dockerfile_starts_the_command_as_a_user():
     assert (given.model, given.host, given.port, rest) == ("/model", "0.0.0.0", 8000, [])
     copied = " ".join(line for line in lines if line.startswith("COPY "))
     assert all(name in copied for name in ("astbench", "registry", "kernels", "pyproject.toml", "constraints.txt"))
+
+
+@torch.no_grad()
+def test_half_precision_is_of_weights_alone():
+    """Rotary frequencies in bfloat16 would turn far tokens by other angles."""
+    from tests.astbench.serving.conftest import writer
+
+    served = writer("ast", {"block_size": 8, "lists": "carried"}, max_position_embeddings=4000)
+    buffers = {name: buffer.clone() for name, buffer in served.module.named_buffers()}
+    assert any("inv_freq" in name for name in buffers)
+    ids = torch.randint(5, 90, (1, 3000), generator=torch.Generator().manual_seed(0))
+    before = served.model(ids, logits_to_keep=100).logits
+    served.place("cpu", torch.bfloat16)
+    assert {parameter.dtype for parameter in served.module.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in served.module.named_buffers())
+    after = served.model(ids, logits_to_keep=100).logits.float()
+    off = (after - before).abs().mean() / before.abs().mean()
+    assert off < 0.02, off

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from astbench.backbones.tokenizers import id_tokenizer
 from tests.astbench.serving.conftest import answerer, closed_after, sentence, serving, translator, writer
 
 PATH = "/v1/completions"
@@ -34,10 +35,11 @@ WRONG = {
     "a list": ([1, 2], 400, "the body: Input should be an object"),
     "unknown field": ({**GOOD, "promt": 1}, 400, "unknown field 'promt'; known are model, "),
     "missing field": ({"max_tokens": 3}, 400, "prompt: Field required"),
-    "prompt of another kind": ({"prompt": 7}, 400, "prompt: Input should be a valid string, got 7"),
+    "prompt of another kind": ({"prompt": 7}, 400, "prompt: must be a text, or a list of at least one token id, got 7"),
+    "several prompts": ({"prompt": ["a", "b"]}, 400, "prompt: must be a text, or a list of at least one token id"),
     "empty prompt": ({"prompt": ""}, 400, "prompt: it holds no token"),
     "token that is none": ({"prompt": [1, 10**6]}, 400, "prompt: the model has tokens 0 to "),
-    "no tokens": ({"prompt": []}, 400, "prompt: "),
+    "no tokens": ({"prompt": []}, 400, "prompt: must be a text, or a list of at least one token id, got []"),
     "too hot": ({**GOOD, "temperature": 3}, 400, "temperature: Input should be less than or equal to 2, got 3"),
     "text for a number": ({**GOOD, "temperature": "hot"}, 400, "temperature: Input should be a valid number"),
     "no number": (b'{"prompt": "a", "temperature": NaN}', 400, "temperature: "),
@@ -45,7 +47,8 @@ WRONG = {
     "none to write": ({**GOOD, "max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
     "huge number": ({**GOOD, "max_tokens": 10**30}, 400, "max_tokens"),
     "what is not honoured": ({**GOOD, "n": 2}, 400, "n: Input should be 1, got 2"),
-    "empty stop": ({**GOOD, "stop": [""]}, 400, "stop"),
+    "empty stop": ({**GOOD, "stop": [""]}, 400, "stop.0: must be a text of 1 to 200 characters, or"),
+    "stop of another kind": ({**GOOD, "stop": 5}, 400, "stop: must be a text of 1 to 200 characters, or"),
     "another model": ({**GOOD, "model": "gpt-4"}, 404, "no model 'gpt-4' is served here; it is 'tiny'"),
     "too long for the model": (
         {"prompt": [5] * 2100, "max_tokens": 4},
@@ -63,6 +66,27 @@ def test_wrong_bodies(client, name):
     reply = client.post(PATH, body)
     assert (reply.status, reply.headers["content-type"]) == (status, "application/json")
     assert message in reply.message and "\n" not in reply.message
+
+
+def test_what_a_turn_may_hold_is_named(client):
+    for content, message in (
+        ({"content": [{"type": "text", "text": "a"}]}, "messages.0.content: must be a text; parts of one (images"),
+        ({"content": None}, "messages.0.content: must be a text"),
+        ({}, "messages.0.content: Field required"),
+    ):
+        reply = client.post("/v1/chat/completions", {"messages": [{"role": "user", **content}]})
+        assert reply.status == 400 and message in reply.message, reply.message
+
+
+def test_a_vocabulary_without_words_is_told():
+    """A model of numbers, as the recall probes train: its tokenizer has no token for words."""
+    served = writer()
+    served.tokenizer = id_tokenizer(40, ("<pad>",))
+    with serving(served) as client:
+        reply = client.post(PATH, {**GOOD, "prompt": "The river"})
+        assert reply.status == 400 and "prompt: this model's tokenizer cannot read it" in reply.message
+        assert "send /v1/completions token ids" in reply.message
+        assert client.post(PATH, {**GOOD, "prompt": [1, 2, 3]}).status == 200
 
 
 def test_wrong_requests(client):

@@ -77,7 +77,11 @@ def test_a_checkpoint_is_pushed_and_loaded_back_by_name(hub, astbench, tmp_path,
             "license: apache-2.0",
             "- attention:ast",
             "`density=0.5`",
-            "on wikitext103",
+            "on generated data of the task wikitext103",
+            "source demo (generated, not the real data set)",
+            "Scored on the validation split.",
+            "| base model | none: the preset ",
+            "astbench validate --attention=ast",
             f"{record['density']['mean']:.3f}",
         ),
         f"{record['parameters']['total']:,}",
@@ -87,11 +91,23 @@ def test_a_checkpoint_is_pushed_and_loaded_back_by_name(hub, astbench, tmp_path,
         record["data"]["fingerprint"],
     ):
         assert part in card, part
+    assert "FOLDER" not in card
 
     shutil.rmtree("run")
     again = validated(astbench, tmp_path / "again", "--backbone=someone/tiny")
     assert again["metrics"] == record["metrics"], "bit for bit"
     assert any("tensors of attention 'ast' come from someone/tiny" in note for note in again["notes"])
+
+
+def test_a_card_has_no_command_that_is_refused(astbench, tmp_path, monkeypatch):
+    """The recall probes evaluate no pretrained weights, so how to load them in Python is all that there is to say."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--task=mqar", "--data.length=32", "--data.num_pairs=2", "--data.num_eval=8", "--trainer.max_steps=1"]
+    done = astbench("fit", *AST, *words, "--data.num_train=16", "--data.batch_size=4", "--run_dir=run")
+    assert done.code == 0, done.err
+    card = astbench("push", "run", "someone/recall", "--dry-run").out
+    assert "on generated data of the task mqar" in card and "AutoModelForCausalLM.from_pretrained" in card
+    assert "--backbone=someone/recall" not in card and "astbench fit --attention=ast --task=mqar" in card
 
 
 def test_an_adapter_is_pushed_and_loaded_back_by_name(hub, astbench, base, tmp_path, monkeypatch):

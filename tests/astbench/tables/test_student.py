@@ -1,5 +1,6 @@
 """Student's interval and test against scipy's."""
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -16,6 +17,21 @@ def test_quantile(freedom, probability):
 def test_interval(values):
     wanted = stats.ttest_1samp(values, 0.0).confidence_interval()
     assert interval(values) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
+
+
+def test_weights_make_it_the_interval_of_the_weighted_mean():
+    values = [0.3, -0.1, 0.7, 0.2]
+    assert interval(values, weights=[7.0] * 4) == pytest.approx(interval(values))
+    low, high = interval(values, weights=[127, 127, 2, 127])
+    assert (low + high) / 2 == pytest.approx((127 * 0.4 + 2 * 0.7) / 383), "the short one counts for little"
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(600):  # windows of 2 to 128 tokens, the short ones worse
+        tokens = rng.integers(2, 129, 40)
+        means = 3 + 30 / tokens + rng.normal(size=40)
+        low, high = interval(means.tolist(), weights=tokens.tolist())
+        covered += low < 3 + 30 / 65 < high
+    assert 0.91 < covered / 600 < 0.98
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [0.3, -0.1, 0.7], [5.0, 5.1, 4.9, 5.3, 4.6, 5.2], [-1.0, 1.0]])

@@ -102,3 +102,17 @@ def test_a_transform_of_another_shape_is_refused():
     )
     with pytest.raises(CapabilityError, match=r"transform 'cut' must return weights \(1, 2, 3, 4\)"):
         applied(torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, 3, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("leak", [0.1, -0.1, torch.nan])
+def test_a_transform_that_looks_ahead_is_refused_where_it_runs(leak):
+    """`check` finds it too, but a run would score what the model must not see."""
+
+    def leaking(self, weights, visible):
+        return weights.masked_fill(~visible, leak)
+
+    applied = AppliedTransform(type("Leak", (Plain,), {"name": "leak", "__call__": leaking})(None, None), 2)
+    visible = torch.ones(3, 4, dtype=torch.bool).tril()[None, None]
+    with pytest.raises(CapabilityError, match="transform 'leak' gives weight to pairs that the mask hides"):
+        applied(torch.zeros(1, 2, 3, 4), visible)
+    applied(torch.zeros(1, 2, 3, 4), torch.ones_like(visible))

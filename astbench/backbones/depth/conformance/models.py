@@ -17,6 +17,7 @@ from astbench.backbones.depth.stack import Stack, find_stack
 from astbench.backbones.swap import SwapHandle, swap_attention
 from astbench_registry.depth.config import DepthConfig
 from astbench_registry.depth.interface import DepthPolicy, StackShape
+from astbench_registry.findings import Failure
 
 # Sizes differ, so that a swapped axis shows.
 BATCH, LENGTH, LAYERS, HIDDEN, VOCABULARY = 5, 29, 4, 24, 61
@@ -27,14 +28,6 @@ SHIFTED = 1e-6
 Factory = Callable[[DepthConfig, StackShape], DepthPolicy]
 Kind = Literal["encoder", "decoder"]
 KINDS: tuple[Kind, ...] = ("encoder", "decoder")
-
-
-class Failure(Exception):
-    """The property does not hold."""
-
-
-class Skip(Exception):
-    """The policy excludes the property."""
 
 
 class At:

@@ -18,7 +18,6 @@ from astbench.backbones.depth.conformance.models import (
     LENGTH,
     SHIFTED,
     VOCABULARY,
-    Skip,
     Subject,
     batch,
     demand,
@@ -26,6 +25,7 @@ from astbench.backbones.depth.conformance.models import (
 )
 from astbench_registry import CapabilityError
 from astbench_registry.depth.interface import Choice, Outcome
+from astbench_registry.findings import Skip
 
 Property = Callable[[Subject], None]
 

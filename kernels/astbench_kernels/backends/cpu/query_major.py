@@ -53,7 +53,7 @@ def _is_finite(x: Tensor) -> bool:
 def _schedule(
     layout: BlockLayout, num_heads: int, num_kv_heads: int, causal: bool, *, masked: bool = True
 ) -> rules.GatherSchedule:
-    if layout.query_length == 1:
+    if rules.is_one_row(layout.query_length):
         return "one_row"
     layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
     size, length = layout.block_size, layout.key_length
@@ -102,8 +102,7 @@ def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes
     rows = num_heads // layout.indices.shape[1] * layout.query_group
     schedule = _schedule(layout, num_heads, num_kv_heads, causal)
     if schedule == "one_row":
-        lists = layout.indices.shape[0] * num_heads
-        return lists * int(layout.counts.max()) * layout.block_size
+        return layout.indices.shape[0] * num_heads * int(layout.counts.max()) * layout.block_size
     if schedule == "masked":
         return masked_pairs(layout, num_heads, causal)
     if schedule == "key_major":

@@ -151,13 +151,8 @@ def test_predict_looks_at_the_middle_square(tmp_path):
     image = Image.new("RGB", (64, 32), (250, 0, 0))
     image.paste((0, 0, 250), (16, 0, 48, 32))
     image.save(tmp_path / "wide.png")
-    assert ImageData(file=str(tmp_path / "wide.png"))._asked().pixels.unique(dim=2).unique(
-        dim=3
-    ).flatten().tolist() == [
-        0,
-        0,
-        250,
-    ]
+    colours = ImageData(file=str(tmp_path / "wide.png"))._asked().pixels.unique(dim=2).unique(dim=3)
+    assert colours.flatten().tolist() == [0, 0, 250]
 
 
 def test_predict_refuses_what_is_no_picture(astbench, trained, tmp_path):
