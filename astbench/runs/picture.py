@@ -37,6 +37,7 @@ def draw_pattern(
     from matplotlib.figure import Figure
 
     step = -(-len(chosen) // PANELS)
+    layers = len(chosen)
     chosen = chosen[::step]
     figure = Figure(figsize=(3.2 * len(chosen) + 0.6, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -56,7 +57,8 @@ def draw_pattern(
         axes.tick_params(labelsize=7)
     if image is not None:
         figure.colorbar(image, ax=figure.axes, label="share of heads that keep the block", shrink=0.9)
-    figure.suptitle(f"{name}: blocks kept, first sequence of the evaluation", fontsize=10)
+    some = f", {len(chosen)} of {layers} layers" if step > 1 else ""
+    figure.suptitle(f"{name}: blocks kept, first sequence of the evaluation{some}", fontsize=10)
     figure.savefig(file, dpi=110)
     return file.name
 

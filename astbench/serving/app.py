@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
+import torch
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
@@ -12,12 +14,13 @@ from starlette.types import ASGIApp
 
 from astbench.errors import ConfigError
 from astbench.serving.answering import Answerer
-from astbench.serving.engine import Worker
+from astbench.serving.engine import Engine, Runs, Worker
 from astbench.serving.front import Front
 from astbench.serving.generating import Generating
 from astbench.serving.loading import Served
 from astbench.serving.metrics import Metrics
 from astbench.serving.options import ServeOptions
+from astbench.serving.pool import Pool
 from astbench.serving.service import Service
 from astbench.serving.tasks import Answering, Translating
 from astbench.serving.translating import Translator
@@ -33,21 +36,36 @@ SENTENCE = 128
 Route_ = Callable[[Request], Awaitable[Response]]
 
 
-def build_app(served: Served, options: ServeOptions, key: str = "") -> tuple[Front, Service]:
+def build_app(
+    served: Served, options: ServeOptions, key: str = "", load: Callable[[int], Served] | None = None
+) -> tuple[Front, Service]:
     """The ASGI application and what is behind it.
 
     Args:
-        served: The model.
+        served: The model. With several processes its weights are dropped here, once they are checked.
         options: The limits.
         key: That requests must bring; empty for none.
+        load: Loads the model in the process with this number, for `options.workers` above 1; pickled.
 
     Raises:
         ConfigError: a model that does not give in a batch what it gives alone.
     """
     metrics = Metrics(served.handle.name, served.name)
-    metrics.watch_device(served.model.device)
     worker, routes_of = _of_head(served, options)
-    service = Service(served, worker, options, metrics)
+    engine: Runs
+    if options.workers == 1:
+        engine = Engine(worker, options.queue, metrics.batch.observe)
+        if served.model.device.type == "cuda":
+            metrics.watch_gpu(partial(torch.cuda.max_memory_allocated, served.model.device))
+    else:
+        assert load is not None
+        make = partial(_worker, load, options)
+        engine = pool = Pool(make, options.workers, options.max_batch, options.queue, metrics.batch.observe)
+        metrics.watch_processes(lambda: pool.pids)
+        if served.model.device.type == "cuda":
+            metrics.watch_gpu(lambda: pool.gpu_peak)
+        served.module.to("meta")
+    service = Service(served, engine, options, metrics)
     posts = routes_of(service)
     about = _About(service, list(posts))
     gets = {"/health": about.health, "/ready": about.ready, "/metrics": about.metrics, "/v1/models": about.models}
@@ -64,6 +82,11 @@ def build_app(served: Served, options: ServeOptions, key: str = "") -> tuple[Fro
 
     router = Router(routes, redirect_slashes=False, lifespan=lifespan)
     return Front(router, options, metrics, key, tuple(posts), tuple(gets), service.refuse_early), service
+
+
+def _worker(load: Callable[[int], Served], options: ServeOptions, number: int) -> Worker:
+    """What runs the model in a process of its own."""
+    return _of_head(load(number), options)[0]
 
 
 def _of_head(served: Served, options: ServeOptions) -> tuple[Worker, Callable[[Service], dict[str, Route_]]]:

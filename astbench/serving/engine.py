@@ -43,8 +43,8 @@ class ShuttingDown(Exception):
 class NotFinite(Exception):
     """The model gave no numbers for this input."""
 
-    def __init__(self) -> None:
-        super().__init__("the model's output is not finite")
+    def __init__(self, message: str = "the model's output is not finite") -> None:
+        super().__init__(message)
 
 
 class Job:
@@ -92,6 +92,40 @@ class Worker(Protocol):
         """Forget a running job."""
 
 
+class Runs(Protocol):
+    """What serves jobs: an :class:`Engine`, or several of them in a :class:`astbench.serving.pool.Pool`.
+
+    Attributes:
+        queue: Jobs that may wait.
+    """
+
+    queue: int
+
+    def start(self) -> None:
+        """Begin to work, unless it has."""
+
+    def stop(self, seconds: float = 5.0) -> None:
+        """End what is left."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs can be expected to end."""
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+
+    @property
+    def running(self) -> int:
+        """Jobs that left the queue and have not ended."""
+
+    def submit(self, job: Job) -> None:
+        """Put a job into the queue."""
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for this job any more."""
+
+
 class Engine:
     """Runs jobs in the order in which they come, `worker.capacity` at a time.
 
@@ -111,8 +145,9 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="astbench-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
-        self._thread.start()
+        """Begin to work, unless it has."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def stop(self, seconds: float = 5.0) -> None:
         """End what is left, and the thread, if the step in which it is ends in time."""

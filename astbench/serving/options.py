@@ -20,7 +20,8 @@ class ServeOptions:
     Attributes:
         host: Address to listen on.
         port: Port; 0 takes a free one.
-        max_batch: Requests that run together (windows, for question answering).
+        workers: Processes that have the model; with 1 it is in the process that listens.
+        max_batch: Requests that run together (windows, for question answering), in each process.
         queue: Requests that may wait; one more is refused with 429.
         max_length: Most tokens of a prompt and what is written to it; None for what the model has positions for.
         max_body: Most bytes of a request's body.
@@ -31,6 +32,7 @@ class ServeOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    workers: int = 1
     max_batch: int = 8
     queue: int = 64
     max_length: int | None = None
@@ -42,7 +44,7 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be between 0 and 65535, got {self.port}")
-        for name, least in (("max_batch", 1), ("queue", 0), ("max_body", 1000)):
+        for name, least in (("workers", 1), ("max_batch", 1), ("queue", 0), ("max_body", 1000)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name} must be at least {least}, got {getattr(self, name)}")
         if self.max_length is not None and self.max_length < 2:
@@ -54,7 +56,12 @@ class ServeOptions:
     @property
     def most_connections(self) -> int:
         """More than can wait and run: those refused, slow ones, and people who look at `/metrics`."""
-        return 4 * (self.queue + self.max_batch) + 256
+        return 4 * (self.queue + self.together) + 256
+
+    @property
+    def together(self) -> int:
+        """Requests that run together in all processes."""
+        return self.workers * self.max_batch
 
 
 DEFAULTS = {field.name: field.default for field in fields(ServeOptions)}

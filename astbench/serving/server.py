@@ -75,6 +75,14 @@ class Server(uvicorn.Server):
 
 
 def run(app: Front, service: Service, options: ServeOptions) -> None:
-    """Serve until a signal comes, which is raised again at the end."""
+    """Serve until a signal comes, which is raised again at the end.
+
+    Raises:
+        ConfigError: a process of several could not load the model.
+    """
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # bad requests are answered, and are no news
-    Server(app, service, options).run()
+    try:
+        service.start()
+        Server(app, service, options).run()
+    finally:
+        service.stop()

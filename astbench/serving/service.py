@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from astbench.serving.engine import Done, Engine, Full, Job, Worker
+from astbench.serving.engine import Done, Full, Job, Runs
 from astbench.serving.front import Gone
 from astbench.serving.loading import Served
 from astbench.serving.metrics import Metrics
@@ -27,7 +27,7 @@ class Service:
 
     Args:
         served: The model.
-        worker: Runs it.
+        engine: Runs it.
         options: The limits.
         metrics: Told of what happens.
 
@@ -35,9 +35,9 @@ class Service:
         draining: The server was asked to stop: requests that are here are served, new ones are not.
     """
 
-    def __init__(self, served: Served, worker: Worker, options: ServeOptions, metrics: Metrics) -> None:
+    def __init__(self, served: Served, engine: Runs, options: ServeOptions, metrics: Metrics) -> None:
         self.served, self.options, self.metrics = served, options, metrics
-        self.engine = Engine(worker, options.queue, metrics.batch.observe)
+        self.engine = engine
         self.draining = False
         self._each = 0.5  # seconds that a request takes in the engine, on average
         # One thread: a tokenizer that is told how to cut must not be used meanwhile.
@@ -74,7 +74,7 @@ class Service:
             raise Refused(503, "the server is shutting down", headers={"retry-after": "5", "connection": "close"})
         if not self.engine.alive:
             raise Refused(503, "the model has stopped; the server's log says why")
-        if here > 2 * (self.options.queue + self.options.max_batch) + 16:
+        if here > 2 * (self.options.queue + self.options.together) + 16:
             raise self._full()
 
     async def text(self, make: Callable[[], Made], deadline: float) -> Made:
@@ -134,11 +134,12 @@ class Service:
         return event.result
 
     def _full(self) -> Refused:
-        turns = (self.engine.waiting + 1) / self.options.max_batch
+        waiting = min(self.engine.waiting, self.options.queue)  # the rest is about to begin
+        turns = (waiting + 1) / self.options.together
         seconds = min(60, max(1, math.ceil(turns * self._each)))
         return Refused(
             429,
-            f"{self.engine.waiting} requests wait already; try again in {seconds} s",
+            f"{waiting} request{'s'[: waiting != 1]} wait{'s'[: waiting == 1]} already; try again in {seconds} s",
             headers={"retry-after": str(seconds)},
         )
 

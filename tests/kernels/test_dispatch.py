@@ -66,8 +66,8 @@ CALLS = {
     "one list for all heads": (shapes(query_group=3, list_heads=1, **LONG), "gather (key-major)"),
     "half as many rows as keys": (shapes(query_group=8, **LONG), "gather (query-major)"),
     "one row less": (shapes(query_group=7, **LONG), "gather (key-major)"),
-    "a decoding step": (shapes(query_length=1, density=0.25), "gather (one-row)"),
-    "a decoding step, all keys": (shapes(query_length=1, density=1.0), "gather (one-row)"),
+    "a decoding step": (shapes(query_length=1, key_length=960, density=0.25), "gather (one-row)"),
+    "a decoding step, all keys": (shapes(query_length=1, density=1.0), "gather (whole-row)"),
     "8 tokens decoded, all keys": (shapes(query_length=8, density=1.0), "gather (masked)"),
     "few rows meet a block, short": (
         shapes(query_length=64, key_length=64, block_size=4, density=0.125),

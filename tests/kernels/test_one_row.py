@@ -64,13 +64,60 @@ def test_is_the_reference_with_gradients(keys, block, group, offset, stride, cau
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.fixture(params=["one_row", "whole_row"])
+def way(request, monkeypatch):
+    """Either way, whatever the lists name."""
+    monkeypatch.setattr(rules, "WHOLE_ROW", 0.0 if request.param == "whole_row" else 1e9)
+    return request.param
+
+
+def plain(inputs):
+    """Inputs without gradients and bias, values as wide as keys: what torch's fused kernel takes."""
+    q, k, v, _ = (x.detach() for x in inputs)
+    return q, k, torch.cat([v, v[..., :1]], -1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("lists", [1, KV_HEADS, HEADS])
+@pytest.mark.parametrize(
+    ("keys", "block", "group", "offset", "stride", "causal"),
+    [
+        (96, 16, 1, None, 1, True),
+        (97, 16, 64, None, 1, True),  # a short last block, the middle of a tile
+        (97, 16, 64, 60, 1, True),  # keys behind the row
+        (97, 16, 4, 20, 1, False),
+        (24, 8, 4, None, 4, True),  # coarse keys
+        (1, 4, 4, None, 1, True),
+    ],
+)  # fmt: skip
+def test_is_the_reference_without_gradients(way, keys, block, group, offset, stride, causal, lists, carried, padded):
+    inputs, layout, valid = step(keys, block, group, lists=lists, carried=carried, offset=offset, stride=stride)
+    q, k, v = plain(inputs)
+    got, wanted = (
+        block_sparse_attention(q, k, v, layout, causal=causal, key_valid=valid if padded else None, backend=name)
+        for name in ("gather", "reference")
+    )
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    assert what_runs("gather", q, k, v, layout, causal=causal) == f"gather ({way.replace('_', '-')})"
+
+
+def test_all_keys_are_read_where_lists_name_most():
+    (q, k, v, _), _, _ = step(64, 8, 16)
+    keep = torch.zeros(BATCH, HEADS, 1, 8, dtype=torch.bool)
+    sizes = {"block_size": 8, "query_group": 16, "query_length": 1, "key_length": 64, "query_offset": 63}
+    for blocks, runs in ((2, "gather (one-row)"), (3, "gather (whole-row)"), (8, "gather (whole-row)")):
+        keep[..., :blocks] = True  # of 8, for each of the two query heads of a key/value head
+        assert what_runs("gather", q, k, v, BlockLayout.from_mask(keep, **sizes), causal=True) == runs
+
+
 def test_takes_every_step_and_says_so():
     (q, k, v, _), layout, _ = step(64, 8, 16)
-    assert what_runs("gather", q, k, v, layout, causal=True) == "gather (one-row)"
+    assert what_runs("gather", q, k, v, layout, causal=True) == "gather (whole-row)"
     rows = torch.cat([q, q], 2)
     two = replace(layout, query_length=2, query_offset=62)
-    assert what_runs("gather", rows, k, v, two, causal=True) != "gather (one-row)"
-    assert rules.gather_of(shapes(1)) == "one_row" != rules.gather_of(shapes(2))
+    assert "row)" not in what_runs("gather", rows, k, v, two, causal=True)
+    assert rules.gather_of(shapes(1)) == "whole_row" != rules.gather_of(shapes(2))
 
 
 def shapes(query_length):
@@ -80,15 +127,18 @@ def shapes(query_length):
 
 def test_pieces_change_nothing(monkeypatch):
     inputs, layout, valid = step(97, 16, 64, carried=True)
-    whole = results(inputs, layout, valid, "gather", True)
-    monkeypatch.setattr(rules, "CHUNK_BYTES", 1)
-    torch.testing.assert_close(results(inputs, layout, valid, "gather", True), whole, rtol=0, atol=1e-14)
+    monkeypatch.setattr(rules, "WHOLE_ROW", 1e9)
+
+    def run():
+        return block_sparse_attention(*plain(inputs), layout, causal=True, key_valid=valid, backend="gather")
+
+    whole = run()
+    monkeypatch.setattr(rules, "ROW_BYTES", 1)
+    torch.testing.assert_close(run(), whole, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("alone", range(4))
-def test_any_input_may_be_the_only_one_that_learns(monkeypatch, alone):
-    """Pieces share memory where nothing learns, and only there."""
-    monkeypatch.setattr(rules, "CHUNK_BYTES", 1)
+def test_any_input_may_be_the_only_one_that_learns(alone):
     inputs, layout, valid = step(97, 16, 64)
     wanted = results(inputs, layout, valid, "reference", True)[2:][alone]
     plain = [x.detach().requires_grad_(i == alone) for i, x in enumerate(inputs)]
@@ -115,10 +165,29 @@ def test_what_is_hidden_never_matters(poison):
     torch.testing.assert_close(got, clean, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["keys", "values"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_hidden_never_matters_without_gradients(way, dtype, where, poison):
+    inputs, layout, valid = step(97, 16, 64, carried=True, lists=KV_HEADS, offset=70)
+    q, k, v = (x.to(dtype) for x in plain(inputs))
+    clean = block_sparse_attention(q, k, v, layout, causal=True, key_valid=valid, backend="gather")
+    (k if where == "keys" else v)[~layout.token_mask(causal=True, key_valid=valid)[:, :, 0]] = poison
+    got = block_sparse_attention(q, k, v, layout, causal=True, key_valid=valid, backend="gather")
+    torch.testing.assert_close(got, clean, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_rows_that_see_nothing(way):
+    (q, k, v), layout, _ = plain(step(64, 8, 16)[0]), step(64, 8, 16)[1], None
+    hidden = torch.zeros(BATCH, 64, dtype=torch.bool)
+    out, lse = block_sparse_attention(q, k, v, layout, causal=True, key_valid=hidden, backend="gather")
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_half_precision_rounds_at_the_end_only(dtype):
-    (q, k, v, _), layout, valid = step(97, 16, 64)
-    small = [x.detach().to(dtype) for x in (q, k, v)]
+def test_half_precision_rounds_as_dense_does(way, dtype):
+    inputs, layout, valid = step(97, 16, 64)
+    small = [x.to(dtype) for x in plain(inputs)]
     got, lse = block_sparse_attention(*small, layout, causal=True, key_valid=valid, backend="gather")
     wanted, _ = block_sparse_attention(
         *(x.double() for x in small), layout, causal=True, key_valid=valid, backend="reference"
@@ -135,7 +204,7 @@ def test_keys_of_a_cache_with_room_are_read_where_they_lie():
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
-def test_pairs_are_those_of_the_longest_list():
+def test_pairs_are_those_of_the_longest_list_or_all(way):
     _, layout, _ = step(64, 8, 16)
-    width = int(layout.counts.max())
-    assert gathered_pairs(layout, HEADS, KV_HEADS, 4 * DIM, causal=True) == BATCH * HEADS * width * 8
+    width = 64 if way == "whole_row" else int(layout.counts.max()) * 8
+    assert gathered_pairs(layout, HEADS, KV_HEADS, 4 * DIM, causal=True) == BATCH * HEADS * width

@@ -65,6 +65,8 @@ def run(words: list[str]) -> int:
     from astbench.loadtest.summary import summary
     from astbench.runs.record import new_record
 
+    if given.out.exists():
+        raise ConfigError(f"{given.out} exists already; name another file with --out=FILE")
     config = {name: value for name, value in vars(given).items() if name != "out"} | {"path": path}
     record = new_record("loadtest", config, given.seed, words)
     due = poisson(given.rate, given.seconds, given.seed)

@@ -32,6 +32,9 @@ def run(words: list[str]) -> int:
     given = _parse(words)
     if given.alone and not given.runs:
         raise ConfigError("astbench report: --alone shows the given runs and nothing else; name one")
+    if not given.alone and not given.results.is_dir():
+        alone = "; --alone shows the given runs and needs none" if given.runs else ""
+        raise ConfigError(f"--results={given.results} is not a folder of records{alone}")
     from astbench.files.writing import write_text
     from astbench.report.contents import contents
     from astbench.report.page import page

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,8 @@ Models that translate: /translate. Models that answer questions about documents:
   --backbone=FOLDER       for an adapter: the model that it belongs to, if it is elsewhere than it says
   --host ADDRESS          where to listen (default: 127.0.0.1, this machine alone)
   --port N                (default: 8000; 0 takes a free one)
-  --max_batch N           requests that run together (default: {DEFAULTS["max_batch"]})
+  --workers N             processes that have the model; one that dies is replaced (default: {DEFAULTS["workers"]})
+  --max_batch N           requests that run together, in each process (default: {DEFAULTS["max_batch"]})
   --queue N               requests that wait; more are refused with 429 (default: {DEFAULTS["queue"]})
   --max_length N          most tokens of a prompt and what is written to it (default: the model's positions)
   --max_body N            most bytes of a request (default: {DEFAULTS["max_body"]:,})
@@ -43,7 +45,7 @@ Models that translate: /translate. Models that answer questions about documents:
   --drain SECONDS         for running requests after SIGTERM (default: {DEFAULTS["drain"]:g})
   --device NAME           cpu, cuda, cuda:1 (default: cuda where there is one)
   --dtype NAME            of weights and activations: float32, bfloat16 or float16 (default: float32)
-  --threads N             torch threads
+  --threads N             torch threads of a process (default with --workers: their share of the cores)
   --chat_template FILE    how a conversation becomes a prompt, where the tokenizer does not say (Jinja)
   --plugins=FILE.py       attentions and tasks of your own
 
@@ -59,31 +61,30 @@ def run(words: list[str]) -> int:
     if "-h" in words or "--help" in words:
         print(_USAGE)
         return 0
-    given, rest = _parse(words)
+    given, _ = _parse(words)
     options = ServeOptions(**{name: getattr(given, name) for name in DEFAULTS})
     key = os.environ.get(KEY, "")
     if missing := [package for package in _PACKAGES if find_spec(package) is None]:
         raise MissingPackageError(f"astbench serve needs {' and '.join(missing)}: pip install 'astbench[serve]'")
     check_interpreter()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    served = _load(given, rest)
     import torch
 
-    if given.threads is not None:
-        torch.set_num_threads(given.threads)
-    served.place(_device(given.device), getattr(torch, given.dtype))
+    served = load(words, 0)
+    device = served.model.device
     if given.chat_template is not None:
         served.tokenizer.chat_template = _template(given.chat_template)
     from astbench.serving.app import build_app
     from astbench.serving.server import run as serve
 
-    app, service = build_app(served, options, key)
+    app, service = build_app(served, options, key, partial(load, words))
     console.say(f"astbench serve {given.model}")
     console.table(
         {
             "attention": " ".join(f"{name}={value}" for name, value in served.module.attention.items())[:200],
-            "device": f"{served.model.device}, {given.dtype}, {torch.get_num_threads()} threads",
-            "limits": f"{service.limit} tokens, {options.max_batch} at a time, {options.queue} waiting",
+            "device": f"{device}, {given.dtype}, {torch.get_num_threads()} threads",
+            **({"workers": f"{options.workers} processes"} if options.workers > 1 else {}),
+            "limits": f"{service.limit} tokens, {options.together} at a time, {options.queue} waiting",
             "key": "asked for" if key else f"none; set {KEY} to ask for one",
             **{f"note {number}": note for number, note in enumerate(served.notes, 1)},
         }
@@ -92,6 +93,25 @@ def run(words: list[str]) -> int:
         console.say(f"note: whoever reaches {options.host} may use this model; set {KEY} to ask for a key")
     serve(app, service, options)
     return 0
+
+
+def load(words: list[str], number: int) -> Served:
+    """The model that `astbench serve WORDS` serves, as the process with this number has it.
+
+    Raises:
+        AstbenchError: as `serve` does.
+    """
+    given, rest = _parse(words)
+    served = _load(given, rest)
+    import torch
+
+    if given.threads is not None or given.workers > 1:
+        torch.set_num_threads(given.threads or max(1, torch.get_num_threads() // given.workers))
+    device = _device(given.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", number % torch.cuda.device_count())
+    served.place(device, getattr(torch, given.dtype))
+    return served
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -159,9 +159,11 @@ def _options(run: Run) -> dict[str, Any]:
 
 
 def _said(key: str, value: Any) -> str:
-    """`density 0.25`, `estimator straight through`."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f"{key.rpartition('.')[2]} {text}".replace("_", " ")
+    """`density 0.25`, `estimator straight through`, `depth static`, `from runs/NAME`."""
+    if key == "init_from":
+        return f"from {value}" if value else "from scratch"
+    text = (value if isinstance(value, str) else json.dumps(value)).replace("_", " ")
+    return f"{key.removesuffix('.name').rpartition('.')[2].replace('_', ' ')} {text}"
 
 
 def differences(one: Setting, other: Setting, item: str) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from astbench_kernels.dispatch import hopper
 
-GatherSchedule = Literal["query_major", "key_major", "masked", "one_row"]
+GatherSchedule = Literal["query_major", "key_major", "masked", "one_row", "whole_row"]
 
 CHUNK_BYTES = 2**20
 """gather, query-major: gathered keys held at a time. Measured (docs/cpu.md, the table of changes): 0.5-2 MB is
@@ -42,6 +42,14 @@ MASKED_PICK = 0.7
 CHUNK_PAIRS = 2**18
 """gather, masked: pairs of queries with all keys that are computed at a time. Measured (docs/cpu.md, "All
 pairs"): half of it and twice as many are slower by up to a fifth."""
+
+ROW_BYTES = 2**23
+"""gather, one row: gathered keys held at a time. Measured (docs/cpu.md, "One row"): the larger, the
+faster, up to 16 MB."""
+
+WHOLE_ROW = 0.65
+"""gather, one row: keys that all lists gather, over the keys of all key/value heads, from which on the cache is read
+whole. Measured (docs/cpu.md, "One row"): both ways cost the same at 0.5 to 0.6 in float32, at 0.8 in bfloat16."""
 
 MIN_ROWS_PER_LIST = 16
 """triton: fewer rows than this cannot fill the smallest matrix instruction: they are gathered around their key
@@ -145,7 +153,7 @@ class Row:
 
     Attributes:
         backend: A name from :func:`astbench_kernels.backends`.
-        schedule: "query_major", "key_major", "masked", "one_row", "decode" or "hopper".
+        schedule: "query_major", "key_major", "masked", "one_row", "whole_row", "decode" or "hopper".
         when: The condition in words.
         holds: The condition.
         why: What speaks for it.
@@ -244,15 +252,24 @@ def triton_refusals(shapes: Shapes) -> list[str]:
     return reasons
 
 
-def is_one_row(query_length: int) -> bool:
-    """Whether the gather backend takes a call as a decoding step, whatever else :func:`gather_schedule` says."""
-    return query_length == 1
+def row_schedule(width: int, lists: int, kv_heads: int, key_length: int) -> Literal["one_row", "whole_row"]:
+    """How the gather backend goes about a decoding step: its keys are gathered, or all are read in place.
+
+    Args:
+        width: Keys of the longest list.
+        lists: Lists of a batch row.
+        kv_heads: Key/value heads.
+        key_length: Keys.
+    """
+    return "whole_row" if width * lists >= WHOLE_ROW * kv_heads * key_length else "one_row"
 
 
 def gather_of(shapes: Shapes) -> GatherSchedule:
-    """:func:`gather_schedule` of a call, or its way for one row."""
-    if is_one_row(shapes.query_length):
-        return "one_row"
+    """:func:`gather_schedule` of a call, or :func:`row_schedule`."""
+    if shapes.query_length == 1:
+        lists = max(shapes.list_heads, shapes.kv_heads)
+        width = math.ceil(shapes.density * math.ceil(shapes.key_length / shapes.block_size)) * shapes.block_size
+        return row_schedule(width, lists, shapes.kv_heads, shapes.key_length)
     groups = math.ceil(shapes.query_length / shapes.query_group)
     query_rows = groups * shapes.query_group * shapes.heads // shapes.kv_heads
     size, met = shapes.block_size, shapes.rows_met
@@ -300,8 +317,16 @@ TABLE = (
         "gather",
         "one_row",
         "elsewhere; one query row, as in a decoding step",
-        lambda shapes: is_one_row(shapes.query_length),
+        lambda shapes: gather_of(shapes) == "one_row",
         "its own keys are gathered; tiles of queries and blocks of keys would have to be filled up with nothing",
+        'docs/cpu.md, "One row"',
+    ),
+    Row(
+        "gather",
+        "whole_row",
+        f"elsewhere; one query row, whose lists name {WHOLE_ROW} times the keys of the cache or more, no gradients",
+        lambda shapes: gather_of(shapes) == "whole_row",
+        "gathering the keys of each list would cost more than reading all of them where they lie",
         'docs/cpu.md, "One row"',
     ),
     Row(

@@ -42,6 +42,7 @@ def test_a_run_is_analysed(astbench, trained, tmp_path):
             assert len(Image.open(folder / name).convert("L").getcolors(256)) > 5, f"{name} is blank"
 
 
+@pytest.mark.slow
 def test_of_a_translation_distances_are_the_encoders(astbench, run, tmp_path):
     """Cross-attention has no distance, and a decoder reads other tokens; its layers are listed all the same."""
     words = ["--attention=ast", "--task=wmt14", "--trainer.max_steps=2", "--data.batch_size=4", "--data.max_eval=8"]

@@ -35,6 +35,7 @@ def test_density_is_that_of_all_batches(astbench, whole, tmp_path):
     assert int(density["measured_on"].split()[-2]) >= 4
 
 
+@pytest.mark.slow
 def test_density_is_that_of_all_processes(whole, tmp_path):
     """An odd window is dealt twice to fill up, and counts twice."""
     words = ["validate", f"--ckpt_path={whole}", "--data.eval_batch_size=1", "--trainer.devices=2"]

@@ -223,6 +223,7 @@ def test_sharding_refuses_a_mean_of_weights(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_stops_all_processes_at_one_step(tmp_path):
     words = ["fit", *NAMES, *DEMO, "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.max_steps=5000"]
     folder = tmp_path / "run"

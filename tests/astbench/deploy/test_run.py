@@ -196,7 +196,9 @@ def test_an_edited_record_is_found_out(recipe):
         read_group(found.folder)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL], ids=["SIGTERM", "SIGKILL"]
+)
 def test_a_stop_leaves_no_server(recipe, how):
     found = recipe({"a": 1}, rates={"per_second": [0.01]})
     code = (

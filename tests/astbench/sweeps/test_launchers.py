@@ -92,6 +92,7 @@ def test_each_cell_runs_once_and_failures_keep_their_reason(asked, name, more, w
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "more"), EITHER)
 def test_a_stopped_sweep_stops_its_cells_which_save(asked, name, more):
     found = asked("[0.4]", "[0, 1]", more)

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from astbench.runs.checkpoints import read_checkpoint
@@ -81,6 +82,7 @@ def test_less_than_no_batches_are_refused(astbench):
     assert outcome.code == 2 and "--backbone.calibrate must be 0 or more batches, got -1" in outcome.err
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_calibrated_in_all_places(astbench, tmp_path):
     outcome = astbench(
         *test_mt_cli.FIT, *STILL, "--attention.index_dim=2", "--backbone.calibrate=1", f"--run_dir={tmp_path / 'run'}"

@@ -1,10 +1,14 @@
 """A decoding step: one query row, which gathers its own keys token by token.
 
 The other schedules lay blocks of keys and tiles of queries out first, which for one row is most of the work: a tile
-would hold one row, and the whole cache would be copied to fill its last block. Plain torch; gradients by autograd.
+would hold one row, and the whole cache would be copied to fill its last block. torch's fused kernel for CPUs does the
+rest; where lists name a large part of the keys, it reads all of them in place. With gradients, plain torch.
 """
 
 from __future__ import annotations
+
+import math
+import threading
 
 import torch
 from torch import Tensor
@@ -22,42 +26,130 @@ def one_row_attention(
     scale: float,
     causal: bool,
     key_valid: Tensor | None,
+    *,
+    whole: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`astbench_kernels.block_sparse_attention`; `layout` has a list for every key/value head at least.
+    """See :func:`astbench_kernels.block_sparse_attention`; with `whole` all keys are read in place.
 
-    Cost: O(listed keys x head_dim) time, whatever the length of the cache; O(CHUNK_BYTES) memory, or one list's keys.
+    `layout` has a list for every key/value head at least.
+
+    Cost: O(listed keys x head_dim) time, whatever the length of the cache, with `whole` O(keys x head_dim);
+    O(ROW_BYTES) memory, or one list's keys.
     """
-    batch, heads, lists = len(q), q.shape[1], layout.indices.shape[1]
-    compute = torch.promote_types(q.dtype, torch.float32)
     tokens, hidden = _listed_tokens(layout, causal, key_valid)
-    unit = torch.arange(batch * lists, device=q.device)
-    kv_head = unit // lists * k.shape[1] + unit % lists * k.shape[1] // lists
-    tokens = tokens + kv_head[:, None] * k.shape[2]
+    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, block_bias))
+    if learning or block_bias is not None or k.shape[-1] != v.shape[-1]:
+        return _in_steps(q, k, v, block_bias, layout, scale, tokens, hidden)
+    if whole:
+        out, lse = _whole(q, k, v, scale, tokens, hidden)
+        if math.isfinite(float(out.sum(dtype=lse.dtype))):  # else a key that no list names may be to blame
+            return out, lse
+    return _gathered(q, k, v, scale, tokens, hidden)
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """All keys by torch's fused kernel, those that are not listed masked: the heads of a list are its rows."""
+    batch, kv_heads, keys = k.shape[:3]
+    unseen = torch.ones(len(tokens), keys + 1, dtype=torch.bool, device=q.device)
+    unseen.scatter_(1, tokens.masked_fill(hidden, keys), False)
+    rows = q.shape[1] // kv_heads
+    unseen = unseen[:, :keys].view(batch, kv_heads, -1, keys)
+    unseen = unseen.repeat_interleave(rows // unseen.shape[2], 2)
+    out, lse = _fused(q.reshape(batch, kv_heads, rows, -1), k, v, unseen, scale)
+    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The listed keys, laid one after the other, by torch's fused kernel."""
+    units, width = tokens.shape
+    rows = q.shape[0] * q.shape[1] // units
+    places = _places(tokens, k)
     keys, values = k.reshape(-1, k.shape[-1]), v.reshape(-1, v.shape[-1])  # no copies: a cache lies in one piece
-    queries = q.reshape(batch * lists, heads // lists, q.shape[-1]).to(compute) * scale
-    bias = None
-    if block_bias is not None:
-        bias = block_bias[:, :, 0, : tokens.shape[1] // layout.block_size].flatten(0, 1).to(compute)
-        bias = bias.repeat_interleave(layout.block_size, 1)
+    queries = q.reshape(units, 1, rows, -1)
+    together = max(1, rules.ROW_BYTES // (width * k.shape[-1] * k.element_size()))
+    size = min(units, together) * width
+    room = _room(2 * size * keys.shape[1], keys)
+    rooms = [room[: size * keys.shape[1]].view(size, -1), room[size * keys.shape[1] :].view(size, -1)]
     found = []
-    together = max(1, rules.CHUNK_BYTES // (tokens.shape[1] * k.shape[-1] * compute.itemsize))
-    # Without gradients every piece is gathered to the same place, which saves asking for memory: half of the time.
-    inputs = [x for x in (q, k, v, block_bias) if x is not None]
-    learning = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    rooms = [None if learning else x.new_empty(together * tokens.shape[1], x.shape[1]) for x in (keys, values)]
-    for start in range(0, len(unit), together):
+    for start in range(0, units, together):
         part = slice(start, start + together)
+        index = places[part].flatten()
         # What hidden memory holds never matters, NaN included: a product would keep it.
         unseen = hidden[part].flatten().nonzero().squeeze(-1)
-        places = tokens[part]
         key, value = (
-            _gathered(x, places, room).to(compute).index_fill_(0, unseen, 0.0).view(*places.shape, x.shape[1])
+            torch.index_select(x, 0, index, out=room[: len(index)])
+            .index_fill_(0, unseen, 0.0)
+            .view(-1, 1, width, x.shape[1])
             for x, room in zip((keys, values), rooms, strict=True)
         )
-        logits = queries[part] @ key.transpose(1, 2)
-        logits = logits if bias is None else logits + bias[part, None]
-        found.append(_softmax(logits.masked_fill(hidden[part, None], -torch.inf), value))
-    out, lse = (torch.cat(parts) for parts in zip(*found, strict=True))
+        found.append(_fused(queries[part], key, value, hidden[part, None, None].expand(-1, 1, rows, -1), scale))
+    out, lse = (torch.cat(parts) for parts in zip(*found, strict=True)) if len(found) > 1 else found[0]
+    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output, and log-sum-exp in float32 or float64; `unseen` is bool `(batch, heads, rows, keys)`."""
+    mask = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device).masked_fill_(unseen, -torch.inf)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=mask, scale=scale
+    )
+    return out, lse.masked_fill(unseen.all(-1), -torch.inf)  # of rows that see nothing it says 0
+
+
+_kept = threading.local()
+
+
+def _room(elements: int, like: Tensor) -> Tensor:
+    """Memory for gathered keys and values, the same at every step: asking for it would take longer than to fill it."""
+    size = elements * like.element_size()
+    if size > 2 * rules.ROW_BYTES:  # of one very long list
+        return like.new_empty(elements)
+    held: Tensor | None = getattr(_kept, "bytes", None)
+    if held is None or held.device != like.device or len(held) < size:
+        with torch.inference_mode(False):  # else it could not be used outside
+            held = _kept.bytes = torch.empty(size, dtype=torch.uint8, device=like.device)
+    return held[:size].view(like.dtype)
+
+
+def _places(tokens: Tensor, k: Tensor) -> Tensor:
+    """int64 `(units, keys)`: the rows of `k.reshape(-1, d)` where each list's keys lie."""
+    batch, kv_heads, keys = k.shape[:3]
+    lists = len(tokens) // batch
+    unit = torch.arange(len(tokens), device=k.device)
+    kv_head = unit // lists * kv_heads + unit % lists * kv_heads // lists
+    return tokens + kv_head[:, None] * keys
+
+
+def _in_steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_bias: Tensor | None,
+    layout: BlockLayout,
+    scale: float,
+    tokens: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """With gradients by autograd, a bias of blocks, and values of another size than keys."""
+    batch, heads = q.shape[:2]
+    compute = torch.promote_types(q.dtype, torch.float32)
+    places = _places(tokens, k)
+    queries = q.reshape(len(tokens), batch * heads // len(tokens), q.shape[-1]).to(compute) * scale
+    # What hidden memory holds never matters, NaN included: a product would keep it.
+    unseen = hidden.flatten().nonzero().squeeze(-1)
+    key, value = (
+        x.reshape(-1, x.shape[-1])
+        .index_select(0, places.flatten())
+        .to(compute)
+        .index_fill(0, unseen, 0.0)
+        .view(*places.shape, x.shape[-1])
+        for x in (k, v)
+    )
+    logits = queries @ key.transpose(1, 2)
+    if block_bias is not None:
+        bias = block_bias[:, :, 0, : tokens.shape[1] // layout.block_size].flatten(0, 1).to(compute)
+        logits = logits + bias.repeat_interleave(layout.block_size, 1)[:, None]
+    out, lse = _softmax(logits.masked_fill(hidden[:, None], -torch.inf), value)
     return out.reshape(batch, heads, 1, v.shape[-1]).to(q.dtype), lse.reshape(batch, heads, 1)
 
 
@@ -77,12 +169,6 @@ def _listed_tokens(layout: BlockLayout, causal: bool, key_valid: Tensor | None) 
     if key_valid is not None:
         hidden = hidden | ~key_valid[:, None].expand(-1, tokens.shape[1], -1).gather(2, tokens)
     return tokens.flatten(0, 1), hidden.flatten(0, 1)
-
-
-def _gathered(x: Tensor, places: Tensor, room: Tensor | None) -> Tensor:
-    """Rows of `x` at all places, one after the other, in memory of their own or in `room`."""
-    index = places.flatten()
-    return x.index_select(0, index) if room is None else torch.index_select(x, 0, index, out=room[: len(index)])
 
 
 def _softmax(logits: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

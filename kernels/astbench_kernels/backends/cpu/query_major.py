@@ -53,9 +53,10 @@ def _is_finite(x: Tensor) -> bool:
 def _schedule(
     layout: BlockLayout, num_heads: int, num_kv_heads: int, causal: bool, *, masked: bool = True
 ) -> rules.GatherSchedule:
-    if rules.is_one_row(layout.query_length):
-        return "one_row"
     layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
+    if layout.query_length == 1:
+        width = int(layout.counts.max()) * layout.block_size
+        return rules.row_schedule(width, layout.indices.shape[1], num_kv_heads, layout.key_length)
     size, length = layout.block_size, layout.key_length
     rows = rules.rows_per_list(num_heads, num_kv_heads, layout.indices.shape[1], layout.query_group)
     met = int(layout.counts.sum()) * rows / max(1, layout.indices.shape[0] * num_kv_heads * layout.num_blocks)
@@ -89,7 +90,7 @@ def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes
 
     Query-major, each chunk's lists are as long as its longest one; key-major, every list has its own length (tiles that
     are filled up, and blocks that nobody sees yet, left aside); masked, all keys up to a chunk's last one are computed,
-    and a column of nothing; of one row, each list is as long as the longest one.
+    and a column of nothing; of one row, each list is as long as the longest one, or holds all keys.
 
     Args:
         layout: The lists.
@@ -103,6 +104,8 @@ def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes
     schedule = _schedule(layout, num_heads, num_kv_heads, causal)
     if schedule == "one_row":
         return layout.indices.shape[0] * num_heads * int(layout.counts.max()) * layout.block_size
+    if schedule == "whole_row":
+        return layout.indices.shape[0] * num_heads * layout.key_length
     if schedule == "masked":
         return masked_pairs(layout, num_heads, causal)
     if schedule == "key_major":
@@ -138,8 +141,8 @@ def gather_attention(
     if block_bias is not None and block_bias.shape[1] != layout.indices.shape[1]:
         block_bias = block_bias.repeat_interleave(layout.indices.shape[1] // block_bias.shape[1], 1)
     schedule = schedule_of(q, k, v, layout, causal=causal)
-    if schedule == "one_row":
-        return one_row_attention(q, k, v, block_bias, layout, scale, causal, key_valid)
+    if schedule in ("one_row", "whole_row"):
+        return one_row_attention(q, k, v, block_bias, layout, scale, causal, key_valid, whole=schedule == "whole_row")
     out, lse = _SCHEDULES[schedule].apply(q, k, v, block_bias, layout, scale, causal, key_valid)
     return out, lse
 

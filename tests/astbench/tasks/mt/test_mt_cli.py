@@ -21,7 +21,7 @@ TINY = [
     "--data.demo_train=60",
     "--data.demo_eval=7",
     "--data.vocab_size=400",
-    "--data.max_length=64",
+    "--data.max_length=32",
     "--data.batch_size=5",
     "--trainer.max_steps=4",
     "--trainer.log_every_n_steps=1",
@@ -206,6 +206,7 @@ def test_bad_options_are_one_line_and_leave_nothing(astbench, here, words, code,
 # -- from files, from pretrained weights, and killed ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_table_of_pairs_both_ways(astbench, here):
     (here / "deu.txt").write_text("".join(f"Sentence {i}.\tSatz Nummer {i}.\tlicence\n" for i in range(90)))
     words = [*FIT, "--data.source=local", "--data.path=deu.txt", "--data.holdout=9", "--data.direction=de-en"]
@@ -218,7 +219,7 @@ def test_a_table_of_pairs_both_ways(astbench, here):
     assert sum({**counts, **record_of(here / "t")["data"]["pairs"]}.values()) == 90
 
 
-@pytest.mark.parametrize("family", ["bart", "marian"])
+@pytest.mark.parametrize("family", [pytest.param("bart", marks=pytest.mark.slow), "marian"])
 def test_a_pretrained_encoder_decoder(astbench, here, family):
     tokenizer = train_bpe(["The king saw the queen.", "Der König hat die Königin gesehen."], 300)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SEQ2SEQ_SPECIAL.items()}
@@ -236,7 +237,8 @@ def test_a_pretrained_encoder_decoder(astbench, here, family):
 def test_an_encoder_alone_is_refused(astbench, here):
     tiny_model("bert").save_pretrained(here / "bert")
     train_bpe(["The king."], 300).save_pretrained(here / "bert")
-    assert_refused(astbench(*FIT, "--backbone=bert", "--run_dir=run"), 3, "--backbone.name=bert cannot be loaded")
+    words = [*FIT, "--backbone=bert", "--data.max_length=64", "--run_dir=run"]
+    assert_refused(astbench(*words), 3, "--backbone.name=bert cannot be loaded")
 
 
 @pytest.mark.parametrize(
