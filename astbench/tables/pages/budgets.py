@@ -23,16 +23,24 @@ _FREE = ("backend",)
 """Options that change the kernel, not what is computed."""
 
 
-def table(name: str, caption: str, settings: Sequence[Setting], groups: Mapping[str, Group]) -> Table:
+def tables(name: str, caption: str, settings: Sequence[Setting], groups: Mapping[str, Group]) -> list[Table]:
     """Means over the seeds; what a record does not hold is left empty.
 
-    Columns that came after the first records are shown where some record holds them: tokens, operations (of all seeds'
-    runs, counted as :mod:`astbench.backbones.flop_count` says), and, where a bench of the same attention with the same
-    options is among the groups, how fast its layer is beside the fastest dense one.
+    The second and third table are there where some record holds what they show: operations (of all seeds' runs, counted
+    as :mod:`astbench.backbones.flop_count` says); and, where a bench of the same attention with the same options is
+    among the groups, how fast its layer is beside the fastest dense one.
     """
-    heads = {**_ALWAYS, **{head: column for head, column in _later(groups).items() if any(map(column, settings))}}
-    rows = [Row((one.label, *(column(one) for column in heads.values())), one.runs) for one in settings]
-    return Table(name, caption, ("setting", *heads), 1, tuple(rows))
+    parts = (
+        (name, f"{caption}: what it took", _TOOK),
+        (f"{name}-operations", f"{caption}: operations, TFLOP", _OPERATIONS),
+        (f"{name}-speed", f"{caption}: the layer's speed", _speeds(groups)),
+    )
+    found = []
+    for called, said, columns in parts:
+        heads = {h: c for h, c in columns.items() if h in _ALWAYS or any(map(c, settings))}
+        rows = [Row((one.label, *(column(one) for column in heads.values())), one.runs) for one in settings]
+        found += [Table(called, said, ("setting", *heads), 1, tuple(rows))] if heads else []
+    return found
 
 
 def _parameters(which: str) -> Column:
@@ -53,23 +61,26 @@ def _mean(values: Iterable[float | None], digits: int) -> str:
     return cells.mean(known, digits) if known else ""
 
 
-_ALWAYS: dict[str, Column] = {
+_TOOK: dict[str, Column] = {
     "parameters": _parameters("total"),
     "the attention's own": _parameters("attention"),
     "steps": lambda one: cells.thousands(one.runs[0].steps) if _trained(one) else "",
     "training, s": lambda one: _mean((train["wall_seconds"] for train in _trained(one)), 0),
     "peak memory, MiB": lambda one: _mean((run.memory and run.memory / 2**20 for run in one.runs), 0),
+    "tokens trained on": lambda one: _thousands(_counted(one, "training", "tokens")),
+}
+_ALWAYS = tuple(_TOOK)[:5]
+_OPERATIONS: dict[str, Column] = {
+    "training": lambda one: _tera(_all(one, "training")),
+    "training: the attention's": lambda one: _tera(_counted(one, "training", "attention")),
+    "training: choosing": lambda one: _tera(_counted(one, "training", "choosing")),
+    "evaluation": lambda one: _tera(_all(one, "evaluation")),
+    "evaluation: the attention's": lambda one: _tera(_counted(one, "evaluation", "attention")),
 }
 
 
-def _later(groups: Mapping[str, Group]) -> dict[str, Column]:
+def _speeds(groups: Mapping[str, Group]) -> dict[str, Column]:
     return {
-        "tokens trained on": lambda one: _thousands(_counted(one, "training", "tokens")),
-        "training, TFLOP": lambda one: _tera(_all(one, "training")),
-        "training: the attention's": lambda one: _tera(_counted(one, "training", "attention")),
-        "training: choosing": lambda one: _tera(_counted(one, "training", "choosing")),
-        "evaluation, TFLOP": lambda one: _tera(_all(one, "evaluation")),
-        "evaluation: the attention's": lambda one: _tera(_counted(one, "evaluation", "attention")),
         "layer's training step: times as fast as dense": lambda one: _speed(one, groups),
         "faster from, tokens": lambda one: _crossover(one, groups),
         "slower at, tokens": lambda one: _losing(one, groups),

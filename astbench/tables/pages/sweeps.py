@@ -61,7 +61,7 @@ class Setting:
 
 
 def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
-    """The settings of a sweep, the best first, and what they took: two tables for each task.
+    """The settings of a sweep, the best first, and what they took: two to four tables for each task.
 
     Raises:
         DataError: a setting has no dense one on the same examples to be compared with.
@@ -78,7 +78,7 @@ def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
         for scores, budget, title, runs in named
         for table in (
             _table(f"{group.name}.{scores}", title, runs),
-            budgets.table(f"{group.name}.{budget}", f"{title}: what it took", _ordered(budget, runs), groups),
+            *budgets.tables(f"{group.name}.{budget}", title, _ordered(budget, runs), groups),
         )
     ]
 

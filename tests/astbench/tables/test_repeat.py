@@ -58,6 +58,8 @@ def test_command_makes_the_recorded_options(run):
         own = flatten(config) if config else {}
         if own.get("attention.name") != given.get("attention.name", own.get("attention.name")):
             own = {key: value for key, value in own.items() if not key.startswith("attention.")}
+        if own.get("depth.name") != given.get("depth.name", own.get("depth.name")):
+            own = {key: value for key, value in own.items() if not key.startswith("depth.")}
         names = (wanted[key] for key in ("attention.name", "task.name", "data.source"))
         usual = defaults(*names, transform=wanted.get("transform.name"), depth=wanted.get("depth.name"))
         made = {**usual, **own, **given}
