@@ -34,7 +34,7 @@ def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
     if not runs:
         return []
     alone = {_place(run): run for run in group.runs if run.record["config"]["rate"] == _CAPACITY}
-    return [_gains(group.name, runs, alone), _rates(group.name, runs)]
+    return [*_gains(group.name, runs, alone), *_rates(group.name, runs)]
 
 
 def curves(runs: Sequence[Run]) -> dict[tuple[int, str], list[Run]]:
@@ -63,7 +63,7 @@ def _ordered(runs: Sequence[Run]) -> list[Run]:
     return sorted(runs, key=key)
 
 
-def _gains(name: str, runs: Sequence[Run], alone: Mapping[tuple[int, str], Run]) -> Table:
+def _gains(name: str, runs: Sequence[Run], alone: Mapping[tuple[int, str], Run]) -> list[Table]:
     by_curve = curves(runs)
     reference = str(runs[0].record["config"]["reference"])
     streamed = "ttft_seconds" in runs[0].record["load"]
@@ -97,9 +97,13 @@ def _gains(name: str, runs: Sequence[Run], alone: Mapping[tuple[int, str], Run])
         "peak memory, GiB",
         f"whole answers beside {reference}'s",
     )
-    return Table(
-        f"{name}.gains", f"Alone, at the lowest rate and up to the knee, beside {reference}", head, 1, tuple(rows)
-    )
+    first, times_end = 2 + (3 if streamed else 2), len(head) - 4
+    parts = {
+        "alone": ("Alone, and as many at once as run together", range(2, first)),
+        "gains": (f"At the lowest rate, beside {reference}", [*range(first, times_end), len(head) - 1]),
+        "knee": ("Up to the knee", range(times_end, len(head) - 1)),
+    }
+    return _cut(name, parts, 2, head, rows)
 
 
 def _alone(run: Run | None, reference: Run | None, streamed: bool) -> tuple[str, ...]:
@@ -175,7 +179,7 @@ def _verdict(middle: float, ends: tuple[float, float] | None) -> str:
     return "not told apart" if ends[0] <= 0 <= ends[1] else told
 
 
-def _rates(name: str, runs: Sequence[Run]) -> Table:
+def _rates(name: str, runs: Sequence[Run]) -> list[Table]:
     streamed = "ttft_seconds" in runs[0].record["load"]
     most = max(runs, key=lambda run: len(run.record["load"]["latency_seconds"])).record["load"]["latency_seconds"]
     rows = []
@@ -184,17 +188,16 @@ def _rates(name: str, runs: Sequence[Run]) -> Table:
         tokens = [*_ps(load["ttft_seconds"], most), *_ps(load["tpot_seconds"], ["p50"], 1000)] if streamed else []
         tokens += [_value(load["itl_seconds"].get("p95"), 1000), f"{load['tokens_per_second']:.3g}"] if streamed else []
         row = (
-            f"`{config['server']}`",
-            f"{config['length']:,}",
+            f"`{config['server']}`, {config['length']:,} tokens",
             f"{config['rate']:.3g}",
             str(load["requests"]),
-            _slo(load["slo_seconds"]),
-            *tokens,
-            *_ps(load["latency_seconds"], most),
+            str(load["requests"] - load["answered"]),
             f"{load['throughput_per_second']:.3g}",
             f"{load['goodput_per_second']:.3g}",
             f"{100 * load['good_share']:.0f}",
-            str(load["requests"] - load["answered"]),
+            *_ps(load["latency_seconds"], most),
+            _slo(load["slo_seconds"]),
+            *tokens,
             "" if server["cores_busy"] is None else f"{server['cores_busy']:.2f}",
             _each(server["cpu_seconds"], load["answered"]),
             "" if run.memory is None else f"{run.memory / 2**30:.2f}",
@@ -203,21 +206,48 @@ def _rates(name: str, runs: Sequence[Run]) -> Table:
     of_tokens = [f"first token {q}, s" for q in most] + ["a token p50, ms", "between tokens p95, ms", "tokens a second"]
     head = (
         "served",
-        "tokens",
         "rate, requests a second",
         "requests",
-        "good within, s",
-        *(of_tokens if streamed else ()),
-        *(f"whole answer {q}, s" for q in most),
+        "failed",
         "answered a second",
         "answered well a second",
         "answered well, %",
-        "failed",
+        *(f"whole answer {q}, s" for q in most),
+        "good within, s",
+        *(of_tokens if streamed else ()),
         "cores busy",
         "CPU seconds an answer",
         "peak memory, GiB",
     )
-    return Table(f"{name}.rates", "Every rate", head, 1, tuple(rows))
+    whole = 8 + len(most)
+    parts = {
+        "rates": ("Every rate", range(2, 7)),
+        "answers": ("Every rate: whole answers", range(7, whole)),
+        "tokens": ("Every rate: tokens", range(whole, len(head) - 4)),
+        "resources": ("Every rate: what it took", range(len(head) - (4 if streamed else 3), len(head))),
+    }
+    return _cut(name, parts, 2, head, rows)
+
+
+def _cut(
+    name: str,
+    parts: Mapping[str, tuple[str, Sequence[int]]],
+    keys: int,
+    head: Sequence[str],
+    rows: Sequence[Row],
+) -> list[Table]:
+    """Several tables that fit a page: the first `keys` columns each, then a part's, unless it has none."""
+    return [
+        Table(
+            f"{name}.{part}",
+            caption,
+            (*head[:keys], *(head[column] for column in columns)),
+            1,
+            tuple(Row((*row.cells[:keys], *(row.cells[column] for column in columns)), row.runs) for row in rows),
+        )
+        for part, (caption, columns) in parts.items()
+        if columns
+    ]
 
 
 def _each(seconds: float | None, answered: int) -> str:

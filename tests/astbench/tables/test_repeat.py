@@ -17,7 +17,9 @@ from astbench.tables.repeat import NO_EFFECT, TRAINS, read_recipes, repeat
 
 ROOT = Path(__file__).parents[3]
 BOOK = Book(ROOT / "results", ROOT / "docs", ROOT / "recipes")
-RUNS = [run for group in BOOK.groups.values() for run in group.runs]
+ALL = [run for group in BOOK.groups.values() for run in group.runs]
+DEPLOYED = [run for run in ALL if run.record["command"] == "deploy-test"]
+RUNS = [run for run in ALL if run not in DEPLOYED]
 RECIPES = read_recipes(ROOT / "recipes")
 LONG = {"seed": "seed_everything", **{key: f"{key}.name" for key in ("attention", "task", "transform", "depth")}}
 
@@ -35,6 +37,14 @@ def typed(line):
     recipe = given.pop("config", None)
     config = yaml.safe_load((ROOT / recipe).read_text()) if recipe else {}
     return command, config, {LONG.get(key, key): value(text) for key, text in given.items()}
+
+
+def test_deployment_tests_name_the_recipe_whose_folder_they_left():
+    assert DEPLOYED
+    for run in DEPLOYED:
+        command, file = repeat(run, RECIPES).line().removeprefix("astbench ").split()
+        assert command == "deploy-test"
+        assert Path(yaml.safe_load((ROOT / file).read_text())["folder"]).name == run.group
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.group}/{run.name}")
