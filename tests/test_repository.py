@@ -95,6 +95,12 @@ def test_git_tracks_every_source_file():
     assert not lost
 
 
+def test_records_hold_no_paths_of_a_machine():
+    for file in (ROOT / "results").glob("*/*/record.json"):
+        found = [word for word in json.loads(file.read_text()).get("argv", ()) if re.match(r"(--[\w.+]+=)?[/~]", word)]
+        assert not found, f"{file}: {found}"
+
+
 def test_constraints_pin_every_dependency_within_its_floor():
     from packaging.requirements import Requirement
 

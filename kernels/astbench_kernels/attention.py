@@ -200,7 +200,7 @@ def what_runs(
         key_valid: Of the call.
     """
     if backend == "gather":
-        return named(backend, schedule_of(q, k, v, layout, causal=causal))
+        return named(backend, schedule_of(q, k, v, layout, causal=causal, block_bias=block_bias))
     if backend in _TRITON:
         gradients, padded = wants_gradients(q, k, v, block_bias), key_valid is not None
         plan = make_plan(q, k, v, layout, causal=causal, gradients=gradients, padded=padded, **_TRITON[backend])

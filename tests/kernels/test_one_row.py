@@ -7,6 +7,7 @@ import torch
 
 from astbench_kernels import BlockLayout, block_sparse_attention
 from astbench_kernels.attention import what_runs
+from astbench_kernels.backends.cpu.one_row import is_fused
 from astbench_kernels.backends.cpu.query_major import gathered_pairs
 from astbench_kernels.dispatch import rules
 
@@ -43,20 +44,23 @@ def results(inputs, layout, valid, backend, causal):
     return out, lse, *torch.autograd.grad(loss, inputs)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("carried", [False, True])
-@pytest.mark.parametrize("lists", [1, KV_HEADS, HEADS])
-@pytest.mark.parametrize(
-    ("keys", "block", "group", "offset", "stride", "causal"),
-    [
+def every_case(test):
+    """With lengths, places in a tile, lists and padding of all kinds."""
+    lengths = [
         (96, 16, 1, None, 1, True),
         (97, 16, 64, None, 1, True),  # a short last block, the middle of a tile
         (97, 16, 64, 60, 1, True),  # keys behind the row
         (97, 16, 4, 20, 1, False),
         (24, 8, 4, None, 4, True),  # coarse keys
         (1, 4, 4, None, 1, True),
-    ],
-)  # fmt: skip
+    ]
+    test = pytest.mark.parametrize(("keys", "block", "group", "offset", "stride", "causal"), lengths)(test)
+    test = pytest.mark.parametrize("lists", [1, KV_HEADS, HEADS])(test)
+    test = pytest.mark.parametrize("carried", [False, True])(test)
+    return pytest.mark.parametrize("padded", [False, True])(test)
+
+
+@every_case
 def test_is_the_reference_with_gradients(keys, block, group, offset, stride, causal, lists, carried, padded):
     inputs, layout, valid = step(keys, block, group, lists=lists, carried=carried, offset=offset, stride=stride)
     valid = valid if padded else None
@@ -77,20 +81,7 @@ def plain(inputs):
     return q, k, torch.cat([v, v[..., :1]], -1)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("carried", [False, True])
-@pytest.mark.parametrize("lists", [1, KV_HEADS, HEADS])
-@pytest.mark.parametrize(
-    ("keys", "block", "group", "offset", "stride", "causal"),
-    [
-        (96, 16, 1, None, 1, True),
-        (97, 16, 64, None, 1, True),  # a short last block, the middle of a tile
-        (97, 16, 64, 60, 1, True),  # keys behind the row
-        (97, 16, 4, 20, 1, False),
-        (24, 8, 4, None, 4, True),  # coarse keys
-        (1, 4, 4, None, 1, True),
-    ],
-)  # fmt: skip
+@every_case
 def test_is_the_reference_without_gradients(way, keys, block, group, offset, stride, causal, lists, carried, padded):
     inputs, layout, valid = step(keys, block, group, lists=lists, carried=carried, offset=offset, stride=stride)
     q, k, v = plain(inputs)
@@ -102,8 +93,19 @@ def test_is_the_reference_without_gradients(way, keys, block, group, offset, str
     assert what_runs("gather", q, k, v, layout, causal=causal) == f"gather ({way.replace('_', '-')})"
 
 
+def test_without_torchs_fused_kernel_keys_are_gathered_and_it_says_so():
+    (q, k, v, bias), layout, _ = step(64, 8, 16)
+    still = plain((q, k, v, bias))
+    assert what_runs("gather", *still, layout, causal=True) == "gather (whole-row)"
+    bias = bias.detach()
+    assert what_runs("gather", *still, layout, causal=True, block_bias=bias) == "gather (one-row)"
+    assert what_runs("gather", *still[:2], v.detach(), layout, causal=True) == "gather (one-row)"  # of another size
+    assert what_runs("gather", q, *still[1:], layout, causal=True) == "gather (one-row)"  # which learns
+    assert not is_fused(*(x.to("meta") for x in still), None)
+
+
 def test_all_keys_are_read_where_lists_name_most():
-    (q, k, v, _), _, _ = step(64, 8, 16)
+    q, k, v = plain(step(64, 8, 16)[0])
     keep = torch.zeros(BATCH, HEADS, 1, 8, dtype=torch.bool)
     sizes = {"block_size": 8, "query_group": 16, "query_length": 1, "key_length": 64, "query_offset": 63}
     for blocks, runs in ((2, "gather (one-row)"), (3, "gather (whole-row)"), (8, "gather (whole-row)")):
@@ -112,7 +114,8 @@ def test_all_keys_are_read_where_lists_name_most():
 
 
 def test_takes_every_step_and_says_so():
-    (q, k, v, _), layout, _ = step(64, 8, 16)
+    inputs, layout, _ = step(64, 8, 16)
+    q, k, v = plain(inputs)
     assert what_runs("gather", q, k, v, layout, causal=True) == "gather (whole-row)"
     rows = torch.cat([q, q], 2)
     two = replace(layout, query_length=2, query_offset=62)
@@ -178,7 +181,8 @@ def test_what_is_hidden_never_matters_without_gradients(way, dtype, where, poiso
 
 
 def test_rows_that_see_nothing(way):
-    (q, k, v), layout, _ = plain(step(64, 8, 16)[0]), step(64, 8, 16)[1], None
+    inputs, layout, _ = step(64, 8, 16)
+    q, k, v = plain(inputs)
     hidden = torch.zeros(BATCH, 64, dtype=torch.bool)
     out, lse = block_sparse_attention(q, k, v, layout, causal=True, key_valid=hidden, backend="gather")
     assert (out == 0).all() and (lse == -torch.inf).all()

@@ -69,7 +69,7 @@ _TOOK: dict[str, Column] = {
     "peak memory, MiB": lambda one: _mean((run.memory and run.memory / 2**20 for run in one.runs), 0),
     "tokens trained on": lambda one: _thousands(_counted(one, "training", "tokens")),
 }
-_ALWAYS = tuple(_TOOK)[:5]
+_ALWAYS = tuple(_TOOK)[:5]  # tokens came after the first records
 _OPERATIONS: dict[str, Column] = {
     "training": lambda one: _tera(_all(one, "training")),
     "training: the attention's": lambda one: _tera(_counted(one, "training", "attention")),

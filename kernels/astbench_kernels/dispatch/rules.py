@@ -269,7 +269,8 @@ def gather_of(shapes: Shapes) -> GatherSchedule:
     if shapes.query_length == 1:
         lists = max(shapes.list_heads, shapes.kv_heads)
         width = math.ceil(shapes.density * math.ceil(shapes.key_length / shapes.block_size)) * shapes.block_size
-        return row_schedule(width, lists, shapes.kv_heads, shapes.key_length)
+        schedule = row_schedule(width, lists, shapes.kv_heads, shapes.key_length)
+        return schedule if shapes.device == "cpu" else "one_row"
     groups = math.ceil(shapes.query_length / shapes.query_group)
     query_rows = groups * shapes.query_group * shapes.heads // shapes.kv_heads
     size, met = shapes.block_size, shapes.rows_met
@@ -324,7 +325,7 @@ TABLE = (
     Row(
         "gather",
         "whole_row",
-        f"elsewhere; one query row, whose lists name {WHOLE_ROW} times the keys of the cache or more, no gradients",
+        f"CPU; one query row without gradients, whose lists name {WHOLE_ROW} times the keys of the cache or more",
         lambda shapes: gather_of(shapes) == "whole_row",
         "gathering the keys of each list would cost more than reading all of them where they lie",
         'docs/cpu.md, "One row"',

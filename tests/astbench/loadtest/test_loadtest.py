@@ -66,6 +66,8 @@ def test_a_server(astbench, tmp_path):
         assert (record["command"], record["state"], record["config"]["path"]) == ("loadtest", "done", "/translate")
         assert found["requests"] == found["answered"] == len(poisson(8, 1.5, 0)) and found["good_share"] == 1
         assert found["server"]["attention"]["name"] == "dense" and found["server"]["resident_bytes"] > 1e8
+        assert astbench("loadtest", url, f"--out={out}").err.count("load.json exists already; name another file") == 1
+        assert json.loads(out.read_text()) == record
         assert astbench("loadtest", url, "--path=/answer").err.count("--path must be /translate") == 1
         assert astbench("loadtest", url, "--path=/health").err.count("--path must be /translate") == 1
     refused = astbench("loadtest", url)

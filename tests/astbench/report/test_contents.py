@@ -91,7 +91,10 @@ def test_refused(astbench, tree, tmp_path):
     for words, said in (
         (["nowhere"], "nowhere is not the folder of a run"),
         (["--results=nowhere"], "--results=nowhere is not a folder"),
-        (["--results=nowhere", str(tree / "results" / "needle" / "dense")], "--results=nowhere is not a folder"),
+        (
+            ["--results=nowhere", str(tree / "results" / "needle" / "dense")],
+            "--alone shows the given runs and needs none",
+        ),
         (["--alone"], "--alone shows the given runs"),
         (["--style=x"], "unrecognized arguments: --style=x"),
     ):

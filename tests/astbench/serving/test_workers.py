@@ -1,5 +1,6 @@
 """`--workers=2`: the same answers from two processes, and what happens when one of them is killed."""
 
+import inspect
 import os
 import re
 import signal
@@ -38,7 +39,7 @@ def dying(number):
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(input_ids, **rest)
 
-    forward.__signature__ = __import__("inspect").signature(whole)
+    forward.__signature__ = inspect.signature(whole)
     served.model.forward = forward
     return served
 

@@ -2,7 +2,8 @@
 
 The other schedules lay blocks of keys and tiles of queries out first, which for one row is most of the work: a tile
 would hold one row, and the whole cache would be copied to fill its last block. torch's fused kernel for CPUs does the
-rest; where lists name a large part of the keys, it reads all of them in place. With gradients, plain torch.
+rest; where lists name a large part of the keys, it reads all of them in place. With gradients, and on other devices,
+plain torch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from astbench_kernels.dispatch import rules
 from astbench_kernels.layout import BlockLayout, last_key
+from astbench_kernels.triton.plan import wants_gradients
 
 
 def one_row_attention(
@@ -34,17 +36,24 @@ def one_row_attention(
     `layout` has a list for every key/value head at least.
 
     Cost: O(listed keys x head_dim) time, whatever the length of the cache, with `whole` O(keys x head_dim);
-    O(ROW_BYTES) memory, or one list's keys.
+    O(ROW_BYTES) memory, or one list's keys. Where :func:`is_fused` says no, memory for all lists' keys.
     """
     tokens, hidden = _listed_tokens(layout, causal, key_valid)
-    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, block_bias))
-    if learning or block_bias is not None or k.shape[-1] != v.shape[-1]:
+    if not is_fused(q, k, v, block_bias):
         return _in_steps(q, k, v, block_bias, layout, scale, tokens, hidden)
     if whole:
         out, lse = _whole(q, k, v, scale, tokens, hidden)
-        if math.isfinite(float(out.sum(dtype=lse.dtype))):  # else a key that no list names may be to blame
+        # NaN or infinity in a key that no list names would show. It is looked for here, for looking at the whole cache
+        # beforehand would take as long as the step.
+        if math.isfinite(float(out.sum(dtype=lse.dtype))):
             return out, lse
     return _gathered(q, k, v, scale, tokens, hidden)
+
+
+def is_fused(q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None) -> bool:
+    """Whether torch's fused kernel for CPUs computes a step; else plain torch does, on any device."""
+    learns = wants_gradients(q, k, v, block_bias)
+    return q.device.type == "cpu" and not learns and block_bias is None and k.shape[-1] == v.shape[-1]
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +105,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, scale: float) -> tup
     return out, lse.masked_fill(unseen.all(-1), -torch.inf)  # of rows that see nothing it says 0
 
 
-_kept = threading.local()
+_kept = threading.local()  # bytes: at most 2 ROW_BYTES a thread
 
 
 def _room(elements: int, like: Tensor) -> Tensor:
@@ -105,9 +114,9 @@ def _room(elements: int, like: Tensor) -> Tensor:
     if size > 2 * rules.ROW_BYTES:  # of one very long list
         return like.new_empty(elements)
     held: Tensor | None = getattr(_kept, "bytes", None)
-    if held is None or held.device != like.device or len(held) < size:
+    if held is None or len(held) < size:
         with torch.inference_mode(False):  # else it could not be used outside
-            held = _kept.bytes = torch.empty(size, dtype=torch.uint8, device=like.device)
+            held = _kept.bytes = torch.empty(size, dtype=torch.uint8)
     return held[:size].view(like.dtype)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from astbench_kernels.backends.cpu.key_major import KeyMajorAttention
 from astbench_kernels.backends.cpu.masked import MaskedAttention, masked_pairs
-from astbench_kernels.backends.cpu.one_row import one_row_attention
+from astbench_kernels.backends.cpu.one_row import is_fused, one_row_attention
 from astbench_kernels.backends.cpu.units import (
     LOG2_E,
     ListedUnits,
@@ -36,12 +36,16 @@ from astbench_kernels.dispatch import rules
 from astbench_kernels.layout import BlockLayout
 
 
-def schedule_of(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool) -> rules.GatherSchedule:
+def schedule_of(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool, block_bias: Tensor | None = None
+) -> rules.GatherSchedule:
     """Which way a call is computed; see :func:`astbench_kernels.dispatch.gather_schedule`."""
     schedule = _schedule(layout, q.shape[1], k.shape[1], causal)
     if schedule == "masked" and not (_is_finite(k) and _is_finite(v)):
         # In a sum over all keys a weight of 0 would not keep out what no list names.
         return _schedule(layout, q.shape[1], k.shape[1], causal, masked=False)
+    if schedule == "whole_row" and not is_fused(q, k, v, block_bias):
+        return "one_row"
     return schedule
 
 
@@ -140,7 +144,7 @@ def gather_attention(
     layout = one_list_per_kv_head(layout, q.shape[1], k.shape[1])
     if block_bias is not None and block_bias.shape[1] != layout.indices.shape[1]:
         block_bias = block_bias.repeat_interleave(layout.indices.shape[1] // block_bias.shape[1], 1)
-    schedule = schedule_of(q, k, v, layout, causal=causal)
+    schedule = schedule_of(q, k, v, layout, causal=causal, block_bias=block_bias)
     if schedule in ("one_row", "whole_row"):
         return one_row_attention(q, k, v, block_bias, layout, scale, causal, key_valid, whole=schedule == "whole_row")
     out, lse = _SCHEDULES[schedule].apply(q, k, v, block_bias, layout, scale, causal, key_valid)
