@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from types import FrameType
 
 import uvicorn
 
 from astbench import console
+from astbench.errors import ConfigError
 from astbench.serving.connections import GuardedProtocol
 from astbench.serving.front import Front
 from astbench.serving.options import ServeOptions
@@ -78,11 +80,25 @@ def run(app: Front, service: Service, options: ServeOptions) -> None:
     """Serve until a signal comes, which is raised again at the end.
 
     Raises:
-        ConfigError: a process of several could not load the model.
+        ConfigError: nobody can listen there, or a process of several could not load the model.
     """
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # bad requests are answered, and are no news
+    with _bound(options) as listener:
+        try:
+            service.start()
+            Server(app, service, options).run(sockets=[listener])
+        finally:
+            service.stop()
+
+
+def _bound(options: ServeOptions) -> socket.socket:
+    """What to listen on; uvicorn would leave with an exit code and no word."""
+    listener = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
     try:
-        service.start()
-        Server(app, service, options).run()
-    finally:
-        service.stop()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((options.host, options.port))
+    except OSError as error:
+        listener.close()
+        why = error.strerror or str(error)
+        raise ConfigError(f"--host={options.host} --port={options.port}: nobody can listen there: {why}") from error
+    return listener

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -199,3 +200,15 @@ def test_half_precision_is_of_weights_alone():
     after = served.model(ids, logits_to_keep=100).logits.float()
     off = (after - before).abs().mean() / before.abs().mean()
     assert off < 0.02, off
+
+
+def test_a_port_that_is_taken_or_a_host_that_is_none_is_one_line(astbench, tmp_path):
+    folder = saved(tmp_path / "model")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        for words, why in (
+            ([f"--port={other.getsockname()[1]}"], "Address already in use"),
+            (["--port=0", "--host=192.0.2.1"], "Cannot assign requested address"),
+        ):
+            done = astbench("serve", folder, *words)
+            assert done.code == 2 and done.err.count("\n") == 1, done.err
+            assert words[-1] in done.err and f"nobody can listen there: {why}" in done.err
