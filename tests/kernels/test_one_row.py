@@ -71,7 +71,8 @@ def test_is_the_reference_with_gradients(keys, block, group, offset, stride, cau
 @pytest.fixture(params=["one_row", "whole_row"])
 def way(request, monkeypatch):
     """Either way, whatever the lists name."""
-    monkeypatch.setattr(rules, "WHOLE_ROW", 0.0 if request.param == "whole_row" else 1e9)
+    for name in ("WHOLE_ROW", "WHOLE_ROW_OF_SEVERAL"):
+        monkeypatch.setattr(rules, name, 0.0 if request.param == "whole_row" else 1e9)
     return request.param
 
 
@@ -111,6 +112,10 @@ def test_all_keys_are_read_where_lists_name_most():
     for blocks, runs in ((2, "gather (one-row)"), (3, "gather (whole-row)"), (8, "gather (whole-row)")):
         keep[..., :blocks] = True  # of 8, for each of the two query heads of a key/value head
         assert what_runs("gather", q, k, v, BlockLayout.from_mask(keep, **sizes), causal=True) == runs
+    for blocks, runs in ((4, "gather (whole-row)"), (3, "gather (one-row)")):  # a list a key/value head
+        keep[..., blocks:] = False
+        layout = BlockLayout.from_mask(keep[:, :KV_HEADS], **sizes)
+        assert what_runs("gather", q, k, v, layout, causal=True) == runs
 
 
 def test_takes_every_step_and_says_so():
@@ -130,7 +135,7 @@ def shapes(query_length):
 
 def test_pieces_change_nothing(monkeypatch):
     inputs, layout, valid = step(97, 16, 64, carried=True)
-    monkeypatch.setattr(rules, "WHOLE_ROW", 1e9)
+    monkeypatch.setattr(rules, "WHOLE_ROW_OF_SEVERAL", 1e9)
 
     def run():
         return block_sparse_attention(*plain(inputs), layout, causal=True, key_valid=valid, backend="gather")

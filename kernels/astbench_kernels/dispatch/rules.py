@@ -47,9 +47,10 @@ ROW_BYTES = 2**23
 """gather, one row: gathered keys held at a time. Measured (docs/cpu.md, "One row"): the larger, the
 faster, up to 16 MB."""
 
-WHOLE_ROW = 0.65
+WHOLE_ROW, WHOLE_ROW_OF_SEVERAL = 0.4, 0.65
 """gather, one row: keys that all lists gather, over the keys of all key/value heads, from which on the cache is read
-whole. Measured (docs/cpu.md, "One row"): both ways cost the same at 0.5 to 0.6 in float32, at 0.8 in bfloat16."""
+whole; with one list a key/value head, and with several, which then read a key once. Measured (docs/cpu.md, "One row"):
+both ways cost the same at 0.4; with several at 0.5 to 0.6 in float32, at 0.7 to 1.0 in bfloat16."""
 
 MIN_ROWS_PER_LIST = 16
 """triton: fewer rows than this cannot fill the smallest matrix instruction: they are gathered around their key
@@ -261,7 +262,8 @@ def row_schedule(width: int, lists: int, kv_heads: int, key_length: int) -> Lite
         kv_heads: Key/value heads.
         key_length: Keys.
     """
-    return "whole_row" if width * lists >= WHOLE_ROW * kv_heads * key_length else "one_row"
+    least = WHOLE_ROW_OF_SEVERAL if lists > kv_heads else WHOLE_ROW
+    return "whole_row" if width * lists >= least * kv_heads * key_length else "one_row"
 
 
 def gather_of(shapes: Shapes) -> GatherSchedule:
@@ -325,7 +327,8 @@ TABLE = (
     Row(
         "gather",
         "whole_row",
-        f"CPU; one query row without gradients, whose lists name {WHOLE_ROW} times the keys of the cache or more",
+        f"CPU; one query row without gradients, whose lists name {WHOLE_ROW} times the keys of the cache or more, "
+        f"{WHOLE_ROW_OF_SEVERAL} where query heads with lists of their own share a key/value head",
         lambda shapes: gather_of(shapes) == "whole_row",
         "gathering the keys of each list would cost more than reading all of them where they lie",
         'docs/cpu.md, "One row"',
