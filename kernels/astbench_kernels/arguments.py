@@ -12,6 +12,11 @@ from astbench_kernels.layout import BlockLayout
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def wants_gradients(*inputs: Tensor | None) -> bool:
+    """Whether a backward pass may follow a call with these inputs."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
 def check_arguments(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, block_bias: Tensor | None, key_valid: Tensor | None
 ) -> None:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from astbench_kernels import triton
-from astbench_kernels.arguments import check_arguments, once_differentiable
+from astbench_kernels.arguments import check_arguments, once_differentiable, wants_gradients
 from astbench_kernels.backends import flex
 from astbench_kernels.backends.cpu.query_major import gather_attention, schedule_of
 from astbench_kernels.backends.reference import reference_attention
 from astbench_kernels.backends.self_check import HOPPER_CALLS, self_check
 from astbench_kernels.dispatch import named
 from astbench_kernels.layout import BlockLayout
-from astbench_kernels.triton.plan import make_plan, wants_gradients
+from astbench_kernels.triton.plan import make_plan
 from astbench_kernels.watch import KernelCall, watched
 
 

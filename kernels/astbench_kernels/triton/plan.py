@@ -274,11 +274,6 @@ def make_plan(
     return replace(plan, schedule=schedule)
 
 
-def wants_gradients(*inputs: Tensor | None) -> bool:
-    """Whether a backward pass may follow a call with these inputs."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-
-
 def _rule(plan: Plan, gradients: bool) -> Schedule:
     """See :func:`make_plan`."""
     rows = plan.query_length * plan.heads_per_head_group

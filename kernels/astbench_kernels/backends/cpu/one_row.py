@@ -14,9 +14,9 @@ import threading
 import torch
 from torch import Tensor
 
+from astbench_kernels.arguments import wants_gradients
 from astbench_kernels.dispatch import rules
 from astbench_kernels.layout import BlockLayout, last_key
-from astbench_kernels.triton.plan import wants_gradients
 
 
 def one_row_attention(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from astbench_kernels.arguments import wants_gradients
 from astbench_kernels.layout import BlockLayout, ceil_div
 from astbench_kernels.triton.attention import decode, key_major, query_major
 from astbench_kernels.triton.attention.lists import TransposedLists, block_states, order_lists, transpose_lists
 from astbench_kernels.triton.launch import launch, rows_contiguous
-from astbench_kernels.triton.plan import MAX_SPLITS, Plan, Schedule, Tile, make_plan, padded_dim, wants_gradients
+from astbench_kernels.triton.plan import MAX_SPLITS, Plan, Schedule, Tile, make_plan, padded_dim
 from astbench_kernels.triton.tiles import LOG2E
 
 _Arguments = dict[str, Any]
