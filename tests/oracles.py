@@ -4,6 +4,7 @@ Everything is seeded and in float64, and every size is another number, so that a
 """
 
 import torch
+from torch.utils.flop_counter import sdpa_flop
 
 BATCH, HEADS, KV_HEADS, DIM, HIDDEN = 2, 6, 3, 5, 7
 SELF = ["bidirectional_self", "causal_self"]
@@ -91,3 +92,9 @@ def assert_same(got, expected, sources, *, gradients=1e-11, rtol=0.0):
         for x in (got, expected)
     )
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=gradients)
+
+
+FUSED_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop(q, k, v)
+}
+"""For :class:`FlopCounterMode`, which does not know this name."""

@@ -20,7 +20,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16", "float64"),
     "device": ("cpu", "cuda"),
     "pattern": PATTERNS,
-    "mode": ("prefill", "decode"),
+    "mode": ("prefill", "decode", "training"),
 }
 
 
@@ -39,7 +39,7 @@ class Layer:
         dtype: Of the inputs.
         device: cpu or cuda.
         pattern: How the layer attends; empty for causal_self when decoding, else bidirectional_self.
-        mode: prefill (all tokens at once) or decode (the last one alone).
+        mode: prefill (all tokens at once), decode (the last one alone) or training (all of them, with gradients).
     """
 
     N: int
@@ -100,6 +100,7 @@ def explain_call(name: str, config: AttentionConfig, words: list[str]) -> str:
         density=kept / visible,
         causal=causal,
         capability=_capability() if layer.device == "cuda" else 0,
+        gradients=layer.mode == "training",
     )
     return _text(name, layer, explain(shapes))
 

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 
 from astbench import console
+from astbench.cli.allocator import keep_freed_memory
 from astbench.cli.commands.names import LIGHTNING, OWN
 from astbench.cli.processes import is_child
 from astbench.cli.stopping import SIGNALS
@@ -27,6 +28,7 @@ exit codes:   0 done, 2 usage or config, 3 data, 4 unknown name or plugin, 5 not
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    keep_freed_memory()
     console.open_streams()
     with SIGNALS.listening():
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from astbench.sweeps.spec import Cell
 RETRIES = 3
 """How often a cell goes on after its worker was lost."""
 
+ANSWERS_WITHIN = 10
+"""Seconds in which a cluster that is named has to take a connection. Ray itself waits for over twenty minutes."""
+
 _OF_CLUSTER = ("address", "object_store_memory", "include_dashboard")
 
 
@@ -26,6 +30,16 @@ class _Task:
     cell: Cell
     reference: Any
     began: float
+
+
+def _reach(address: Any) -> None:
+    """Raise OSError where `host:port` is named and nobody listens; other addresses are Ray's to look up."""
+    host, colon, port = str(address).rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWERS_WITHIN).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(f"no cluster answers at {address} (ray: {{address: ...}}): {error}") from error
 
 
 def _do(errand: Errand) -> Outcome:
@@ -58,12 +72,13 @@ class RayCluster(Launcher):
         of_task = {key: value for key, value in options.items() if key not in _OF_CLUSTER}
         try:
             if not ray.is_initialized():
+                _reach(of_cluster.get("address"))
                 listening = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
                 ray.init(**{"log_to_driver": False, "include_dashboard": False, **of_cluster})
                 for number, handler in listening.items():  # Ray's own would abort on a SIGTERM
                     signal.signal(number, handler)
             self._task = ray.remote(_do).options(**{"num_cpus": 1, "max_retries": RETRIES, **of_task})
-        except (ConnectionError, RuntimeError, ValueError, TypeError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError) as error:
             raise ConfigError(f"--launcher=ray: {' '.join(str(error).split())}") from error
         self._plugins = tuple(plugins)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -158,10 +159,11 @@ class BlockLayout:
         lead = query_offset % query_group
         tail = groups * query_group - lead - query_length
         rows = torch.nn.functional.pad(keep, (0, 0, lead, tail)).unflatten(2, (groups, query_group))
+        # The first row is that with the most rows from it to the end; a product of bytes is faster than any choice.
         small = torch.uint8 if query_group < 2**8 else torch.int32
-        row = torch.arange(query_group, device=keep.device, dtype=small)[:, None]
-        first = torch.where(rows, row, query_group).to(small).amin(3) if rows.numel() else rows.new_zeros(0)
-        first = first.view(*keep.shape[:2], groups, keep.shape[-1]).to(torch.int32)
+        left = torch.arange(query_group, 0, -1, device=keep.device, dtype=small)[:, None]
+        most = (rows.to(small) * left).amax(3) if rows.numel() else rows.new_zeros(0, dtype=small)
+        first = query_group - most.view(*keep.shape[:2], groups, keep.shape[-1]).to(torch.int32)
         if before is not None and groups:
             first[:, :, 0] = torch.minimum(first[:, :, 0], before)
         layout = BlockLayout.from_mask(
@@ -175,6 +177,30 @@ class BlockLayout:
         listed = layout.indices.long().masked_fill(~layout.slots, 0)
         since = first.gather(-1, listed).masked_fill_(~layout.slots, 0) if keep.shape[-1] else layout.indices
         return replace(layout, since=since)._made()
+
+    @staticmethod
+    def joined(parts: Sequence[BlockLayout], key_length: int) -> BlockLayout:
+        """The lists of consecutive queries as one layout.
+
+        Args:
+            parts: In the order of their queries; each begins where a group does, but for the first.
+            key_length: Of the whole.
+        """
+        first, width = parts[0], max(part.indices.shape[-1] for part in parts)
+
+        def together(tensors: list[Tensor]) -> Tensor:
+            return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in tensors], 2)
+
+        since = [part.since for part in parts if part.since is not None]
+        whole = replace(
+            first,
+            indices=together([part.indices for part in parts]),
+            counts=torch.cat([part.counts for part in parts], 2),
+            since=together(since) if since else None,
+            query_length=sum(part.query_length for part in parts),
+            key_length=key_length,
+        )
+        return whole._made() if all(part.sound for part in parts) else whole
 
     def first_rows(self) -> Tensor:
         """int32 `(batch, list_heads, groups, key_blocks)`: the first row of a group that sees each block.

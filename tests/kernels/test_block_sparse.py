@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_kernels import BlockLayout, block_sparse_attention, log_mass, select_blocks, soft_top_k, what_runs
 from astbench_kernels import selection as select
 from astbench_kernels.backends.cpu import key_major
 from astbench_kernels.backends.cpu import query_major as gather
+from astbench_kernels.backends.cpu.units import lists_together
 from astbench_kernels.dispatch import rules
 
 # Distinct primes, so that a swapped axis cannot pass.
@@ -34,7 +34,8 @@ WAYS = ["query-major", "key-major", "masked", "masked in slabs"]
 def take(monkeypatch, way):
     """The gather backend goes this way, whatever the shape."""
     if way == "masked in slabs":  # which otherwise hold whole lists here
-        monkeypatch.setattr(rules, "CHUNK_PAIRS", 1000)
+        for name, size in (("CHUNK_PAIRS", 1000), ("SLAB_PAIRS", 1000), ("SLAB_ROWS", 24)):
+            monkeypatch.setattr(rules, name, size)
     monkeypatch.setattr(gather, "schedule_of", lambda *args, **kwargs: way.partition(" ")[0].replace("-", "_"))
 
 
@@ -116,16 +117,20 @@ def test_reference_is_the_definition(lists, carried):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("biased", [True, False])  # without a bias torch's fused kernel is asked
 @pytest.mark.parametrize("lists", [1, KV_HEADS, HEADS])
 @pytest.mark.parametrize(("n", "m", "block", "group", "offset", "causal"), CASES)
-def test_backends_match_reference_with_gradients(backend, monkeypatch, n, m, block, group, offset, causal, lists):
+def test_backends_match_reference_with_gradients(
+    backend, monkeypatch, n, m, block, group, offset, causal, lists, biased
+):
+    monkeypatch.setattr(rules, "FUSED_BYTES", 2**12)
     monkeypatch.setattr(key_major, "TILE_ROWS", 50)
     monkeypatch.setattr(key_major, "PARTIAL_ROWS", 90)
     monkeypatch.setattr(key_major, "CHUNK_ROWS", 24)
     results = {}
     for name in ("reference", backend):
         inputs, layout, valid = random_case(n, m, block, group, offset, lists)
-        q, k, v, bias = inputs
+        q, k, v, bias = inputs if biased else (*inputs[:3], None)
         out, lse = block_sparse_attention(
             q, k, v, layout, block_bias=bias, causal=causal, key_valid=valid, backend=name
         )
@@ -133,29 +138,78 @@ def test_backends_match_reference_with_gradients(backend, monkeypatch, n, m, blo
         g = torch.Generator().manual_seed(1)
         loss = (out * torch.randn(out.shape, generator=g, dtype=out.dtype)).sum()
         loss = loss + (lse.masked_fill(~seen, 0) * torch.randn(lse.shape, generator=g, dtype=out.dtype)).sum()
-        results[name] = (out, lse, *torch.autograd.grad(loss, inputs))
+        results[name] = (out, lse, *torch.autograd.grad(loss, inputs if biased else inputs[:3]))
     for got, expected in zip(results[backend], results["reference"], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("lists", [KV_HEADS, HEADS])
 @pytest.mark.parametrize("way", ["query-major", "masked", "masked in slabs", "flex", "as chosen"])
 @pytest.mark.parametrize(("n", "m", "block", "group", "offset", "causal"), CASES)
-def test_carried_lists_match_reference_with_gradients(monkeypatch, way, n, m, block, group, offset, causal):
+def test_carried_lists_match_reference_with_gradients(
+    monkeypatch, way, n, m, block, group, offset, causal, lists, biased
+):
+    monkeypatch.setattr(rules, "FUSED_BYTES", 2**12)
     if way not in ("flex", "as chosen"):
         take(monkeypatch, way)
     results = {}
     for name in ("reference", "flex" if way == "flex" else "gather"):
-        inputs, layout, valid = random_case(n, m, block, group, offset, KV_HEADS, carried=True)
-        q, k, v, bias = inputs
+        inputs, layout, valid = random_case(n, m, block, group, offset, lists, carried=True)
+        q, k, v, bias = inputs if biased else (*inputs[:3], None)
         out, lse = block_sparse_attention(
             q, k, v, layout, block_bias=bias, causal=causal, key_valid=valid, backend=name
         )
         g = torch.Generator().manual_seed(1)
         loss = (out * torch.randn(out.shape, generator=g, dtype=out.dtype)).sum()
         loss = loss + lse.masked_fill(lse == -torch.inf, 0).sum()
-        results[name] = (out, lse, *torch.autograd.grad(loss, inputs))
+        results[name] = (out, lse, *torch.autograd.grad(loss, inputs if biased else inputs[:3]))
     expected, got = results.values()
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("way", ["query-major", "masked"])
+@pytest.mark.parametrize("carried", [False, True])
+def test_bfloat16_is_rounded_as_dense_attention_rounds_it(monkeypatch, way, carried):
+    """Against dense attention in bfloat16, of which the lists are the mask."""
+    take(monkeypatch, way)
+    inputs, layout, valid = random_case(100, 100, 8, 16, 0, carried=carried, dtype=torch.bfloat16)
+    q, k, v = (x.detach() for x in inputs[:3])
+    out, _ = block_sparse_attention(q, k, v, layout, causal=True, key_valid=valid, backend="gather")
+    mask = layout.token_mask(causal=True, key_valid=valid)
+    seen = mask.any(-1, keepdim=True)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~seen, enable_gqa=True)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, dense.masked_fill(~seen, 0.0), rtol=0, atol=2**-6)
+
+
+def test_units_of_like_lists_are_computed_together():
+    counts = sorted([0, 0, 3, 3, 3, 4, 40, 41])
+    runs = list(lists_together(counts, 1, 100))
+    assert runs == [(slice(2, 6), 4), (slice(6, 8), 41)]  # three blocks filled up; with the next it would be 85
+    assert [width for _, width in lists_together([500, 600], 1, 100)] == [500, 600]  # longer than a run may be
+    covered = [unit for units, _ in runs for unit in range(units.start, units.stop)]
+    assert covered == [unit for unit, count in enumerate(counts) if count]
+
+
+def test_layouts_of_consecutive_queries_are_joined():
+    keep = rows_that_choose(40, 40, 4, 0)
+    sizes = {"block_size": 4, "query_group": 8}
+    for make in (BlockLayout.carried, BlockLayout.from_mask):
+        rows = keep if make is BlockLayout.carried else keep[:, :, ::8]
+        parts = []
+        for start, stop in ((0, 16), (16, 24), (24, 40)):
+            part = rows[:, :, start:stop] if make is BlockLayout.carried else rows[:, :, start // 8 : stop // 8]
+            kept = part[..., : -(-stop // 4)]
+            parts.append(make(kept, query_length=stop - start, key_length=stop, query_offset=start, **sizes))
+        joined = BlockLayout.joined(parts, 40)
+        whole = rows & (
+            torch.arange(10) * 4 < torch.tensor([16] * 16 + [24] * 8 + [40] * 16)[:: 40 // rows.shape[2]][:, None]
+        )
+        expected = make(whole, query_length=40, key_length=40, **sizes)
+        assert joined.sound
+        assert torch.equal(joined.first_rows(), expected.first_rows())
+        assert (joined.query_length, joined.key_length, joined.query_offset) == (40, 40, 0)
 
 
 def rows_that_choose(n, m, block, offset, seed=3):
@@ -419,6 +473,7 @@ def test_inputs_are_left_alone_and_empty_slots_not_read(schedule):
 def test_memory_does_not_grow_with_all_pairs(monkeypatch, way, largest_tensor):
     """Twice as many tokens with lists as long as before: no tensor of either pass is more than twice as large."""
     take(monkeypatch, way)
+    monkeypatch.setattr(rules, "FUSED_BYTES", 2**16)
     largest = []
     for length in (2048, 4096):
         g = torch.Generator().manual_seed(0)
@@ -464,20 +519,6 @@ def test_rows_whose_blocks_are_all_hidden_by_a_bias_get_no_gradient(backend):
         grads = torch.autograd.grad(out.sum() + lse.masked_fill(lse == -torch.inf, 0).sum(), leaves)
         assert all(grad.isfinite().all() for grad in grads)
         assert (grads[0][:, :, 12:16] == 0).all()
-
-
-def test_pairs_that_are_counted_are_those_computed(monkeypatch):
-    """Of the masked schedule, whatever lists nothing or sees nothing yet left out."""
-    for pairs in (500, 2000, 2**18):
-        monkeypatch.setattr(rules, "CHUNK_PAIRS", pairs)
-        (q, k, v, _), layout, _ = random_case(127, 127, 8, 1, 0)
-        layout = dataclasses.replace(layout, counts=layout.counts * (torch.arange(127) % 50 > 20))
-        for causal in (False, True):
-            monkeypatch.setattr(gather, "_schedule", lambda *args, **kwargs: "masked")
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                block_sparse_attention(q, k, v, layout, causal=causal, backend="gather")
-            counted = gather.gathered_pairs(layout, HEADS, KV_HEADS, 4 * DIM, causal=causal)
-            assert 4 * counted * DIM == counter.get_total_flops()
 
 
 def test_pattern_is_exact(schedule):

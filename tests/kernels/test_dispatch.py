@@ -42,39 +42,50 @@ def tensors(call):
     return q, k, k, layout
 
 
+def learning(**changes):
+    return shapes(gradients=True, **changes)
+
+
 LONG = {"query_length": 960, "key_length": 960, "density": 0.25}
 
 CALLS = {
-    "a list a token": (shapes(**LONG), "gather (key-major)"),
-    "a list a token, half of them": (shapes(**LONG | {"density": 0.5}), "gather (masked)"),
-    "a list a token, short": (shapes(), "gather (masked)"),
-    "most pairs under a mask": (shapes(query_length=1024, key_length=1024, density=1.0), "gather (masked)"),
+    "a list a token, forward": (shapes(**LONG), "gather (masked)"),
+    "a list a token, forward, large blocks": (
+        shapes(query_length=4096, key_length=4096, density=1 / 16, block_size=64, causal=True),
+        "gather (key-major)",
+    ),
+    "tiles, forward": (shapes(query_group=64, block_size=64, **LONG), "gather (query-major)"),
+    "most of the tiles, forward": (shapes(query_group=64, block_size=64, **LONG | {"density": 0.9}), "gather (masked)"),
+    "a list a token": (learning(**LONG), "gather (key-major)"),
+    "a list a token, half of them": (learning(**LONG | {"density": 0.5}), "gather (masked)"),
+    "a list a token, short": (learning(), "gather (masked)"),
+    "most pairs under a mask": (learning(query_length=1024, key_length=1024, density=1.0), "gather (masked)"),
     "most pairs, larger blocks": (
-        shapes(query_length=1024, key_length=1024, density=1.0, block_size=128),
+        learning(query_length=1024, key_length=1024, density=1.0, block_size=128),
         "gather (key-major)",
     ),
     "blocks of 4": (
-        shapes(query_length=8192, key_length=8192, density=0.125, block_size=4, causal=True),
+        learning(query_length=8192, key_length=8192, density=0.125, block_size=4, causal=True),
         "gather (masked)",
     ),
     "blocks of 4, few of them": (
-        shapes(query_length=8192, key_length=8192, density=0.03125, block_size=4, causal=True),
+        learning(query_length=8192, key_length=8192, density=0.03125, block_size=4, causal=True),
         "gather (key-major)",
     ),
-    "shared by two heads": (shapes(query_group=4, list_heads=3, density=0.25), "gather (query-major)"),
-    "shared by two heads, most": (shapes(query_group=4, list_heads=3, density=5 / 6), "gather (masked)"),
-    "one list for all heads": (shapes(query_group=3, list_heads=1, **LONG), "gather (key-major)"),
-    "half as many rows as keys": (shapes(query_group=8, **LONG), "gather (query-major)"),
-    "one row less": (shapes(query_group=7, **LONG), "gather (key-major)"),
+    "shared by two heads": (learning(query_group=4, list_heads=3, density=0.25), "gather (query-major)"),
+    "shared by two heads, most": (learning(query_group=4, list_heads=3, density=5 / 6), "gather (masked)"),
+    "one list for all heads": (learning(query_group=3, list_heads=1, **LONG), "gather (key-major)"),
+    "half as many rows as keys": (learning(query_group=8, **LONG), "gather (query-major)"),
+    "one row less": (learning(query_group=7, **LONG), "gather (key-major)"),
     "a decoding step": (shapes(query_length=1, key_length=960, density=0.25), "gather (one-row)"),
     "a decoding step, all keys": (shapes(query_length=1, density=1.0), "gather (whole-row)"),
-    "8 tokens decoded, all keys": (shapes(query_length=8, density=1.0), "gather (masked)"),
+    "8 tokens decoded, all keys": (learning(query_length=8, density=1.0), "gather (masked)"),
     "few rows meet a block, short": (
-        shapes(query_length=64, key_length=64, block_size=4, density=0.125),
+        learning(query_length=64, key_length=64, block_size=4, density=0.125),
         "gather (masked)",
     ),
-    "a block meets 16 rows": (shapes(query_length=160, key_length=1600, density=0.05), "gather (key-major)"),
-    "a block meets 15 rows": (shapes(query_length=300, key_length=1600, density=0.025), "gather (query-major)"),
+    "a block meets 16 rows": (learning(query_length=160, key_length=1600, density=0.05), "gather (key-major)"),
+    "a block meets 15 rows": (learning(query_length=300, key_length=1600, density=0.025), "gather (query-major)"),
 }
 
 
@@ -82,6 +93,7 @@ CALLS = {
 def test_what_is_explained_is_what_runs(call, runs):
     q, k, v, layout = tensors(call)
     backend = choose_backend("auto", q.device, dtype=q.dtype, head_dim=call.head_dim, layout=layout)
+    q.requires_grad_(call.gradients)
     assert what_runs(backend, q, k, v, layout, causal=call.causal) == runs
     assert explain(call).row.runs == runs
 
@@ -97,6 +109,8 @@ def test_the_same_on_cuda(monkeypatch, group, lists, head_dim, dtype):
     row = explain(call).row
     backend = choose_backend("auto", torch.device("cuda"), dtype=q.dtype, head_dim=head_dim, layout=layout)
     assert row.backend == backend == ("triton" if dtype != "float64" and head_dim == 256 else "gather")
+    if backend == "gather":
+        q.requires_grad_()  # these tensors are on a CPU, where without gradients torch's fused kernel would be asked
     assert row.runs == what_runs(backend, q, k, v, layout, causal=False)
     if backend == "triton":
         assert row.schedule == make_plan(q, k, v, layout, causal=False, gradients=False).schedule

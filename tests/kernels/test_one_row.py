@@ -8,7 +8,6 @@ import torch
 from astbench_kernels import BlockLayout, block_sparse_attention
 from astbench_kernels.attention import what_runs
 from astbench_kernels.backends.cpu.one_row import is_fused
-from astbench_kernels.backends.cpu.query_major import gathered_pairs
 from astbench_kernels.dispatch import rules
 
 BATCH, HEADS, KV_HEADS, DIM, VALUE_DIM = 2, 6, 3, 5, 4
@@ -211,9 +210,3 @@ def test_keys_of_a_cache_with_room_are_read_where_they_lie():
     got = block_sparse_attention(q, *roomy, layout, causal=True, key_valid=valid, backend="gather")
     wanted = block_sparse_attention(q, k, v, layout, causal=True, key_valid=valid, backend="gather")
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
-
-
-def test_pairs_are_those_of_the_longest_list_or_all(way):
-    _, layout, _ = step(64, 8, 16)
-    width = 64 if way == "whole_row" else int(layout.counts.max()) * 8
-    assert gathered_pairs(layout, HEADS, KV_HEADS, 4 * DIM, causal=True) == BATCH * HEADS * width

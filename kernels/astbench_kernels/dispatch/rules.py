@@ -28,20 +28,45 @@ SHORTEST_TILE = 16
 """gather: query rows that a block must meet on average for that, and a key/value head must have for all its pairs to be
 computed; a decoding step's few rows gather their own keys. Not measured."""
 
-QUERY_MAJOR_PAIR, QUERY_MAJOR_COPY = 0.7, 30
-"""gather, query-major: what a pair costs, and copying its key for the list, over that, if one query row shared it. This
-and the next ones measured (docs/cpu.md, "All pairs"), forward and backward, heads of 64; in pairs of the masked
-schedule that no list names, 15 ns."""
 
-KEY_MAJOR_PAIR, KEY_MAJOR_ROW, KEY_MAJOR_BLOCK = 0.5, 55, 1500
-"""gather, key block by key block: what a pair costs, a row with every block that it meets, and a block, likewise."""
+@dataclass(frozen=True)
+class GatherCosts:
+    """What parts of a call cost the gather backend, in pairs of the masked schedule that no list names.
 
-MASKED_PICK = 0.7
-"""gather, masked: what a listed pair costs more than others."""
+    Attributes:
+        query_pair: A pair, query-major, of lists that many rows share.
+        query_copy: Copying a key for one row, over that.
+        key_pair: A pair, key block by key block.
+        key_row: A row with every block that it meets, likewise.
+        key_block: A block, likewise.
+        masked_pick: A listed pair, masked, beyond the others.
+        masked_block: A pair, masked, with blocks of one key beyond one with large blocks.
+    """
+
+    query_pair: float
+    query_copy: float
+    key_pair: float
+    key_row: float
+    key_block: float
+    masked_pick: float
+    masked_block: float
+
+
+LEARNING_COSTS = GatherCosts(0.7, 30, 0.5, 55, 1500, 0.7, 0.0)
+"""gather, with gradients or a bias, or where torch's fused kernel does not serve. Measured (docs/cpu.md, "All pairs"),
+forward and backward, heads of 64; the unit is 15 ns."""
+
+FUSED_COSTS = GatherCosts(0.9, 45, 1.0, 60, 4000, 0.0, 1.4)
+"""gather, where torch's fused kernel computes the output and no backward pass follows. Measured (docs/cpu.md, "Fused"),
+heads of 64; the unit is 3.5 ns in float32 and 1.9 ns in bfloat16."""
 
 CHUNK_PAIRS = 2**18
 """gather, masked: pairs of queries with all keys that are computed at a time. Measured (docs/cpu.md, "All
 pairs"): half of it and twice as many are slower by up to a fifth."""
+
+SLAB_ROWS, SLAB_PAIRS = 128, 2**21
+"""gather, masked by torch's fused kernel: query rows of a list, and pairs of all lists, that are computed at a time.
+Measured (docs/cpu.md, "Fused"): 64 and 512 rows are slower, so are fewer pairs."""
 
 ROW_BYTES = 2**23
 """gather, one row: gathered keys held at a time. Measured (docs/cpu.md, "One row"): the larger, the
@@ -51,6 +76,10 @@ WHOLE_ROW, WHOLE_ROW_OF_SEVERAL = 0.4, 0.65
 """gather, one row: keys that all lists gather, over the keys of all key/value heads, from which on the cache is read
 whole; with one list a key/value head, and with several, which then read a key once. Measured (docs/cpu.md, "One row"):
 both ways cost the same at 0.4; with several at 0.5 to 0.6 in float32, at 0.7 to 1.0 in bfloat16."""
+
+FUSED_BYTES = 2**22
+"""gather, query-major by torch's fused kernel: gathered keys held at a time, with as much again of values and of their
+mask. Measured (docs/cpu.md, "Fused"): of 256 KB to 8 MB the fastest."""
 
 MIN_ROWS_PER_LIST = 16
 """triton: fewer rows than this cannot fill the smallest matrix instruction: they are gathered around their key
@@ -98,6 +127,7 @@ class Shapes:
         density: Share of the visible blocks that is listed.
         causal: Whether under a causal mask, the last query at the last key.
         capability: Of a CUDA device, 90 for 9.0; 0 where it is not known.
+        gradients: Whether a backward pass may follow.
     """
 
     device: str
@@ -114,6 +144,7 @@ class Shapes:
     density: float
     causal: bool
     capability: int = 0
+    gradients: bool = False
 
     @property
     def rows(self) -> int:
@@ -199,7 +230,7 @@ def keys_seen(query_length: int, key_length: int, query_offset: int, *, causal: 
 
 
 def gather_schedule(
-    rows: int, block_size: int, rows_met: float, query_rows: int, key_length: int, seen: float
+    rows: int, block_size: int, rows_met: float, query_rows: int, key_length: int, seen: float, *, fused: bool
 ) -> GatherSchedule:
     """How the gather backend goes about a call.
 
@@ -210,16 +241,19 @@ def gather_schedule(
         query_rows: Query rows of a key/value head.
         key_length: Keys.
         seen: Keys that a query position sees, on average.
+        fused: Whether torch's fused kernel computes the output, and no backward pass follows.
     """
+    cost = FUSED_COSTS if fused else LEARNING_COSTS
     by_key = rows < KEY_MAJOR_BELOW * block_size and rows_met >= SHORTEST_TILE
     if by_key:
-        cost = rows_met * (KEY_MAJOR_PAIR * block_size + KEY_MAJOR_ROW) + KEY_MAJOR_BLOCK
+        some = rows_met * (cost.key_pair * block_size + cost.key_row) + cost.key_block
     else:
-        cost = rows_met * block_size * QUERY_MAJOR_PAIR * (1 + QUERY_MAJOR_COPY / rows)
+        some = rows_met * block_size * cost.query_pair * (1 + cost.query_copy / rows)
     # A chunk computes what its last row sees.
-    all_keys = min(key_length, seen + CHUNK_PAIRS / (2 * max(1.0, seen)))
-    all_pairs = query_rows * all_keys * block_size / max(1, key_length) + rows_met * block_size * MASKED_PICK
-    if query_rows >= SHORTEST_TILE and all_pairs < cost:
+    beyond = SLAB_ROWS / 2 if fused else CHUNK_PAIRS / (2 * max(1.0, seen))
+    all_keys = min(key_length, seen + beyond) * (1 + cost.masked_block / block_size)
+    every = query_rows * all_keys * block_size / max(1, key_length) + rows_met * block_size * cost.masked_pick
+    if query_rows >= SHORTEST_TILE and every < some:
         return "masked"
     return "key_major" if by_key else "query_major"
 
@@ -276,7 +310,8 @@ def gather_of(shapes: Shapes) -> GatherSchedule:
     groups = math.ceil(shapes.query_length / shapes.query_group)
     query_rows = groups * shapes.query_group * shapes.heads // shapes.kv_heads
     size, met = shapes.block_size, shapes.rows_met
-    return gather_schedule(shapes.rows, size, met, query_rows, shapes.key_length, shapes.keys_seen)
+    fused = shapes.device == "cpu" and not shapes.gradients and shapes.dtype != "float16"
+    return gather_schedule(shapes.rows, size, met, query_rows, shapes.key_length, shapes.keys_seen, fused=fused)
 
 
 _ON_TRITON = f"CUDA, {', '.join(TRITON_DTYPES)}, heads of at most {TRITON_MAX_HEAD_DIM}"
@@ -340,7 +375,7 @@ TABLE = (
         lambda shapes: gather_of(shapes) == "masked",
         "where sequences are short, blocks small, or most is listed, computing all pairs and picking the listed ones "
         "is faster than leaving any out",
-        'docs/cpu.md, "All pairs"',
+        'docs/cpu.md, "All pairs" and "Fused"',
     ),
     Row(
         "gather",

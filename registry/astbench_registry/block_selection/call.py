@@ -60,6 +60,18 @@ class Call:
         """The same, without a gradient to queries, keys and values."""
         return replace(self, q=self.q.detach(), k=self.k.detach(), v=self.v.detach())
 
+    def queries_between(self, start: int, stop: int) -> Call:
+        """Of a causal call that of the queries at positions from `start` on, before `stop`, with the keys before it."""
+        mask, keys = self.mask, min(stop, self.k.shape[2])
+        rows = slice(start - mask.query_offset, stop - mask.query_offset)
+        part = replace(
+            mask,
+            query_offset=start,
+            key_valid=None if mask.key_valid is None else mask.key_valid[:, :keys],
+            query_valid=None if mask.query_valid is None else mask.query_valid[:, rows],
+        )
+        return replace(self, q=self.q[:, :, rows], k=self.k[:, :, :keys], v=self.v[:, :, :keys], mask=part)
+
     def backend(self, wanted: str) -> str:
         """The kernel that `--attention.backend=wanted` stands for here.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,9 @@ from astbench_registry.block_selection.grid import Grid, Selection
 from astbench_registry.block_selection.pooling import block_mean, first_valid, in_blocks, valid_in_blocks
 from astbench_registry.block_selection.scores import block_scores
 from astbench_registry.block_selection.summaries import BlockSummaries
+
+SCORES_AT_A_TIME = 2**19
+"""Scores that rows choose by at a time on a CPU, where nothing else is wanted of them: 2 MB."""
 
 
 class FactoredBlockSelection(BlockSelectingAttention):
@@ -113,6 +117,8 @@ class FactoredBlockSelection(BlockSelectingAttention):
             layout = self.fused_layout(call) if tile is None else self.fused_carried_layout(call, tile)
             if layout is not None:
                 return Choice(layout)
+        if self.needs_no_scores(call):
+            return Choice(self._layout_in_parts(call))
         selection = self.selection(call)
         features = self._known_features(call, selection, fused=False)
         scores = self._products(call, features, selection)
@@ -120,6 +126,36 @@ class FactoredBlockSelection(BlockSelectingAttention):
         layout = self.layout(keep, call, selection)
         learned_by = self.selector_losses(scores, keep, layout, call, selection)
         return Choice(layout, learned_by, self.rest_token(scores, keep, call, selection, features))
+
+    def needs_no_scores(self, call: Call) -> bool:
+        """Whether nothing but the lists is wanted of the scores of a causal call on a CPU.
+
+        Then a few rows at a time choose, with the keys that they see: their scores stay in its cache. Never in
+        training: a checkpointed layer chooses twice, and must choose the same.
+        """
+        return call.mask.causal and call.q.device.type == "cpu" and not (self.training or torch.is_grad_enabled())
+
+    def _layout_in_parts(self, call: Call) -> BlockLayout:
+        """See :meth:`needs_no_scores`. A part is a call of its own, as of a prompt that is read in pieces."""
+        grid, tile = self.selector.grid(call), self.selector.tile(call.mask) or 1
+        features = self._known_features(call, grid, fused=False)
+        together = math.lcm(tile, grid.query_group)
+        rows = SCORES_AT_A_TIME // max(1, call.q.shape[0] * call.q.shape[1] * grid.num_blocks) * grid.query_group
+        rows = max(1, rows // together) * together
+        start, end = call.mask.query_offset, call.mask.query_offset + call.q.shape[2]
+        layouts: list[BlockLayout] = []
+        while start < end or not layouts:
+            stop = min(end, (start // rows + 1) * rows)
+            part = call.queries_between(start, stop)
+            selection = self.selection(part)
+            if self.least_share() is None and self.selector.keeps_all(selection, self.density_at(call.context.step)):
+                keep = (selection.always_kept | selection.candidates).expand(*part.q.shape[:2], -1, -1)
+            else:
+                scores = self._products(part, features.first(selection.num_blocks, grid.num_blocks), selection)
+                keep = self.choose(scores, part, selection)
+            layouts.append(self.layout(keep, part, selection))
+            start = stop
+        return BlockLayout.joined(layouts, call.k.shape[2])
 
     @torch.no_grad()
     def fused_layout(self, call: Call) -> BlockLayout:

@@ -23,3 +23,21 @@ class BlockFeatures(NamedTuple):
     key: Tensor
     mean_value: Tensor | None = None
     num_tokens: Tensor | None = None
+
+    def first(self, blocks: int, of: int) -> BlockFeatures:
+        """Those of the first blocks, views.
+
+        Args:
+            blocks: How many.
+            of: How many there are.
+        """
+        if blocks == of:
+            return self
+
+        def some(x: Tensor) -> Tensor:
+            return x[:, :, : x.shape[2] // of * blocks]
+
+        value, number = self.mean_value, self.num_tokens
+        return BlockFeatures(
+            some(self.key), None if value is None else some(value), None if number is None else some(number)
+        )

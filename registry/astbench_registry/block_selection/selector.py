@@ -109,6 +109,11 @@ class BlockSelector:
         """Bool, as `scores`: `budget` candidates of each row, those that are always kept counted in."""
         return select_blocks(scores, always_kept=selection.always_kept, candidates=selection.candidates, budget=budget)
 
+    def keeps_all(self, selection: Selection, density: float | None = None) -> bool:
+        """Whether the budget is enough for all that each row may keep: then scores decide nothing."""
+        visible = selection.visible.sum(-1)
+        return bool((self.budget(visible, density) >= visible).all())
+
     def kept_keys(self, query_length: int, key_length: int, mask: AttentionMask, density: float | None = None) -> int:
         """Keys gathered over all rows of one head under the fixed budget."""
         group, size = self.query_group(mask), self.config.block_size

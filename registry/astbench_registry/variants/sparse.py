@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from astbench_kernels import BlockLayout, block_sparse_attention, choose_backend, what_runs
-from astbench_kernels.backends.cpu.query_major import gathered_pairs
 from astbench_kernels.layout import ceil_div
 from astbench_registry.configs.sparse import SparseConfig
 from astbench_registry.interface import (
@@ -179,20 +178,13 @@ class SparseAttention(Attention):
         return AttentionStats(attended, mask.visible_pairs(q, k), backend, layout)
 
     def flops(self, batch: int, query_length: int, key_length: int, mask: AttentionMask) -> int:
-        """Two matmuls: over the listed keys, or over the grid's neighbouring rows and columns.
-
-        Of the lists ("fixed", and decoding) this is what the gather backend computes in float32: short lists may be
-        filled up to the longest one near them. The paper's number, `4 x kept pairs x head_dim`, is smaller: causal,
-        on short inputs, about half.
-        """
+        """Two matmuls: over the pairs that lists name ("fixed", and decoding), or over the grid's neighbours."""
         config, heads = self.config, self.shape.num_heads
         if config.pattern == "fixed" or mask.query_offset > 0:
             build = self._fixed_layout if config.pattern == "fixed" else self._strided_layout
             layout = build(query_length, key_length, mask.query_offset, mask.causal, torch.device("cpu"))
-            layout = _for_batch(layout, batch)
-            kv_heads, size = self.shape.num_kv_heads, 4 * self.shape.head_dim
-            pairs = gathered_pairs(layout, heads, kv_heads, bytes_per_key=size, causal=mask.causal)
-            return 4 * pairs * self.shape.head_dim
+            pairs = int(_for_batch(layout, batch).attended_pairs(causal=mask.causal).sum())
+            return 4 * pairs * heads // layout.indices.shape[1] * self.shape.head_dim
         stride = min(config.stride, key_length)
         query_rows, key_rows = ceil_div(query_length, stride), ceil_div(key_length, stride)
         reach = {"local": (2 if mask.causal else 3) * stride, "strided": key_rows}

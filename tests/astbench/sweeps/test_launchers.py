@@ -187,7 +187,8 @@ def test_a_cell_that_does_not_stop_is_ended(asked, monkeypatch):
         ("slurm", "slurm: {cluster: local, nodez: 3}\n", "--launcher=slurm: .*nodez"),
         ("slurm", "slurm: [1]\n", "slurm must be a mapping of its options"),
         pytest.param("ray", "ray: {gpus: 1}\n", "--launcher=ray: .*gpus", marks=needs_ray),
-        pytest.param("ray", "ray: {address: '127.0.0.1:9'}\n", "--launcher=ray", marks=[needs_ray, pytest.mark.slow]),
+        pytest.param("ray", "ray: {address: '127.0.0.1:9'}\n", "no cluster answers at 127.0.0.1:9", marks=needs_ray),
+        pytest.param("ray", "ray: {address: '127.0.0.1:99999'}\n", "no cluster answers", marks=needs_ray),
     ],
 )
 def test_what_cannot_be_is_named(asked, name, more, said, monkeypatch, without_ray_after):

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from astbench_registry.block_selection import Call
-from tests.oracles import BATCH, DIM, HEADS, KV_HEADS, draw
+from tests.oracles import BATCH, DIM, FUSED_ON_CPU, HEADS, KV_HEADS, draw
 from tests.registry.building import build
 
 OPTIONS = {"block_size": 4, "min_blocks": 2, "density": 0.4, "coarse_stride": 3}
@@ -95,6 +95,6 @@ def test_flops_grow_by_what_the_counter_sees(pattern):
     (q, k, v), _ = draw(130)
     module, mask = layer(), AttentionMask(pattern)
     declared = module.coarse_keys.flops(BATCH, HEADS, 130, 130, DIM, mask)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
         module.coarse_keys(Call.of(module.shape, q, k, v, mask, 1.0), "gather")
     assert declared == counter.get_total_flops()

@@ -5,9 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode
 
-from astbench_kernels.dispatch import rules
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 from tests import oracles
 from tests.oracles import BATCH, DIM, HEADS, SELF, assert_same, softmax_attention
@@ -144,25 +143,27 @@ def test_the_layout_is_built_once_for_each_size():
     assert module._layout[1] is not first
 
 
-def fused_flops(q, k, v, *args, out_shape=None, **options):
-    return sdpa_flop(q, k, v)
+@pytest.mark.parametrize("options", STRIDED, ids=named)
+@pytest.mark.parametrize("pattern", SELF)
+def test_flops_of_a_grid_are_what_the_counter_sees(pattern, options):
+    (q, k, v), _ = draw(96)
+    mask, module = AttentionMask(pattern), build(options)
+    with FlopCounterMode(display=False) as counter:
+        module(q.float(), k.float(), v.float(), mask)
+    assert module.flops(BATCH, 96, 96, mask) == counter.get_total_flops()
 
 
-FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused_flops}
-"""What a decoding step runs, and torch's counter does not know."""
-
-
-@pytest.mark.parametrize("chunk", [0, 5000, rules.CHUNK_BYTES])
-@pytest.mark.parametrize("options", STRIDED + FIXED, ids=named)
-@pytest.mark.parametrize(("pattern", "offset"), [*((pattern, 0) for pattern in SELF), ("causal_self", 95)])
-def test_flops_are_what_the_counter_sees(monkeypatch, pattern, offset, options, chunk):
-    """The kernel fills lists up to the longest one of a chunk: one list, some, or all."""
-    monkeypatch.setattr(rules, "CHUNK_BYTES", chunk)
+@pytest.mark.parametrize(
+    ("options", "pattern", "offset"),
+    [*((options, pattern, 0) for options in FIXED for pattern in SELF),
+     *((options, "causal_self", 95) for options in STRIDED + FIXED)],
+    ids=lambda x: named(x) if isinstance(x, dict) else str(x),
+)  # fmt: skip
+def test_flops_of_lists_are_those_of_the_pairs_that_are_seen(options, pattern, offset):
     (q, k, v), _ = draw(96)
     mask, module = AttentionMask(pattern, offset), build(options)
-    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
-        module(q[:, :, offset:].float(), k.float(), v.float(), mask)
-    assert module.flops(BATCH, 96 - offset, 96, mask) == counter.get_total_flops()
+    stats = module(q[:, :, offset:], k, v, mask, context=AttentionContext(collect_stats=True)).stats
+    assert module.flops(BATCH, 96 - offset, 96, mask) == 4 * DIM * int(stats.attended.expand(BATCH, HEADS).sum())
 
 
 @pytest.mark.parametrize("pattern", ["strided", "fixed"])

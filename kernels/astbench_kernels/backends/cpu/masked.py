@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from astbench_kernels.backends.cpu.fused import fused, serves
 from astbench_kernels.backends.cpu.units import LOG2_E, Scratch, Units, from_units, to_units
 from astbench_kernels.dispatch import rules
 from astbench_kernels.layout import BlockLayout
@@ -118,6 +119,42 @@ class _Listing(Units):
             empty=empty[:, :, None, :, None],
         )
 
+    def mask(self, tables: slice, groups: slice, keys: int, causal: bool, scratch: Scratch) -> Tensor:
+        """-inf where a pair may not be seen, else 0: `(tables, 1, rows of a table's lists in those groups, keys)`.
+
+        Args:
+            tables: Batch row x key/value heads.
+            groups: Some that follow each other.
+            keys: The first so many.
+            causal: Whether under a causal mask.
+            scratch: Where it goes.
+        """
+        layout, each = self.layout, len(self.table) // (self.batch * self.kv_heads)
+        size, group = layout.block_size, layout.query_group
+        lists, blocks = slice(tables.start * each, tables.stop * each), -(-keys // size)
+        listed, number = self.blocks[lists, groups].long(), groups.stop - groups.start
+        slot = torch.arange(listed.shape[-1], device=listed.device) < self.counts[lists, groups, None]
+        index = torch.where(slot & (listed < blocks), listed, blocks)
+        first = torch.full((*listed.shape[:2], blocks + 1), group, dtype=torch.int32, device=listed.device)
+        since = 0 if self.since is None else self.since[lists, groups].to(torch.int32)
+        first = first.scatter_(-1, index, since)[:, :, None, :-1]
+        early = self.places(listed.device).to(torch.int32)[:, None] < first
+        shape = len(listed), number, self.rows, blocks
+        coarse = scratch.take("coarse", scratch.dtype, *shape, 1).zero_().masked_fill_(early.unsqueeze(-1), -torch.inf)
+        mask = (
+            scratch.take("mask", scratch.dtype, *shape, size).copy_(coarse.expand(*shape, size)).flatten(3)[..., :keys]
+        )
+        limit = self.limit[groups]
+        if causal and int(limit.min()) + 1 < keys:
+            late = slice(int(limit.min()) + 1, keys)
+            mask[..., late].masked_fill_(
+                torch.arange(late.start, keys, device=limit.device) > limit.unsqueeze(-1), -torch.inf
+            )
+        if self.unseen is not None:
+            row = self.table[lists] // self.kv_heads
+            mask.masked_fill_(self.unseen[row, None, None, :keys], -torch.inf)
+        return mask.reshape(tables.stop - tables.start, 1, -1, keys)
+
     def logits(self, queries: Tensor, keys: Tensor, chunk: _Chunk, scratch: Scratch) -> Tensor:
         """The picked ones of a chunk, bias added, -inf where a pair may not be seen."""
         products = scratch.bmm("products", queries, keys.transpose(1, 2))
@@ -147,26 +184,14 @@ class MaskedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
         listing = _listing(q, k, block_bias, layout, causal, key_valid)
-        queries, keys, values = _inputs(q, k, v, key_valid, listing, scale)
-        out = queries.new_zeros(*queries.shape[:2], v.shape[-1])
-        lse = torch.full((*queries.shape[:2], 1), -torch.inf, dtype=queries.dtype, device=q.device)
-        scratch = Scratch(queries)
-        for chunk in listing.chunks():
-            where = chunk.lists, chunk.rows
-            weights = listing.logits(queries[where], chunk.read(keys), chunk, scratch)
-            # Rows that see nothing: weights 0, log-sum-exp log 0 = -inf; no NaN on the way.
-            highest = weights.amax(-1, keepdim=True)
-            highest.masked_fill_(highest == -torch.inf, 0.0)
-            total = weights.sub_(highest).exp2_().sum(-1, keepdim=True)
-            lse[where] = (highest + total.log2()).flatten(1, 2)
-            weights.div_(total.clamp_(min=torch.finfo(total.dtype).tiny))
-            spread = scratch.take("spread", out.dtype, *out[where].shape[:2], chunk.keys + 1).zero_()
-            torch.bmm(chunk.place(weights, spread), chunk.read(values), out=out[where])
+        if serves(q, k, v, block_bias):
+            out, lse = _forward_fused(q, k, v, listing, key_valid, scale, causal)
+        else:
+            out, lse = _forward_in_steps(q, k, v, listing, key_valid, scale)
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.call = layout, scale, causal
-        shape = (-1, listing.rows)
-        lse = (lse / LOG2_E).view(*shape, 1)
-        return from_units(out.view(*shape, v.shape[-1]), listing).to(q.dtype), from_units(lse, listing).squeeze(-1)
+        out, lse = (from_units(x.view(-1, listing.rows, x.shape[-1]), listing) for x in (out, lse))
+        return out.to(q.dtype), lse.squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,7 +203,7 @@ class MaskedAttention(torch.autograd.Function):
         d_out = to_units(grads[0], listing).to(queries.dtype).reshape_as(out)
         # d logits = P * (dO V^T - delta + d lse), delta = rowsum(dO * O)
         shift = (d_out * out).sum(-1, keepdim=True) - to_units(grads[1].unsqueeze(-1), listing).reshape_as(lse)
-        known_lse = lse.masked_fill(lse == -torch.inf, 0.0)  # rows that see nothing: exp(-inf - 0) = 0
+        known_lse = (lse * LOG2_E).masked_fill_(lse == -torch.inf, 0.0)  # rows that see nothing: exp(-inf - 0) = 0
         d_queries, d_keys, d_values = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         d_bias = None if listing.bias is None else torch.zeros_like(listing.bias, dtype=queries.dtype)
         scratch = Scratch(queries)
@@ -211,14 +236,61 @@ class MaskedAttention(torch.autograd.Function):
         )
 
 
-def masked_pairs(layout: BlockLayout, num_heads: int, causal: bool) -> int:
-    """Pairs that :class:`MaskedAttention` computes, one column a chunk more than it has keys."""
-    units = Units(layout, layout.indices.shape[0], num_heads // layout.indices.shape[1])
-    stops = (_limit(units, causal, layout.indices.device).amax(-1) + 1).tolist()
-    return sum(
-        (lists.stop - lists.start) * (groups.stop - groups.start) * units.rows * (keys + 1)
-        for lists, groups, keys, _ in _cut(layout.counts.flatten(0, 1), layout.block_size, units.rows, stops)
-    )
+def _forward_in_steps(
+    q: Tensor, k: Tensor, v: Tensor, listing: _Listing, key_valid: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `(lists, groups * rows, d)` and log-sum-exp, in float32 or more."""
+    queries, keys, values = _inputs(q, k, v, key_valid, listing, scale)
+    out = queries.new_zeros(*queries.shape[:2], v.shape[-1])
+    lse = torch.full((*queries.shape[:2], 1), -torch.inf, dtype=queries.dtype, device=q.device)
+    scratch = Scratch(queries)
+    for chunk in listing.chunks():
+        where = chunk.lists, chunk.rows
+        weights = listing.logits(queries[where], chunk.read(keys), chunk, scratch)
+        # Rows that see nothing: weights 0, log-sum-exp log 0 = -inf; no NaN on the way.
+        highest = weights.amax(-1, keepdim=True)
+        highest.masked_fill_(highest == -torch.inf, 0.0)
+        total = weights.sub_(highest).exp2_().sum(-1, keepdim=True)
+        lse[where] = (highest + total.log2()).flatten(1, 2)
+        weights.div_(total.clamp_(min=torch.finfo(total.dtype).tiny))
+        spread = scratch.take("spread", out.dtype, *out[where].shape[:2], chunk.keys + 1).zero_()
+        torch.bmm(chunk.place(weights, spread), chunk.read(values), out=out[where])
+    return out, lse.div_(LOG2_E)
+
+
+def _forward_fused(
+    q: Tensor, k: Tensor, v: Tensor, listing: _Listing, key_valid: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The same by torch's fused kernel, in the dtype of `q`, without a bias: a slab of queries at a time.
+
+    Lists that read one key/value head are rows of one call, each with its own mask.
+    """
+    if key_valid is not None:  # padding may hold NaN
+        k, v = (x.masked_fill(~key_valid[:, None, :, None], 0.0) for x in (k, v))
+    keys, values = k.flatten(0, 1).unsqueeze(1), v.flatten(0, 1).unsqueeze(1)
+    tables, groups, rows = len(keys), listing.layout.num_groups, listing.rows
+    queries = to_units(q, listing).view(tables, -1, groups, rows, q.shape[-1])
+    out = torch.zeros_like(queries)
+    lse = torch.full_like(queries[..., :1], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    scratch = Scratch(q)
+    step = max(1, rules.SLAB_ROWS // rows)
+    for start in reversed(
+        range(0, groups, step)
+    ):  # the one with the most keys first, whose memory the others use again
+        some = slice(start, min(start + step, groups))
+        stop = listing.stops[some.stop - 1]
+        pairs = queries.shape[1] * (some.stop - start) * rows * max(1, stop)
+        together = max(1, rules.SLAB_PAIRS // pairs)
+        for first in range(0, tables, together) if stop else ():
+            part = slice(first, min(first + together, tables))
+            mask = listing.mask(part, some, stop, causal, scratch)
+            query, into = queries[part, :, some], out[part, :, some]
+            found, sums = fused(
+                query.reshape(len(query), 1, -1, q.shape[-1]), keys[part, :, :stop], values[part, :, :stop], mask, scale
+            )
+            into.copy_(found.view(into.shape))
+            lse[part, :, some] = sums.view(*into.shape[:-1], 1)
+    return out.view(-1, groups * rows, q.shape[-1]), lse.view(-1, groups * rows, 1)
 
 
 def _cut(counts: Tensor, size: int, rows: int, stops: list[int]) -> Iterator[tuple[slice, slice, int, int]]:

@@ -9,12 +9,12 @@ plain torch.
 from __future__ import annotations
 
 import math
-import threading
 
 import torch
 from torch import Tensor
 
 from astbench_kernels.arguments import wants_gradients
+from astbench_kernels.backends.cpu.fused import fused, room
 from astbench_kernels.dispatch import rules
 from astbench_kernels.layout import BlockLayout, last_key
 
@@ -77,8 +77,8 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens: Tensor, hid
     queries = q.reshape(units, 1, rows, -1)
     together = max(1, rules.ROW_BYTES // (width * k.shape[-1] * k.element_size()))
     size = min(units, together) * width
-    room = _room(2 * size * keys.shape[1], keys)
-    rooms = [room[: size * keys.shape[1]].view(size, -1), room[size * keys.shape[1] :].view(size, -1)]
+    held = room(2 * size * keys.shape[1], keys)
+    rooms = [held[: size * keys.shape[1]].view(size, -1), held[size * keys.shape[1] :].view(size, -1)]
     found = []
     for start in range(0, units, together):
         part = slice(start, start + together)
@@ -86,10 +86,10 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens: Tensor, hid
         # What hidden memory holds never matters, NaN included: a product would keep it.
         unseen = hidden[part].flatten().nonzero().squeeze(-1)
         key, value = (
-            torch.index_select(x, 0, index, out=room[: len(index)])
+            torch.index_select(x, 0, index, out=into[: len(index)])
             .index_fill_(0, unseen, 0.0)
             .view(-1, 1, width, x.shape[1])
-            for x, room in zip((keys, values), rooms, strict=True)
+            for x, into in zip((keys, values), rooms, strict=True)
         )
         found.append(_fused(queries[part], key, value, hidden[part, None, None].expand(-1, 1, rows, -1), scale))
     out, lse = (torch.cat(parts) for parts in zip(*found, strict=True)) if len(found) > 1 else found[0]
@@ -99,25 +99,7 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens: Tensor, hid
 def _fused(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output, and log-sum-exp in float32 or float64; `unseen` is bool `(batch, heads, rows, keys)`."""
     mask = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device).masked_fill_(unseen, -torch.inf)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, False, attn_mask=mask, scale=scale
-    )
-    return out, lse.masked_fill(unseen.all(-1), -torch.inf)  # of rows that see nothing it says 0
-
-
-_kept = threading.local()  # bytes: at most 2 ROW_BYTES a thread
-
-
-def _room(elements: int, like: Tensor) -> Tensor:
-    """Memory for gathered keys and values, the same at every step: asking for it would take longer than to fill it."""
-    size = elements * like.element_size()
-    if size > 2 * rules.ROW_BYTES:  # of one very long list
-        return like.new_empty(elements)
-    held: Tensor | None = getattr(_kept, "bytes", None)
-    if held is None or len(held) < size:
-        with torch.inference_mode(False):  # else it could not be used outside
-            held = _kept.bytes = torch.empty(size, dtype=torch.uint8)
-    return held[:size].view(like.dtype)
+    return fused(q, k, v, mask, scale)
 
 
 def _places(tokens: Tensor, k: Tensor) -> Tensor:

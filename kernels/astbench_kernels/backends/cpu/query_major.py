@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astbench_kernels.arguments import wants_gradients
+from astbench_kernels.backends.cpu.fused import fused_units, serves
 from astbench_kernels.backends.cpu.key_major import KeyMajorAttention
-from astbench_kernels.backends.cpu.masked import MaskedAttention, masked_pairs
+from astbench_kernels.backends.cpu.masked import MaskedAttention
 from astbench_kernels.backends.cpu.one_row import is_fused, one_row_attention
 from astbench_kernels.backends.cpu.units import (
     LOG2_E,
@@ -26,7 +28,9 @@ from astbench_kernels.backends.cpu.units import (
     Scratch,
     from_blocks,
     from_units,
+    in_numbers,
     listed_units,
+    lists_together,
     one_list_per_kv_head,
     to_blocks,
     to_units,
@@ -40,10 +44,11 @@ def schedule_of(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, *, causal: bool, block_bias: Tensor | None = None
 ) -> rules.GatherSchedule:
     """Which way a call is computed; see :func:`astbench_kernels.dispatch.gather_schedule`."""
-    schedule = _schedule(layout, q.shape[1], k.shape[1], causal)
+    fused = serves(q, k, v, block_bias) and not wants_gradients(q, k, v, block_bias)
+    schedule = _schedule(layout, q.shape[1], k.shape[1], causal, fused=fused)
     if schedule == "masked" and not (_is_finite(k) and _is_finite(v)):
         # In a sum over all keys a weight of 0 would not keep out what no list names.
-        return _schedule(layout, q.shape[1], k.shape[1], causal, masked=False)
+        return _schedule(layout, q.shape[1], k.shape[1], causal, fused=fused, masked=False)
     if schedule == "whole_row" and not is_fused(q, k, v, block_bias):
         return "one_row"
     return schedule
@@ -55,7 +60,7 @@ def _is_finite(x: Tensor) -> bool:
 
 
 def _schedule(
-    layout: BlockLayout, num_heads: int, num_kv_heads: int, causal: bool, *, masked: bool = True
+    layout: BlockLayout, num_heads: int, num_kv_heads: int, causal: bool, *, fused: bool, masked: bool = True
 ) -> rules.GatherSchedule:
     layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
     if layout.query_length == 1:
@@ -68,55 +73,10 @@ def _schedule(
     seen = rules.keys_seen(
         layout.query_length, length, layout.query_offset, causal=causal, key_stride=layout.key_stride
     )
-    schedule = rules.gather_schedule(rows, size, met, query_rows, length, seen)
+    schedule = rules.gather_schedule(rows, size, met, query_rows, length, seen, fused=fused)
     # Key by key, a tile's rows are of many groups, and each would have its own first row: not written, for the groups
     # of carried lists are wide.
     return "query_major" if schedule == "key_major" and layout.since is not None else schedule
-
-
-def _chunks(counts: list[int], bytes_per_block: int) -> Iterator[tuple[slice, int]]:
-    """Runs of units with the width of the longest list among them; units without keys are left out."""
-    start = 0
-    while start < len(counts):
-        width, stop = counts[start], start + 1
-        while stop < len(counts):
-            wider = max(width, counts[stop])
-            if (stop + 1 - start) * wider * bytes_per_block > rules.CHUNK_BYTES:
-                break
-            width, stop = wider, stop + 1
-        if width > 0:
-            yield slice(start, stop), width
-        start = stop
-
-
-def gathered_pairs(layout: BlockLayout, num_heads: int, num_kv_heads: int, bytes_per_key: int, *, causal: bool) -> int:
-    """(query, key) pairs that :func:`gather_attention` computes.
-
-    Query-major, each chunk's lists are as long as its longest one; key-major, every list has its own length (tiles that
-    are filled up, and blocks that nobody sees yet, left aside); masked, all keys up to a chunk's last one are computed,
-    and a column of nothing; of one row, each list is as long as the longest one, or holds all keys.
-
-    Args:
-        layout: The lists.
-        num_heads: Query heads.
-        num_kv_heads: Key/value heads.
-        bytes_per_key: Of one key of one head; the longer, the shorter the chunks.
-        causal: Whether under a causal mask.
-    """
-    layout = one_list_per_kv_head(layout, num_heads, num_kv_heads)
-    rows = num_heads // layout.indices.shape[1] * layout.query_group
-    schedule = _schedule(layout, num_heads, num_kv_heads, causal)
-    if schedule == "one_row":
-        return layout.indices.shape[0] * num_heads * int(layout.counts.max()) * layout.block_size
-    if schedule == "whole_row":
-        return layout.indices.shape[0] * num_heads * layout.key_length
-    if schedule == "masked":
-        return masked_pairs(layout, num_heads, causal)
-    if schedule == "key_major":
-        return int(layout.counts.sum()) * layout.block_size * rows
-    chunks = _chunks(layout.counts.flatten().tolist(), layout.block_size * bytes_per_key)
-    blocks = sum((units.stop - units.start) * width for units, width in chunks)
-    return blocks * layout.block_size * rows
 
 
 def gather_attention(
@@ -165,28 +125,14 @@ class _GatherAttention(torch.autograd.Function):
         key_valid: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         plan = listed_units(q, k, layout, scale, causal, key_valid)
-        compute = torch.promote_types(q.dtype, torch.float32)
-        queries = to_units(q, plan).to(compute) * (scale * LOG2_E)
-        keys, values = to_blocks(k, key_valid, layout), to_blocks(v, key_valid, layout)
-        bias = None if block_bias is None else block_bias.detach().flatten(0, 2).to(compute) * LOG2_E
-        out = queries.new_zeros(len(queries), plan.rows, v.shape[-1])
-        lse = torch.full(queries.shape[:2], -torch.inf, dtype=compute, device=q.device)
-        scratch = Scratch(queries)
-        for units, width in _chunks_of(plan, k):
-            index = plan.blocks[units, :width].reshape(-1)
-            key = scratch.gather("key", keys, index, units, k.shape[-1])
-            weights = _logits(queries[units], key, plan, units, width, bias, scratch)
-            # Rows that see nothing: weights 0, log-sum-exp log 0 = -inf; no NaN on the way.
-            highest = weights.amax(-1, keepdim=True)
-            highest.masked_fill_(highest == -torch.inf, 0.0)
-            weights.sub_(highest).exp2_()
-            total = weights.sum(-1, keepdim=True)
-            lse[units] = (highest + total.log2()).squeeze(-1)
-            torch.bmm(weights, scratch.gather("key", values, index, units, v.shape[-1]), out=out[units])
-            out[units].div_(total.clamp_(min=torch.finfo(compute).tiny))
+        queries, keys, values = to_units(q, plan), to_blocks(k, key_valid, layout), to_blocks(v, key_valid, layout)
+        if serves(q, k, v, block_bias):
+            out, lse = fused_units(queries, keys, values, plan)
+        else:
+            out, lse = _forward_in_steps(queries, keys, values, plan, block_bias)
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
         ctx.plan = plan
-        return from_units(out, plan).to(q.dtype), from_units(lse.unsqueeze(-1) / LOG2_E, plan).squeeze(-1)
+        return from_units(out, plan).to(q.dtype), from_units(lse.unsqueeze(-1), plan).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -194,19 +140,22 @@ class _GatherAttention(torch.autograd.Function):
         q, k, v, block_bias, key_valid, out, lse = ctx.saved_tensors
         plan: ListedUnits = ctx.plan
         compute = lse.dtype
-        queries, d_out = to_units(q, plan).to(compute) * (plan.scale * LOG2_E), to_units(grad_out, plan).to(compute)
-        d_lse = to_units(grad_lse.unsqueeze(-1), plan)
+        queries, d_out, d_lse = (
+            to_units(x, plan)[plan.order].to(compute) for x in (q, grad_out, grad_lse.unsqueeze(-1))
+        )
+        queries.mul_(plan.scale * LOG2_E)
         keys, values = to_blocks(k, key_valid, plan.layout), to_blocks(v, key_valid, plan.layout)
-        bias = None if block_bias is None else block_bias.flatten(0, 2).to(compute) * LOG2_E
+        bias = _bias_of(block_bias, plan, compute)
         d_queries = torch.zeros_like(queries)
         # Many groups add to one block: sum in float32 whatever the inputs are.
         d_keys, d_values = torch.zeros_like(keys, dtype=compute), torch.zeros_like(values, dtype=compute)
         d_bias = None if bias is None else torch.zeros_like(bias)
         # d logits = P * (dP - delta + d lse), delta = rowsum(dO * O)
-        shift = (d_out * out).sum(-1, keepdim=True) - d_lse
-        known_lse = lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)  # rows that see nothing: exp(-inf - 0) = 0
+        shift = (d_out * out[plan.order]).sum(-1, keepdim=True) - d_lse
+        lse = lse[plan.order] * LOG2_E
+        known_lse = lse.masked_fill_(lse == -torch.inf, 0.0).unsqueeze(-1)  # rows that see nothing: exp(-inf - 0) = 0
         scratch = Scratch(queries)
-        for units, width in _chunks_of(plan, k):
+        for units, width in _chunks_of(plan, keys):
             index = plan.blocks[units, :width].reshape(-1)
             key = scratch.gather("key", keys, index, units, k.shape[-1])
             weights = _logits(queries[units], key, plan, units, width, bias, scratch)
@@ -222,10 +171,10 @@ class _GatherAttention(torch.autograd.Function):
             d_key = scratch.bmm("product", d_logits.transpose(1, 2), queries[units])
             d_keys.index_add_(0, index, d_key.view(len(index), -1))
         return (
-            from_units(d_queries.mul_(plan.scale), plan).to(q.dtype),
+            from_units(in_numbers(d_queries.mul_(plan.scale), plan), plan).to(q.dtype),
             from_blocks(d_keys.div_(LOG2_E), k, key_valid),  # the queries above hold scale * LOG2_E
             from_blocks(d_values, v, key_valid),
-            None if d_bias is None else d_bias.view_as(block_bias).to(block_bias.dtype),
+            None if d_bias is None else _bias_gradient(d_bias, plan).view_as(block_bias).to(block_bias.dtype),
             None,
             None,
             None,
@@ -240,9 +189,48 @@ _SCHEDULES: dict[rules.GatherSchedule, type[torch.autograd.Function]] = {
 }
 
 
-def _chunks_of(plan: ListedUnits, k: Tensor) -> Iterator[tuple[slice, int]]:
-    bytes_per_block = plan.layout.block_size * k.shape[-1] * k.element_size()
-    return _chunks(plan.layout.counts.flatten().tolist(), bytes_per_block)
+def _forward_in_steps(
+    queries: Tensor, keys: Tensor, values: Tensor, plan: ListedUnits, block_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`fused_units`, both in float32 or more, with a bias, for values of any size and on any device."""
+    compute = torch.promote_types(queries.dtype, torch.float32)
+    queries = queries[plan.order].to(compute).mul_(plan.scale * LOG2_E)
+    size = plan.layout.block_size
+    dim, value_dim = keys.shape[1] // size, values.shape[1] // size
+    bias = _bias_of(block_bias, plan, compute)
+    out = queries.new_zeros(len(queries), plan.rows, value_dim)
+    lse = torch.full(queries.shape[:2], -torch.inf, dtype=compute, device=queries.device)
+    scratch = Scratch(queries)
+    for units, width in _chunks_of(plan, keys):
+        index = plan.blocks[units, :width].reshape(-1)
+        key = scratch.gather("key", keys, index, units, dim)
+        weights = _logits(queries[units], key, plan, units, width, bias, scratch)
+        # Rows that see nothing: weights 0, log-sum-exp log 0 = -inf; no NaN on the way.
+        highest = weights.amax(-1, keepdim=True)
+        highest.masked_fill_(highest == -torch.inf, 0.0)
+        weights.sub_(highest).exp2_()
+        total = weights.sum(-1, keepdim=True)
+        lse[units] = (highest + total.log2()).squeeze(-1)
+        torch.bmm(weights, scratch.gather("key", values, index, units, value_dim), out=out[units])
+        out[units].div_(total.clamp_(min=torch.finfo(compute).tiny))
+    return in_numbers(out, plan), in_numbers(lse.div_(LOG2_E), plan)
+
+
+def _chunks_of(plan: ListedUnits, keys: Tensor) -> Iterator[tuple[slice, int]]:
+    return lists_together(plan.counts, keys.shape[1] * keys.element_size(), rules.CHUNK_BYTES)
+
+
+def _bias_of(block_bias: Tensor | None, plan: ListedUnits, dtype: torch.dtype) -> Tensor | None:
+    """`(units, width)`, in powers of two; that of blocks which no row sees may be anything, and is left out."""
+    if block_bias is None:
+        return None
+    bias = plan.in_order(block_bias.detach().flatten(0, 2)).to(dtype) * LOG2_E
+    return bias.masked_fill_(plan.since == plan.layout.query_group, 0.0)
+
+
+def _bias_gradient(d_bias: Tensor, plan: ListedUnits) -> Tensor:
+    """As the layout has it."""
+    return in_numbers(torch.empty_like(d_bias).scatter_(1, plan.slots, d_bias), plan)
 
 
 def _logits(
@@ -255,16 +243,9 @@ def _logits(
         tiles += bias[units, None, :width, None]
     early = plan.too_early(units, width)
     if early is not None:  # added, for which there are vector instructions: a tenth of what filling takes
-        tiles += early.to(logits.dtype).masked_fill_(early, -torch.inf).unsqueeze(-1)
-    _hide(logits, plan, units, width)
+        rows, first = early
+        tiles[:, :, first:] += torch.zeros(rows.shape, dtype=logits.dtype).masked_fill_(rows, -torch.inf).unsqueeze(-1)
+    hidden = plan.hidden(units)
+    if hidden is not None:
+        tiles[:, :, : hidden.shape[2]].masked_fill_(hidden, -torch.inf)
     return logits
-
-
-def _hide(logits: Tensor, plan: ListedUnits, units: slice, width: int) -> None:
-    """Set unseen pairs of `(units, rows, width * block_size)` to -inf; few blocks hold any, only they are touched."""
-    masked = plan.masked[units, :width]
-    if not bool(masked.any()):
-        return
-    unit, slot = masked.nonzero(as_tuple=True)
-    tiles = logits.view(len(masked), plan.rows, width, plan.layout.block_size).transpose(1, 2)
-    tiles[unit, slot] = tiles[unit, slot].masked_fill_(plan.hidden(unit + units.start, slot), -torch.inf)

@@ -7,6 +7,7 @@ key block of every batch row and key/value head.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,37 +45,59 @@ class Units:
 
 @dataclass
 class ListedUnits(Units):
-    """Everything about a call but the tensors that need gradients."""
+    """Everything about a call but the tensors that need gradients.
+
+    Units go from the shortest list to the longest, so that few are filled up when some are computed together. In each
+    list the blocks come first that hold keys which not every row may see; those that no row sees are not there.
+    """
 
     scale: float
     causal: bool
+    counts: list[int]  # blocks of each unit's list
+    order: Tensor  # int64 (units,): each one's number
+    slots: Tensor  # int64 (units, width): where each of its blocks stands in the layout
     blocks: Tensor  # int32 (units, width): rows of the block table
-    slots: Tensor  # bool (units, width): which of them are listed
-    masked: Tensor  # bool (units, width): what :meth:`hidden` is asked about: blocks with keys that a row may not see
+    partial: Tensor  # int64 (units,): how many of them have hidden keys
     starts: Tensor  # int32 (units, width): each listed block's first key
-    since: Tensor | None  # int (units, width): the first place of a row that sees a block, past all for empty slots
+    since: Tensor  # int32 (units, width): the first place of a row that sees a block, past all for empty slots
     last: Tensor  # int64 (groups, rows): the last key that a causal mask shows to each query row of a unit
-    keys: Tensor  # int64 (block_size,): 0, 1, ...
     unseen: Tensor | None  # bool (block table, block_size): keys that nobody may see; None where there are none
 
-    def hidden(self, unit: Tensor, slot: Tensor) -> Tensor:
-        """Bool, broadcastable to `(n, rows, block_size)`: which pairs of listed blocks may not be seen."""
-        hidden = ~self.slots[unit, slot, None, None]
+    def in_order(self, x: Tensor) -> Tensor:
+        """`(units, width)` as the layout has it -> as it stands here."""
+        return x[self.order].gather(1, self.slots)
+
+    def hidden(self, units: slice) -> Tensor | None:
+        """Bool, broadcastable to `(units, rows, n, block_size)`: pairs of the first n blocks that may not be seen.
+
+        None where every row may see all of its blocks.
+        """
+        first, size = int(self.partial[units].max()), self.layout.block_size
+        if not first:
+            return None
+        hidden = torch.zeros((), dtype=torch.bool, device=self.starts.device)
         if self.unseen is not None:
-            hidden = hidden | self.unseen.index_select(0, self.blocks[unit, slot]).unsqueeze(1)
+            hidden = self.unseen[self.blocks[units, :first]].unsqueeze(1)
         if self.causal:
-            last = self.last[unit % self.layout.num_groups] - self.starts[unit, slot, None]
-            hidden = hidden | (self.keys > last.unsqueeze(-1))
+            last = (
+                self.last[self.order[units] % self.layout.num_groups].unsqueeze(-1) - self.starts[units, None, :first]
+            )
+            small = torch.int16 if size < 2**15 else torch.int64  # of which more fit in a vector instruction
+            keys = torch.arange(size, device=last.device, dtype=small)
+            hidden = hidden | (keys > last.clamp_(-1, size).to(small).unsqueeze(-1))
         return hidden
 
-    def too_early(self, units: slice, width: int) -> Tensor | None:
-        """Bool `(units, rows, width)`: rows in front of the one that a carried block came with, and empty slots.
+    def too_early(self, units: slice, width: int) -> tuple[Tensor, int] | None:
+        """Bool `(units, rows, n)`: rows in front of the one that a carried block came with, and empty slots.
 
-        None for lists that nothing carries.
+        Of the last n of `width` slots, and how many there are before them; None where there is no such row.
         """
-        if self.since is None:
+        since = self.since[units, :width]
+        some = since.amax(0).nonzero()
+        if not len(some):
             return None
-        return self.places(self.since.device)[:, None] < self.since[units, None, :width]
+        first = int(some[0])
+        return self.places(since.device).to(torch.int32)[:, None] < since[:, None, first:], first
 
 
 def one_list_per_kv_head(layout: BlockLayout, num_heads: int, num_kv_heads: int) -> BlockLayout:
@@ -109,34 +132,45 @@ def listed_units(
     slots = layout.slots.reshape(-1, width)
     if causal:  # blocks that nobody sees yet are not there
         slots = slots & (starts <= last[:, -1].repeat(batch * lists)[:, None])
-    since = None if layout.since is None else layout.since.reshape(-1, width)
-    if since is not None:
+    since = torch.zeros_like(starts)
+    if layout.since is not None:
+        since = layout.since.reshape(-1, width).to(torch.int32)
         group = torch.arange(layout.num_groups, device=q.device) + layout.first_group
         rows = (layout.query_offset + layout.query_length - group * layout.query_group).clamp(max=layout.query_group)
         slots = slots & (since < rows.repeat(batch * lists)[:, None])
-    masked = ~slots
-    if since is not None:  # empty slots are late ones
-        since, masked = since.masked_fill(masked, layout.query_group), torch.zeros_like(masked)
+    masked = torch.zeros_like(slots)
     if causal:
-        masked = masked | (slots & (starts + size - 1 > last[:, 0].repeat(batch * lists)[:, None]))
+        masked = starts + size - 1 > last[:, 0].repeat(batch * lists)[:, None]
     unseen = unseen_keys(layout, batch, kv_heads, key_valid)
     if unseen is not None:
-        masked = masked | (slots & unseen.any(-1).index_select(0, blocks.flatten()).view_as(masked))
-    return ListedUnits(
+        masked = masked | unseen.any(-1).index_select(0, blocks.flatten()).view_as(masked)
+    masked = masked & slots
+    counts, order = slots.sum(1).sort(stable=True)
+    kind = masked.to(torch.uint8) + slots.to(torch.uint8)
+    plan = ListedUnits(
         layout=layout,
         batch=batch,
         heads_per_list=num_heads // lists,
         scale=scale,
         causal=causal,
+        counts=counts.tolist(),
+        order=order,
+        slots=kind[order].sort(stable=True, dim=1, descending=True).indices,
         blocks=blocks,
-        slots=slots,
-        masked=masked,
+        partial=masked.sum(1)[order],
         starts=starts,
-        since=since,
+        since=since.masked_fill(~slots, layout.query_group),
         last=last.repeat(1, num_heads // lists),
-        keys=torch.arange(size, device=q.device),
         unseen=unseen,
     )
+    for name in ("blocks", "starts", "since"):
+        setattr(plan, name, plan.in_order(getattr(plan, name)))
+    return plan
+
+
+def in_numbers(x: Tensor, plan: ListedUnits) -> Tensor:
+    """Rows in the order of the lists' lengths -> in that of the units' numbers."""
+    return torch.empty_like(x).index_copy_(0, plan.order, x)
 
 
 def to_units(x: Tensor, plan: Units, value: float = 0.0) -> Tensor:
@@ -178,12 +212,38 @@ def from_blocks(x: Tensor, like: Tensor, key_valid: Tensor | None) -> Tensor:
     return x if key_valid is None else x.masked_fill(~key_valid[:, None, :, None], 0.0)
 
 
+def lists_together(counts: list[int], bytes_per_block: int, most: int) -> Iterator[tuple[slice, int]]:
+    """Runs of units with the width of the longest list among them; units without keys are left out.
+
+    Args:
+        counts: Blocks of each unit's list, in ascending order.
+        bytes_per_block: What one of them takes.
+        most: Bytes of a run, but for one list; of what shorter lists are filled up with an eighth of that.
+    """
+    start = sum(count == 0 for count in counts)
+    while start < len(counts):
+        stop, listed = start + 1, counts[start]
+        while stop < len(counts):
+            width, more = counts[stop], listed + counts[stop]
+            whole = (stop + 1 - start) * width
+            if whole * bytes_per_block > most or (whole - more) * bytes_per_block > most // 8:
+                break
+            stop, listed = stop + 1, more
+        yield slice(start, stop), counts[stop - 1]
+        start = stop
+
+
 class Scratch:
     """Memory that every chunk of a call uses again: fresh pages cost as much as the work on them."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._flat: dict[str, Tensor] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That is computed in."""
+        return self._like.dtype
 
     def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """Uninitialised memory, that of the last call of the same name where it is large enough."""

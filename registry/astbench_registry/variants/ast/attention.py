@@ -107,6 +107,12 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         more_kept = self._global_tokens(call) is not None
         return super().fusible(call) and not (forward or self._draws() or more_kept)
 
+    def needs_no_scores(self, call: Call) -> bool:
+        """See the base class."""
+        config = self.config
+        wanted = config.estimator == "soft" or config.rest or self._counts is not None
+        return super().needs_no_scores(call) and not wanted
+
     def least_share(self) -> Tensor | float | None:
         """See the base class."""
         return None if self.config.budget == "fixed" else self.share

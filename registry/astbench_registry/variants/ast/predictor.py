@@ -113,13 +113,25 @@ class LearnedBlockScores(FactoredBlockSelection):
             rows = [self.index.queries(group_query, compute) * gain]
             rows.append(torch.ones_like(rows[0][..., :1]))
             return self._with_patterns(call, rows, columns, grid)
-        context = self.global_context(features, call.mask, grid)
-        described = pad(_unit(torch.cat([group_query, context], -1)), (0, 1), value=1.0)
-        u = torch.matmul(described, widened(self.query_weight, compute)) * self.config.rank**-0.5
-        rows = [group_query * gain, u]
+        rows = [group_query * gain, self._learned_rows(group_query, features, call.mask, grid)]
         if self.config.sub_blocks > 1:
-            rows.append(torch.ones_like(u[..., :1]))
+            rows.append(torch.ones_like(rows[0][..., :1]))
         return self._with_patterns(call, rows, columns, grid)
+
+    def _learned_rows(self, query: Tensor, features: BlockFeatures, mask: AttentionMask, grid: Grid) -> Tensor:
+        """`W_u [unit([q ; c]) ; 1] / sqrt(rank)`; what is c's is computed once for all groups that know the same."""
+        mean, known = _means_of_known(features, mask, grid)
+        dim, eps = 2 * query.shape[-1], torch.finfo(query.dtype).eps
+        weight = widened(self.query_weight, query.dtype) * self.config.rank**-0.5
+        of_query, of_context, constant = weight.split([dim // 2, dim // 2, 1], 1)
+        each = self.shape.num_heads // self.shape.num_kv_heads
+        context = torch.matmul(mean.repeat_interleave(each, 1), of_context)
+        size = mean.square().sum(-1, keepdim=True).repeat_interleave(each, 1)
+        if known is not None:
+            context, size = context[:, :, known], size[:, :, known]
+        # As rms_norm has it: its epsilon is added to the mean of the squares.
+        length = (torch.linalg.vector_norm(query, dim=-1, keepdim=True).square() + size + dim * eps).rsqrt()
+        return (torch.matmul(query, of_query) + context) * length + constant
 
     def _with_patterns(self, call: Call, rows: list[Tensor], columns: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Both factors, patterns of the distance added."""
@@ -132,9 +144,8 @@ class LearnedBlockScores(FactoredBlockSelection):
 
     def global_context(self, features: BlockFeatures, mask: AttentionMask, grid: Grid) -> Tensor:
         """`(batch, num_heads, groups, value_dim)`: mean of the values that each group may know of."""
-        mean_value, num_tokens = features.mean_value, features.num_tokens
-        assert mean_value is not None and num_tokens is not None
-        mean = _mean_of_known(mean_value, num_tokens, mask, grid)
+        mean, known = _means_of_known(features, mask, grid)
+        mean = mean.expand(-1, -1, grid.num_groups, -1) if known is None else mean[:, :, known]
         return mean.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 1)
 
 
@@ -161,20 +172,17 @@ def _distance_patterns(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return torch.cat([weight * cos, weight * sin], -1), columns
 
 
-def _mean_of_known(mean_value: Tensor, counts: Tensor, mask: AttentionMask, grid: Grid) -> Tensor:
-    """`(batch, kv_heads, groups, d)`: mean of the values that each group may know of.
+def _means_of_known(features: BlockFeatures, mask: AttentionMask, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Means of the values that a group may know of, `(batch, kv_heads, n, d)`, and int64 `(groups,)` which is whose.
 
-    Args:
-        mean_value: `(batch, kv_heads, blocks, d)`.
-        counts: `(batch or 1, 1, blocks, 1)`: values that each is the mean of.
-        mask: What may be seen.
-        grid: Groups and blocks.
+    None for one mean that is everybody's.
     """
+    mean_value, counts = features.mean_value, features.num_tokens
+    assert mean_value is not None and counts is not None
     if not mask.causal or grid.num_groups == 1:  # while decoding one sum costs far less than running sums
         known = min(mask.query_offset // grid.block_size, grid.num_blocks) if mask.causal else grid.num_blocks
         counts, mean_value = counts[:, :, :known], mean_value[:, :, :known]
-        mean = torch.matmul(counts.transpose(2, 3), mean_value) / counts.sum(2, keepdim=True).clamp(min=1)
-        return mean.expand(-1, -1, grid.num_groups, -1)
+        return torch.matmul(counts.transpose(2, 3), mean_value) / counts.sum(2, keepdim=True).clamp(min=1), None
     total = (mean_value * counts).cumsum(2)
     mean = pad(total / counts.cumsum(2).clamp(min=1), (0, 0, 1, 0))  # entry n: over the first n blocks
-    return mean[:, :, (grid.first // grid.block_size).clamp(max=grid.num_blocks)]
+    return mean, (grid.first // grid.block_size).clamp(max=grid.num_blocks)
