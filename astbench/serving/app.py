@@ -23,6 +23,7 @@ from astbench.serving.options import ServeOptions
 from astbench.serving.pool import Pool
 from astbench.serving.service import Service
 from astbench.serving.tasks import Answering, Translating
+from astbench.serving.threads import one_thread
 from astbench.serving.translating import Translator
 from astbench.serving.writing import Writer, check_writes_together
 from astbench.tasks.mt.task import Translation
@@ -51,7 +52,8 @@ def build_app(
         ConfigError: a model that does not give in a batch what it gives alone.
     """
     metrics = Metrics(served.handle.name, served.name)
-    worker, routes_of = _of_head(served, options)
+    with one_thread():
+        worker, routes_of = _of_head(served, options)
     engine: Runs
     if options.workers == 1:
         engine = Engine(worker, options.queue, metrics.batch.observe)
@@ -86,7 +88,9 @@ def build_app(
 
 def _worker(load: Callable[[int], Served], options: ServeOptions, number: int) -> Worker:
     """What runs the model in a process of its own."""
-    return _of_head(load(number), options)[0]
+    served = load(number)
+    with one_thread():
+        return _of_head(served, options)[0]
 
 
 def _of_head(served: Served, options: ServeOptions) -> tuple[Worker, Callable[[Service], dict[str, Route_]]]:

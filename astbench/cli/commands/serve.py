@@ -102,15 +102,18 @@ def load(words: list[str], number: int) -> Served:
         AstbenchError: as `serve` does.
     """
     given, rest = _parse(words)
-    served = _load(given, rest)
     import torch
+
+    from astbench.serving.threads import one_thread
 
     if given.threads is not None or given.workers > 1:
         torch.set_num_threads(given.threads or max(1, torch.get_num_threads() // given.workers))
-    device = _device(given.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", number % torch.cuda.device_count())
-    served.place(device, getattr(torch, given.dtype))
+    with one_thread():
+        served = _load(given, rest)
+        device = _device(given.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", number % torch.cuda.device_count())
+        served.place(device, getattr(torch, given.dtype))
     return served
 
 

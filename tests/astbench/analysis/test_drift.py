@@ -74,8 +74,8 @@ def test_drift(kept, astbench, tmp_path):
     for path, layer in found["layers"].items():
         assert layer["to_before"][0] is None and layer["to_last"][-1] == [1.0, 1.0]
         assert layer["to_before"][3] == layer["to_last"][2], "the last weights come after those of step 2"
-        assert layer["kept"][-1] == pytest.approx(analysis["layers"][path]["kept"], abs=1e-6), "the model's own"
-        assert layer["mass"][-1] == pytest.approx(analysis["layers"][path]["mass"], abs=1e-6)
+        assert layer["kept"][-1] == pytest.approx(analysis["layers"][path]["kept"], abs=2e-6), "of the model"
+        assert layer["mass"][-1] == pytest.approx(analysis["layers"][path]["mass"], abs=2e-6)
         moved += layer["to_last"][0]
     assert 0 < min(moved) < 1, "the choice has changed since the start"
 

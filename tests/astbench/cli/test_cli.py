@@ -586,7 +586,7 @@ def test_record_fields(finished):
     assert record["attached"] == {"layers": 3, "patterns": ["bidirectional_self"]}
     assert record["train"]["steps"] == 3
     assert 0 < record["density"]["mean"] <= 1 and len(record["density"]["layers"]) == 3
-    assert record["backends"] == ["gather (query-major)"]
+    assert record["backends"] == ["gather (masked)"]  # what the evaluation ran, without gradients
     assert record["peak_memory"]["cpu_bytes"] > 0 and record["wall_seconds"] > 0
     assert record["signature"].endswith("8 questions")
     assert json.loads((folder / DONE).read_text()) == {"state": "done", "config_hash": record["config_hash"]}
