@@ -138,15 +138,16 @@ class FactoredBlockSelection(BlockSelectingAttention):
     def _layout_in_parts(self, call: Call) -> BlockLayout:
         """See :meth:`needs_no_scores`. A part is a call of its own, as of a prompt that is read in pieces."""
         grid, tile = self.selector.grid(call), self.selector.tile(call.mask) or 1
-        features = self._known_features(call, grid, fused=False)
         together = math.lcm(tile, grid.query_group)
         rows = SCORES_AT_A_TIME // max(1, call.q.shape[0] * call.q.shape[1] * grid.num_blocks) * grid.query_group
         rows = max(1, rows // together) * together
         start, end = call.mask.query_offset, call.mask.query_offset + call.q.shape[2]
+        # Also where no score is needed: a cache's summaries have to hear of every key that is new.
+        features = self._known_features(call, grid, fused=False)
         layouts: list[BlockLayout] = []
         while start < end or not layouts:
             stop = min(end, (start // rows + 1) * rows)
-            part = call.queries_between(start, stop)
+            part = call if stop - start == call.q.shape[2] else call.queries_between(start, stop)
             selection = self.selection(part)
             if self.least_share() is None and self.selector.keeps_all(selection, self.density_at(call.context.step)):
                 keep = (selection.always_kept | selection.candidates).expand(*part.q.shape[:2], -1, -1)
@@ -155,7 +156,7 @@ class FactoredBlockSelection(BlockSelectingAttention):
                 keep = self.choose(scores, part, selection)
             layouts.append(self.layout(keep, part, selection))
             start = stop
-        return BlockLayout.joined(layouts, call.k.shape[2])
+        return layouts[0] if len(layouts) == 1 else BlockLayout.joined(layouts, call.k.shape[2])
 
     @torch.no_grad()
     def fused_layout(self, call: Call) -> BlockLayout:
