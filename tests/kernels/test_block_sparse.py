@@ -168,6 +168,23 @@ def test_carried_lists_match_reference_with_gradients(
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_bias_of_zeros_gets_its_gradient(backend, carried):
+    """As the straight-through estimator has it: the output does not feel it, and comes from torch's fused kernel."""
+    if carried and backend == "gather" and gather.schedule_of() == "key_major":
+        pytest.skip("key by key, lists are not carried")
+    results = []
+    for name in ("reference", backend):
+        inputs, layout, valid = random_case(63, 63, 16, 8, 0, carried=carried)
+        leaves = [*inputs[:3], torch.zeros_like(inputs[3]).requires_grad_()]
+        out, _ = block_sparse_attention(
+            *leaves[:3], layout, block_bias=leaves[3], causal=True, key_valid=valid, backend=name
+        )
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert (results[0][4] != 0).any()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("way", ["query-major", "masked"])
 @pytest.mark.parametrize("carried", [False, True])
 def test_bfloat16_is_rounded_as_dense_attention_rounds_it(monkeypatch, way, carried):
