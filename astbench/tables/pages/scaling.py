@@ -59,40 +59,34 @@ def _runs(group: Group) -> Table:
     """What the exponents were fitted to: means over the seeds."""
     rows = []
     for setting in settings_of(group.runs):
-        first, number = setting.runs[0], len(setting.runs)
+        first = setting.runs[0]
 
         def mean(value: Number, runs: Sequence[Run] = setting.runs) -> float:
             return sum(map(value, runs)) / len(runs)
 
         cells = (
             f"`{first.attention['name']}`",
-            _size(first),
+            f"{_size(first)}, {mean(_parameters) / 1e6:.2f}",
             f"{_length(first):,.0f}",
-            f"{mean(_parameters) / 1e6:.2f}",
             f"{mean(lambda run: run.density):.3f}",
             f"{mean(lambda run: run.metrics['perplexity']):.1f}",
             f"{1e6 * mean(_time_of_a_token):.1f}",
             f"{mean(_memory) / 2**20:,.0f}",
-            str(number),
         )
         rows.append(Row(cells, setting.runs))
-    rows.sort(key=lambda row: (row.cells[0] != "`dense`", row.cells[0], float(row.cells[3]), _number(row.cells[2])))
+    rows.sort(key=lambda row: (row.cells[0] != "`dense`", row.cells[0], _parameters(row.runs[0]), _length(row.runs[0])))
+    seeds = sorted({len(row.runs) for row in rows})
     head = (
         "attention",
-        "model",
+        "model, 10^6 parameters",
         "tokens",
-        "parameters, 10^6",
         "density",
         "perplexity a token",
         "training, µs a token",
         "peak memory, MiB",
-        "seeds",
     )
-    return Table(f"{group.name}.runs", "The runs", head, 2, tuple(rows))
-
-
-def _number(cell: str) -> float:
-    return float(cell.replace(",", ""))
+    said = f"The runs, means over {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds"
+    return Table(f"{group.name}.runs", said, head, 2, tuple(rows))
 
 
 def _size(run: Run) -> str:

@@ -47,7 +47,10 @@ def test_growth_that_is_known(tmp_path):
     wanted = ("9", "+0.50 (+0.50 to +0.50)", "+1.50 (+1.50 to +1.50)", "-0.10 (-0.10 to -0.10)")
     assert growth.rows[0].cells[1:5] == wanted and growth.rows[0].cells[5] == "+0.80 (+0.80 to +0.80)"
     assert len(growth.rows[0].runs) == 9
-    assert [row.cells[:3] for row in held.rows[:2]] == [("`dense`", "llama-tiny", n) for n in ("256", "512")]
+    assert [row.cells[0] for row in held.rows[:2]] == ["`dense`"] * 2
+    assert [row.cells[2] for row in held.rows[:2]] == ["256", "512"] and held.rows[0].cells[1].startswith(
+        "llama-tiny, "
+    )
     assert len(held.rows) == 18
 
 
@@ -62,7 +65,7 @@ def test_noise_widens_the_interval_and_seeds_are_averaged(tmp_path):
     growth, held = tables(group(*runs), {})
     middle, low, _, high = growth.rows[0].cells[2].replace("(", "").replace(")", "").split()
     assert float(low) < float(middle) < float(high) and float(high) - float(low) > 0.1
-    assert [row.cells[-1] for row in held.rows] == ["2"] * 6
+    assert held.caption == "The runs, means over 2 seeds" and len(held.rows) == 6
 
 
 def test_too_little_to_fit(tmp_path):
