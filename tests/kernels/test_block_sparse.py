@@ -200,6 +200,62 @@ def test_bfloat16_is_rounded_as_dense_attention_rounds_it(monkeypatch, way, carr
     torch.testing.assert_close(out, dense.masked_fill(~seen, 0.0), rtol=0, atol=2**-6)
 
 
+STRIDES = {
+    "one kv head": (4, 1, lambda x: x),
+    "one kv head, rows apart": (4, 1, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
+    "the last dimension apart": (4, 2, lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)),
+    "one head, apart": (1, 1, lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)),
+}
+
+
+@pytest.mark.parametrize("way", ["query-major", "masked"])
+@pytest.mark.parametrize("group", [1, 16])
+@pytest.mark.parametrize(("heads", "kv_heads", "lay"), STRIDES.values(), ids=STRIDES)
+def test_how_inputs_lie_in_memory_does_not_matter(monkeypatch, way, group, heads, kv_heads, lay):
+    take(monkeypatch, way)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 64, 16, generator=g) for n in (heads, kv_heads, kv_heads))
+    keep = torch.rand(1, kv_heads, 64 // group, 8, generator=g) < 0.6
+    layout = BlockLayout.from_mask(keep, block_size=8, query_group=group, query_length=64, key_length=64)
+    got, wanted = (
+        block_sparse_attention(*inputs, layout, causal=True, backend=name)
+        for inputs, name in (([lay(x) for x in (q, k, v)], "gather"), ((q, k, v), "reference"))
+    )
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_keys_that_a_row_may_not_see_may_hold_anything(monkeypatch, value):
+    """Of a block that nobody lists, by which short lists are filled up, and later ones in the row's own block."""
+    take(monkeypatch, "query-major")
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 128, 16, generator=g) for _ in range(3))
+    keep = torch.ones(1, 2, 8, 8, dtype=torch.bool).tril()
+    keep[:, :, :, 0] = False
+    layout = BlockLayout.from_mask(keep, block_size=16, query_group=16, query_length=128, key_length=128)
+    spoilt = k.clone()
+    spoilt[:, :, :16] = value
+    spoilt[:, :, 100] = value
+    got, wanted = (block_sparse_attention(q, x, v, layout, causal=True, backend="gather") for x in (spoilt, k))
+    torch.testing.assert_close(got[0][:, :, :100], wanted[0][:, :, :100])
+    torch.testing.assert_close(got[1][:, :, :100], wanted[1][:, :, :100])
+
+
+@pytest.mark.parametrize("way", ["query-major", "masked"])
+def test_gradients_in_bfloat16_start_from_an_output_that_is_not_rounded(monkeypatch, way):
+    """Values far from 0: what rounding the output does to rowsum(dO * O) is many times as much as d logits."""
+    take(monkeypatch, way)
+    found = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        inputs, layout, _ = random_case(64, 64, 8, 16, 0, dtype=torch.bfloat16)
+        q, k, v = (x.detach() for x in inputs[:3])
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v + 4)]
+        out, _ = block_sparse_attention(*leaves, layout, causal=True, backend="gather")
+        found[dtype] = torch.autograd.grad(out.sum(), leaves)
+    for got, wanted in zip(found[torch.bfloat16][:2], found[torch.float64][:2], strict=True):
+        assert (got.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
 def test_units_of_like_lists_are_computed_together():
     counts = sorted([0, 0, 3, 3, 3, 4, 40, 41])
     runs = list(lists_together(counts, 1, 100))

@@ -131,9 +131,16 @@ class FactoredBlockSelection(BlockSelectingAttention):
         """Whether nothing but the lists is wanted of the scores of a causal call on a CPU.
 
         Then a few rows at a time choose, with the keys that they see: their scores stay in its cache. Never in
-        training: a checkpointed layer chooses twice, and must choose the same.
+        training: a checkpointed layer chooses twice, and must choose the same. A subclass that changes `choose`,
+        `rest_token` or `selector_losses` is asked for all scores, unless it says otherwise here.
         """
-        return call.mask.causal and call.q.device.type == "cpu" and not (self.training or torch.is_grad_enabled())
+        said_by = next(cls for cls in type(self).__mro__ if "needs_no_scores" in vars(cls))
+        changed = any(
+            getattr(type(self), name) is not getattr(said_by, name)
+            for name in ("choose", "rest_token", "selector_losses")
+        )
+        on_cpu = call.mask.causal and call.q.device.type == "cpu"
+        return on_cpu and not changed and not (self.training or torch.is_grad_enabled())
 
     def _layout_in_parts(self, call: Call) -> BlockLayout:
         """See :meth:`needs_no_scores`. A part is a call of its own, as of a prompt that is read in pieces."""

@@ -108,3 +108,14 @@ def test_what_is_learned_by_sees_all_scores(options):
         assert plain.needs_no_scores(call) and not plain.needs_no_scores(whole)
         assert not plain.train().needs_no_scores(call) and not module.needs_no_scores(call)
         assert module.eval().needs_no_scores(call) == (options == {"estimator": "policy_gradient"})
+
+
+@pytest.mark.parametrize("name", ["choose", "rest_token", "selector_losses"])
+def test_a_subclass_that_changes_the_choice_is_asked_for_all_scores(name):
+    call = Call.of(SHAPE, *tensors(32, 32), AttentionMask("causal_self"))
+    for base in ("pooled_topk", "ast"):
+        plain = build_attention(base, SIZE, SHAPE).eval()
+        kind = type("Mine", (type(plain),), {name: lambda self, *given: None, "fusible": lambda self, call: False})
+        with torch.no_grad():
+            assert plain.needs_no_scores(call)
+            assert not kind(plain.config, SHAPE).eval().needs_no_scores(call)

@@ -7,6 +7,7 @@ them. It gives no gradient to a bias, and its backward pass is no faster than on
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,16 @@ def serves(q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None) -> bool:
     return q.device.type == "cpu" and q.dtype != torch.float16 and k.shape[-1] == v.shape[-1] and not felt
 
 
+def rounds(q: Tensor, needs_gradient: Sequence[bool]) -> bool:
+    """Whether a backward pass would start from an output that is rounded: gradients would be several times as far off.
+
+    Args:
+        q: Of the call.
+        needs_gradient: Of each input, whether it wants one.
+    """
+    return any(needs_gradient) and q.dtype not in (torch.float32, torch.float64)
+
+
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Output, and log-sum-exp in float32 or float64; 0 and -inf for rows that see nothing.
 
@@ -34,6 +45,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
         mask: In the dtype of `q`, `(batch, heads, rows, keys)`, added to the logits: 0 or -inf; None for 0 throughout.
         scale: Factor on `q . k`.
     """
+    # Called by its own name it looks at no stride, and takes the last one for 1.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, False, attn_mask=mask, scale=scale
     )
@@ -69,7 +82,7 @@ def fused_units(queries: Tensor, keys: Tensor, values: Tensor, plan: ListedUnits
         plan: Of the call.
     """
     dim, rows = queries.shape[-1], plan.rows
-    out = torch.zeros_like(queries)
+    out = queries.new_zeros(queries.shape)
     lse = queries.new_full(queries.shape[:2], -torch.inf, dtype=torch.promote_types(queries.dtype, torch.float32))
     scratch = Scratch(queries)
     # A list's mask has as many numbers as its keys, or more.

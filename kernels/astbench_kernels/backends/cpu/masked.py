@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from astbench_kernels.backends.cpu.fused import fused, serves
+from astbench_kernels.backends.cpu.fused import fused, rounds, serves
 from astbench_kernels.backends.cpu.units import LOG2_E, Scratch, Units, from_units, to_units
 from astbench_kernels.dispatch import rules
 from astbench_kernels.layout import BlockLayout
@@ -184,7 +184,7 @@ class MaskedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
         listing = _listing(q, k, block_bias, layout, causal, key_valid)
-        if serves(q, k, v, block_bias):
+        if serves(q, k, v, block_bias) and not rounds(q, ctx.needs_input_grad):
             out, lse = _forward_fused(q, k, v, listing, key_valid, scale, causal)
         else:
             out, lse = _forward_in_steps(q, k, v, listing, key_valid, scale)
@@ -270,13 +270,11 @@ def _forward_fused(
     keys, values = k.flatten(0, 1).unsqueeze(1), v.flatten(0, 1).unsqueeze(1)
     tables, groups, rows = len(keys), listing.layout.num_groups, listing.rows
     queries = to_units(q, listing).view(tables, -1, groups, rows, q.shape[-1])
-    out = torch.zeros_like(queries)
-    lse = torch.full_like(queries[..., :1], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    out = queries.new_zeros(queries.shape)
+    lse = queries.new_full((*queries.shape[:-1], 1), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     scratch = Scratch(q)
     step = max(1, rules.SLAB_ROWS // rows)
-    for start in reversed(
-        range(0, groups, step)
-    ):  # the one with the most keys first, whose memory the others use again
+    for start in reversed(range(0, groups, step)):  # the one with the most keys first: the others use its memory again
         some = slice(start, min(start + step, groups))
         stop = listing.stops[some.stop - 1]
         pairs = queries.shape[1] * (some.stop - start) * rows * max(1, stop)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from astbench_kernels.arguments import wants_gradients
-from astbench_kernels.backends.cpu.fused import fused_units, serves
+from astbench_kernels.backends.cpu.fused import fused_units, rounds, serves
 from astbench_kernels.backends.cpu.key_major import KeyMajorAttention
 from astbench_kernels.backends.cpu.masked import MaskedAttention
 from astbench_kernels.backends.cpu.one_row import is_fused, one_row_attention
@@ -126,8 +126,13 @@ class _GatherAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         plan = listed_units(q, k, layout, scale, causal, key_valid)
         queries, keys, values = to_units(q, plan), to_blocks(k, key_valid, layout), to_blocks(v, key_valid, layout)
-        if serves(q, k, v, block_bias):
+        if serves(q, k, v, block_bias) and not rounds(q, ctx.needs_input_grad):
             out, lse = fused_units(queries, keys, values, plan)
+            spoilt = _not_finite(keys, plan)
+            if bool(spoilt.any()):
+                found = _forward_in_steps(queries, keys, values, plan, block_bias)
+                out = torch.where(spoilt[:, None, None], found[0].to(out.dtype), out)
+                lse = torch.where(spoilt[:, None], found[1], lse)
         else:
             out, lse = _forward_in_steps(queries, keys, values, plan, block_bias)
         ctx.save_for_backward(q, k, v, block_bias, key_valid, out, lse)
@@ -189,6 +194,12 @@ _SCHEDULES: dict[rules.GatherSchedule, type[torch.autograd.Function]] = {
 }
 
 
+def _not_finite(keys: Tensor, plan: ListedUnits) -> Tensor:
+    """Bool `(units,)`: lists with keys that a mask, which is added, would not hide from rows that may not see them."""
+    sums = keys.sum(1, dtype=torch.promote_types(keys.dtype, torch.float32))
+    return in_numbers((~sums.isfinite())[plan.blocks].any(1), plan)
+
+
 def _forward_in_steps(
     queries: Tensor, keys: Tensor, values: Tensor, plan: ListedUnits, block_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -242,9 +253,13 @@ def _logits(
     if bias is not None:
         tiles += bias[units, None, :width, None]
     early = plan.too_early(units, width)
-    if early is not None:  # added, for which there are vector instructions: a tenth of what filling takes
+    if early is not None:
         rows, first = early
-        tiles[:, :, first:] += torch.zeros(rows.shape, dtype=logits.dtype).masked_fill_(rows, -torch.inf).unsqueeze(-1)
+        if plan.layout.since is None:  # a few slots without a block, filled up with one that may hold anything
+            tiles[:, :, first:].masked_fill_(rows.unsqueeze(-1), -torch.inf)
+        else:  # added, for which there are vector instructions: a tenth of what filling takes
+            never = torch.zeros(rows.shape, dtype=logits.dtype, device=logits.device).masked_fill_(rows, -torch.inf)
+            tiles[:, :, first:] += never.unsqueeze(-1)
     hidden = plan.hidden(units)
     if hidden is not None:
         tiles[:, :, : hidden.shape[2]].masked_fill_(hidden, -torch.inf)
