@@ -26,6 +26,11 @@ def pytest_collection_finish(session):
     gc.enable()
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    """No test is named by bytes: an archive's hold the time it was made at, and each worker would name it anew."""
+    return argname if isinstance(val, bytes) else None
+
+
 class LargestTensor(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation returns meanwhile."""
 
