@@ -84,7 +84,8 @@ def _known(folder: Path, record: dict[str, Any]) -> Known:
 def estimate(cell: Cell, known: Sequence[Known]) -> Estimate | None:
     """From the nearest run of the same command and task, scaled by steps and by the tokens of a step. None without one.
 
-    The nearest run is the one with the fewest other options; one of the same attention comes first.
+    The nearest run is the one with the fewest other options; one of the same model comes first, then one of the same
+    attention: models differ more than attentions do.
     """
     asked = wanted(cell)
     same = [run for run in known if run.command == cell.command and run.seconds > 0]
@@ -94,9 +95,10 @@ def estimate(cell: Cell, known: Sequence[Known]) -> Estimate | None:
         return None
     key = "attention" if cell.command == "bench" else "attention.name"
 
-    def distance(run: Known) -> tuple[bool, int]:
+    def distance(run: Known) -> tuple[bool, bool, int]:
         others = sum(run.options.get(k, v) != v for k, v in asked.items() if k not in _IGNORED)
-        return run.options.get(key) != asked.get(key), others
+        model, attention = (run.options.get(k) != asked.get(k) for k in ("backbone.name", key))
+        return model, attention, others
 
     nearest = min(same, key=distance)
     steps = asked.get("trainer.max_steps")

@@ -242,6 +242,19 @@ def test_an_estimate_grows_with_steps_and_tokens(sweep):
     assert estimate(cell, []) is None
 
 
+def test_an_estimate_is_after_the_same_model_rather_than_the_same_attention(sweep):
+    found = sweep("[0.1]")
+    start(found)
+    (cell,), _ = expand(found)
+    (known,) = known_runs([found.folder])
+    asked = wanted(cell)
+    large = replace(known, name="large", options={**asked, "backbone.name": "bert-mini"})
+    other = replace(known, name="other", options={**asked, "attention.name": "linear", "optim.lr": 1, "data.stride": 7})
+    assert estimate(cell, [large, other]).after == "other"
+    assert estimate(cell, [large]).after == "large"
+    assert estimate(cell, [large, other, replace(known, name="same", options=asked)]).after == "same"
+
+
 def test_a_damaged_journal_is_told(sweep):
     found = sweep("[0.1]")
     start(found)
