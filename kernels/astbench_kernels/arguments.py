@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def wants_gradients(*inputs: Tensor | None) -> bool:
     """Whether a backward pass may follow a call with these inputs."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Within, products keep the dtype of what they multiply.
+
+    Only where it is on is torch.autocast entered, which takes as long as several operations of a step of decoding.
+    """
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def check_arguments(

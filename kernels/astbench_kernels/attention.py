@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from astbench_kernels import triton
-from astbench_kernels.arguments import check_arguments, once_differentiable, wants_gradients
+from astbench_kernels.arguments import check_arguments, once_differentiable, wants_gradients, without_autocast
 from astbench_kernels.backends import flex
 from astbench_kernels.backends.cpu.query_major import gather_attention, schedule_of
 from astbench_kernels.backends.reference import reference_attention
@@ -269,7 +269,7 @@ def block_sparse_attention(
     if chosen in _TRITON and triton.is_hopper(q.device) and (q.device, q.dtype) not in _checked:
         _check_hopper(what_runs(chosen, q, k, v, layout, causal=causal, block_bias=block_bias, key_valid=key_valid), q)
     call = KernelCall(q, v, layout, causal, key_valid, gradients)
-    with torch.autocast(q.device.type, enabled=False), watched(call):
+    with without_autocast(q.device.type), watched(call):
         out, lse = run(
             q,
             k,

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+FEW_BLOCKS = 2**12
+"""Of so many a decoding step's lists are made by sorting: two to three times as fast as by counting."""
+
 
 def ceil_div(a: int, b: int) -> int:
     """Integer division, rounded up."""
@@ -55,6 +58,7 @@ class BlockLayout:
     key_stride: int = 1
     since: Tensor | None = None
     _sound: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
+    _first_rows: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (("key_stride", 1), ("block_size", 1), ("query_group", 1), ("query_offset", 0)):
@@ -119,14 +123,8 @@ class BlockLayout:
 
         Cost: O(groups x key_blocks) time and memory.
         """
-        kept, blocks = keep.reshape(-1).nonzero().squeeze(-1), max(1, keep.shape[-1])
-        counts = torch.bincount(kept // blocks, minlength=math.prod(keep.shape[:-1])).to(torch.int32)
-        counts = counts.view(keep.shape[:-1])
-        width = max(1, int(counts.max())) if counts.numel() else 1
-        indices = torch.zeros(*counts.shape, width, dtype=torch.int32, device=keep.device)
-        # Both masks are read row by row: the kept blocks fall into their row's first slots, in ascending order.
-        slots = torch.arange(width, device=keep.device) < counts.unsqueeze(-1)
-        indices.masked_scatter_(slots, (kept % blocks).to(torch.int32))
+        with torch.inference_mode(False):  # where it is seen that nobody writes into them
+            indices, counts = _lists_of(keep)
         shape = (block_size, query_group, query_length, key_length, query_offset, key_stride)
         return BlockLayout(indices, counts, *shape)._made()
 
@@ -155,30 +153,21 @@ class BlockLayout:
 
         Cost: O(query_length x key_blocks) time; memory for as many bytes.
         """
-        groups = ceil_div(query_offset + query_length, query_group) - query_offset // query_group
-        lead = query_offset % query_group
-        tail = groups * query_group - lead - query_length
-        rows = torch.nn.functional.pad(keep, (0, 0, lead, tail)).unflatten(2, (groups, query_group))
-        # The first row is that with the most rows from it to the end; a product of bytes is faster than any choice.
-        small = torch.uint8 if query_group < 2**8 else torch.int32
-        left = torch.arange(query_group, 0, -1, device=keep.device, dtype=small)[:, None]
-        most = (rows.to(small) * left).amax(3) if rows.numel() else rows.new_zeros(0, dtype=small)
-        first = query_group - most.view(*keep.shape[:2], groups, keep.shape[-1]).to(torch.int32)
-        if before is not None and groups:
-            first[:, :, 0] = torch.minimum(first[:, :, 0], before)
-        layout = BlockLayout.from_mask(
-            first < query_group,
-            block_size=block_size,
-            query_group=query_group,
-            query_length=query_length,
-            key_length=key_length,
-            query_offset=query_offset,
-        )
-        listed = layout.indices.long().masked_fill(~layout.slots, 0)
-        since = first.gather(-1, listed).masked_fill_(~layout.slots, 0) if keep.shape[-1] else layout.indices
-        return replace(layout, since=since)._made()
+        with torch.inference_mode(False):
+            first = _first_rows(keep, query_offset, query_group)
+            if before is not None and first.shape[2]:
+                first[:, :, 0] = torch.minimum(first[:, :, 0], before)
+            indices, counts = _lists_of(first < query_group)
+            hidden = torch.arange(indices.shape[-1], device=keep.device) >= counts.unsqueeze(-1)
+            since = first.gather(-1, indices.long()).masked_fill_(hidden, 0) if keep.shape[-1] else indices
+        layout = BlockLayout(indices, counts, block_size, query_group, query_length, key_length, query_offset, 1, since)
+        layout = layout._made()
+        if keep.shape[2] == 1:  # the next step of decoding asks for them
+            object.__setattr__(layout, "_first_rows", first)
+        return layout
 
     @staticmethod
+    @torch.inference_mode(False)
     def joined(parts: Sequence[BlockLayout], key_length: int) -> BlockLayout:
         """The lists of consecutive queries as one layout.
 
@@ -205,8 +194,10 @@ class BlockLayout:
     def first_rows(self) -> Tensor:
         """int32 `(batch, list_heads, groups, key_blocks)`: the first row of a group that sees each block.
 
-        `query_group` for blocks that are not listed.
+        `query_group` for blocks that are not listed. Not to be written into.
         """
+        if self._first_rows is not None and self.sound:
+            return self._first_rows
         table = torch.full(
             (*self.counts.shape, self.num_blocks + 1), self.query_group, dtype=torch.int32, device=self.indices.device
         )
@@ -315,6 +306,7 @@ class BlockLayout:
         pairs = self.attended_pairs(causal=causal, key_valid=key_valid)
         return torch.where(everything[:, None] > 0, pairs / everything[:, None].clamp(min=1), 1.0)
 
+    @torch.inference_mode(False)
     def expand_heads(self, num_heads: int) -> BlockLayout:
         """Repeat each list for the consecutive heads that share it."""
         repeats = num_heads // self.indices.shape[1]
@@ -325,6 +317,40 @@ class BlockLayout:
             since=None if self.since is None else self.since.repeat_interleave(repeats, 1),
         )
         return expanded._made() if self.sound else expanded
+
+
+def _lists_of(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Both int32: the blocks `(batch, list_heads, groups, width)` in ascending order, and how many they are."""
+    blocks = keep.shape[-1]
+    if keep.shape[2] == 1 and 0 < keep.numel() <= FEW_BLOCKS:
+        counts = keep.sum(-1, dtype=torch.int32)
+        width = max(1, int(counts.max()))
+        first = keep.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
+        slots = torch.arange(width, device=keep.device) < counts.unsqueeze(-1)
+        return first.to(torch.int32).mul_(slots), counts
+    kept = keep.reshape(-1).nonzero().squeeze(-1)
+    counts = torch.bincount(kept // max(1, blocks), minlength=math.prod(keep.shape[:-1])).to(torch.int32)
+    counts = counts.view(keep.shape[:-1])
+    width = max(1, int(counts.max())) if counts.numel() else 1
+    indices = torch.zeros(*counts.shape, width, dtype=torch.int32, device=keep.device)
+    # Both masks are read row by row: the kept blocks fall into their row's first slots, in ascending order.
+    slots = torch.arange(width, device=keep.device) < counts.unsqueeze(-1)
+    return indices.masked_scatter_(slots, (kept % max(1, blocks)).to(torch.int32)), counts
+
+
+def _first_rows(keep: Tensor, offset: int, group: int) -> Tensor:
+    """int32 `(batch, list_heads, groups, key_blocks)`: the first row of each group that keeps a block, or `group`."""
+    length, lead = keep.shape[2], offset % group
+    if length == 1:
+        return torch.where(keep, lead, group).to(torch.int32)
+    groups = ceil_div(offset + length, group) - offset // group
+    tail = groups * group - lead - length
+    rows = torch.nn.functional.pad(keep, (0, 0, lead, tail)).unflatten(2, (groups, group))
+    # The first row is that with the most rows from it to the end; a product of bytes is faster than any choice.
+    small = torch.uint8 if group < 2**8 else torch.int32
+    left = torch.arange(group, 0, -1, device=keep.device, dtype=small)[:, None]
+    most = (rows.to(small) * left).amax(3) if rows.numel() else rows.new_zeros(0, dtype=small)
+    return group - most.view(*keep.shape[:2], groups, keep.shape[-1]).to(torch.int32)
 
 
 def visible_pairs(

@@ -25,6 +25,11 @@ def select_blocks(scores: Tensor, *, always_kept: Tensor, candidates: Tensor, bu
 
     Cost: O(groups x key_blocks log budget).
     """
+    alone = always_kept.numel() == candidates.numel() == scores.shape[-1] > 0 and budget.numel() == 1
+    if alone and scores.device.type == "cpu":
+        kept = _of_one_row(scores, always_kept, candidates, int(budget))
+        if kept is not None:
+            return kept
     allowed, budget = always_kept | candidates, budget.expand(scores.shape[:-1])
     # Blocks that are always kept rank above all others, so that the budget counts them too.
     fixed = torch.full((), -torch.inf, device=scores.device).masked_fill(always_kept, torch.inf)
@@ -37,6 +42,20 @@ def select_blocks(scores: Tensor, *, always_kept: Tensor, candidates: Tensor, bu
     if bool(tied.any()):
         kept[tied] = _without_surplus(ranked[tied], lowest[tied].unsqueeze(-1), budget[tied])
     return kept
+
+
+def _of_one_row(scores: Tensor, always_kept: Tensor, candidates: Tensor, budget: int) -> Tensor | None:
+    """Of a group alone, as in a step of decoding, whose heads all choose as many of the same; None where scores tie."""
+    free = candidates & ~always_kept
+    most, wanted = int(free.sum()), budget - int(always_kept.sum())
+    if wanted <= 0:
+        return always_kept.expand(scores.shape)
+    if wanted >= most:
+        return (always_kept | free).expand(scores.shape)
+    best = torch.where(free, scores.detach().float(), -torch.inf).topk(wanted + 1, -1)
+    if bool((best.values[..., wanted - 1] == best.values[..., wanted]).any()):
+        return None
+    return always_kept.expand(scores.shape).clone().scatter_(-1, best.indices[..., :wanted], True)
 
 
 ROWS_AT_A_TIME = 512

@@ -70,6 +70,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.shape = shape
+        self._can = config.can  # asked for at every call
 
     def __call__(
         self,
@@ -88,7 +89,7 @@ class Attention(nn.Module):
         strides and positions from row 0; see :mod:`astbench_registry.leading_padding`. Where the context brings a
         transform, values are summed by :meth:`explicit_weights` that it has changed, in place of :meth:`forward`.
         """
-        can, narrow = self.config.can, q.shape[-1] - v.shape[-1]
+        can, narrow = self._can, q.shape[-1] - v.shape[-1]
         if narrow > 0 and not can.any_value_size:
             output = self(q, k, pad(v, (0, narrow)), mask, scale=scale, context=context)
             return output._replace(out=output.out[..., :-narrow])

@@ -117,6 +117,26 @@ def test_all_keys_are_read_where_lists_name_most():
         assert what_runs("gather", q, k, v, layout, causal=True) == runs
 
 
+@pytest.mark.parametrize("lists", [1, KV_HEADS, HEADS])
+@pytest.mark.parametrize("offset", [63, 40])
+def test_lists_that_name_every_block_are_dense_attention(lists, offset):
+    (q, k, _, _), layout, _ = step(64, 16, 64, lists=lists, offset=offset)
+    keep = torch.ones(BATCH, lists, 1, 4, dtype=torch.bool)
+    shape = {"block_size": 16, "query_length": 1, "key_length": 64, "query_offset": offset}
+    seen = torch.arange(64) <= offset
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=seen[None], enable_gqa=True)
+    with torch.no_grad():
+        for layout in (
+            BlockLayout.from_mask(keep, query_group=1, **shape),
+            BlockLayout.carried(keep, query_group=64, **shape),
+        ):
+            torch.testing.assert_close(block_sparse_attention(q, k, k, layout, causal=True)[0], dense)
+        late = replace(layout, since=layout.since.masked_fill(layout.indices == 1, offset % 64 + 1))
+        seen = seen & (torch.arange(64) // 16 != 1)
+        dense = torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=seen[None], enable_gqa=True)
+        torch.testing.assert_close(block_sparse_attention(q, k, k, late, causal=True)[0], dense)
+
+
 def test_takes_every_step_and_says_so():
     inputs, layout, _ = step(64, 8, 16)
     q, k, v = plain(inputs)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from astbench_kernels import BlockLayout, merge_attention
+from astbench_kernels.arguments import without_autocast
 from astbench_registry.block_selection.call import Call
 from astbench_registry.block_selection.coarse_keys import CoarseAttention
 from astbench_registry.block_selection.grid import Selection
@@ -109,7 +110,7 @@ class BlockSelectingAttention(Attention):
         """See the base class. Time O(N x kept keys), and O(groups x blocks) for the choice."""
         call = Call.of(self.shape, q, k, v, mask, scale, context)
         backend = call.backend(self.config.backend)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device.type):
             call = call.without_padding()
             choice = self.choice(call, backend)
             coarse = self.coarse(call, backend)

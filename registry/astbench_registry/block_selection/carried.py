@@ -27,6 +27,7 @@ class RunningList:
         self._first: Tensor | None = None  # (batch, lists, blocks): first row of the tile that chose each block
         self._keys: Tensor | None = None  # (batch, kv_heads, rows, head_dim): of the tile's rows so far
         self._start = 0  # position of the tile's first row
+        self._stop = 0  # position behind the last row that it knows
         self._doubtful = False
 
     def doubt(self) -> None:
@@ -36,8 +37,8 @@ class RunningList:
     def take(self, other: RunningList, rows: list[int]) -> None:
         """Begin with the lists of some sequences of another, where it has any."""
         if other._first is not None and other._keys is not None and len(other._first) > max(rows):
-            self._first, self._keys, self._start = other._first[rows], other._keys[rows], other._start
-            self._doubtful = other._doubtful
+            self._first, self._keys = other._first[rows], other._keys[rows]
+            self._start, self._stop, self._doubtful = other._start, other._stop, other._doubtful
 
     def before(self, call: Call, tile: int) -> Tensor | None:
         """`(batch, lists, key_blocks)`, as :meth:`BlockLayout.carried` takes it; None where it is not known."""
@@ -53,6 +54,8 @@ class RunningList:
             first = first[same.to(torch.uint8).argmax(1)]
         elif len(first) != len(call.k):
             return None
+        if offset == self._stop:
+            return first
         return torch.where(first >= offset - start, tile, first)  # of rows that a cropped cache has no more: nothing
 
     def remember(self, call: Call, layout: BlockLayout) -> None:
@@ -60,7 +63,7 @@ class RunningList:
         stop, tile = call.mask.query_offset + call.q.shape[2], layout.query_group
         self._first, self._keys, self._doubtful = None, None, False
         if stop % tile:
-            self._start = stop - stop % tile
+            self._start, self._stop = stop - stop % tile, stop
             self._first = layout.first_rows()[:, :, -1]
             self._keys = call.k[:, :, self._start : stop].clone()
 
@@ -89,7 +92,8 @@ def carried_layout(
                 "was not kept: keep one KV cache from the prompt on, without gradients, or set --attention.lists=own"
             )
         blocks = selection.num_blocks
-        before = pad(before[..., :blocks], (0, max(0, blocks - before.shape[-1])), value=tile)
+        if before.shape[-1] != blocks:
+            before = pad(before[..., :blocks], (0, max(0, blocks - before.shape[-1])), value=tile)
     real = call.mask.valid_queries(call.q.shape[2])
     if real is not None:  # padding chooses nothing for those behind it
         keep = keep & real[:, None, :, None]

@@ -55,6 +55,8 @@ class BlockSelector:
     def selection(self, call: Call) -> Selection:
         """Groups, blocks and what each group may, must and need not see."""
         config, mask, grid = self.config, call.mask, self.grid(call)
+        if mask.causal and mask.key_valid is None and call.q.shape[2] == 1:
+            return self._of_one_row(grid, mask.query_offset)
         size, blocks, first = grid.block_size, grid.num_blocks, grid.first
         last = (first + grid.query_group - 1).clamp(max=mask.query_offset + call.q.shape[2] - 1)
         start = torch.arange(blocks, device=call.q.device) * size
@@ -79,6 +81,19 @@ class BlockSelector:
             always_kept=always_kept & visible,
             candidates=complete & visible,
         )
+
+    def _of_one_row(self, grid: Grid, position: int) -> Selection:
+        """The same for a step of decoding without padding, in a few operations."""
+        size, blocks = grid.block_size, grid.num_blocks
+        visible = torch.ones(1, 1, 1, blocks, dtype=torch.bool, device=grid.first.device)
+        visible[..., position // size + 1 :] = False
+        candidates, always_kept = visible.clone(), torch.zeros_like(visible)
+        candidates[..., position // size :] = False
+        nearest = max(0, position // size - self.config.local_blocks)
+        always_kept[..., nearest : position // size + 1] = True
+        if self.config.sink_block:
+            always_kept[..., :1] = True
+        return Selection(**vars(grid), visible=visible, always_kept=always_kept, candidates=candidates)
 
     def budget(self, visible_blocks: Tensor, density: float | None = None) -> Tensor:
         """int64, as `visible_blocks`: how many blocks a row with that many visible ones keeps.

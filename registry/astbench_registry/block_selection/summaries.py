@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from astbench_registry.block_selection.features import BlockFeatures
 from astbench_registry.block_selection.grid import Grid
 from astbench_registry.interface import CacheState
 
+T = TypeVar("T")
 FeaturesOf = Callable[[Call, Grid], BlockFeatures]
 
 
@@ -34,6 +36,18 @@ class BlockSummaries(CacheState):
         self._tensors: dict[str, Tensor] = {}  # by the features' names; with room behind the last block
         self._rows: dict[str, int] = {}  # of each tensor a block
         self._valid: Tensor | None = None
+        self._once: dict[str, tuple[Hashable, Any]] = {}
+
+    def once(self, name: str, of: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, kept for later steps of decoding until blocks come or go, or `of` is another.
+
+        It may depend on completed blocks, weights and `of`.
+        """
+        known = self._once.get(name)
+        if known is None or known[0] != of:
+            self._once[name] = known = (of, make())
+        found: T = known[1]
+        return found
 
     def take(self, other: CacheState, rows: list[int]) -> None:
         """See the base class: the running list. Features of blocks can be made anew."""
@@ -44,6 +58,7 @@ class BlockSummaries(CacheState):
         """See the base class: features are made anew, the running list is looked at."""
         super().doubt()
         self.blocks = 0
+        self._once.clear()
         self.running.doubt()
 
     def completed(self, call: Call, grid: Grid, features_of: FeaturesOf) -> BlockFeatures:
@@ -79,9 +94,11 @@ class BlockSummaries(CacheState):
 
     def _forget(self, key_valid: Tensor | None, limit: int, size: int) -> None:
         """Blocks behind the first `limit`, and all where padding has changed."""
-        self.blocks = min(self.blocks, limit)
+        known, self.blocks = self.blocks, min(self.blocks, limit)
         if self.blocks and self._padding_differs(key_valid, self.blocks * size):
             self.blocks = 0
+        if self.blocks < known:
+            self._once.clear()
 
     def _padding_differs(self, key_valid: Tensor | None, length: int) -> bool:
         if self._valid is None or key_valid is None:
@@ -90,6 +107,7 @@ class BlockSummaries(CacheState):
 
     def _add(self, features: BlockFeatures, count: int) -> None:
         """`count` blocks, behind those that are known."""
+        self._once.clear()
         new = {name: x for name, x in features._asdict().items() if x is not None}
         known, stop = self.blocks, self.blocks + count
         self._rows = {name: x.shape[2] // count for name, x in new.items()}

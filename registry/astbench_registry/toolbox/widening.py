@@ -28,5 +28,7 @@ def widened(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if weight.dtype == dtype:
         return weight
+    if not torch.is_grad_enabled():
+        return weight.to(dtype)
     wide: Tensor = _Widened.apply(weight, dtype)
     return wide

@@ -83,6 +83,20 @@ def test_steps_of_any_size_and_a_cut_cache(name, room):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+def test_a_cut_cache_that_goes_on_with_other_tokens(name):
+    """As many blocks as before, but others: what was made of them is not what it was."""
+    (module, _), kept = layer(name), BlockSummaries()
+    first, other = (draw(TOKENS, dim=DIM, seed=seed)[0] for seed in (1, 2))
+    step(module, first, 0, 30, kept)
+    for position in range(30, 34):
+        step(module, first, position, position + 1, kept)
+    changed = [torch.cat([a[:, :, :12], b[:, :, 12:]], 2) for a, b in zip(first, other, strict=True)]
+    same(module, changed, 12, 32, kept)
+    for position in range(32, TOKENS):
+        same(module, changed, position, position + 1, kept)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 def test_padding_is_part_of_what_is_kept(name):
     (module, counted), tensors, kept = layer(name), draw(TOKENS, dim=DIM, seed=1)[0], BlockSummaries()
     valid = torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(2)) < 0.7

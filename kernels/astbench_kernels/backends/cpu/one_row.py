@@ -38,15 +38,16 @@ def one_row_attention(
     Cost: O(listed keys x head_dim) time, whatever the length of the cache, with `whole` O(keys x head_dim);
     O(ROW_BYTES) memory, or one list's keys. Where :func:`is_fused` says no, memory for all lists' keys.
     """
-    tokens, hidden = _listed_tokens(layout, causal, key_valid)
-    if not is_fused(q, k, v, block_bias):
-        return _in_steps(q, k, v, block_bias, layout, scale, tokens, hidden)
-    if whole:
-        out, lse = _whole(q, k, v, scale, tokens, hidden)
+    in_steps = not is_fused(q, k, v, block_bias)
+    if whole and not in_steps:
+        out, lse = _whole(q, k, v, scale, layout, causal, key_valid)
         # NaN or infinity in a key that no list names would show. It is looked for here, for looking at the whole cache
         # beforehand would take as long as the step.
         if math.isfinite(float(out.sum(dtype=lse.dtype))):
             return out, lse
+    tokens, hidden = _listed_tokens(layout, causal, key_valid)
+    if in_steps:
+        return _in_steps(q, k, v, block_bias, layout, scale, tokens, hidden)
     return _gathered(q, k, v, scale, tokens, hidden)
 
 
@@ -56,15 +57,31 @@ def is_fused(q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None) -> bool
     return q.device.type == "cpu" and not learns and block_bias is None and k.shape[-1] == v.shape[-1]
 
 
-def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _whole(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, layout: BlockLayout, causal: bool, key_valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """All keys by torch's fused kernel, those that are not listed masked: the heads of a list are its rows."""
     batch, kv_heads, keys = k.shape[:3]
-    unseen = torch.ones(len(tokens), keys + 1, dtype=torch.bool, device=q.device)
-    unseen.scatter_(1, tokens.masked_fill(hidden, keys), False)
-    rows = q.shape[1] // kv_heads
-    unseen = unseen[:, :keys].view(batch, kv_heads, -1, keys)
-    unseen = unseen.repeat_interleave(rows // unseen.shape[2], 2)
-    out, lse = _fused(q.reshape(batch, kv_heads, rows, -1), k, v, unseen, scale)
+    lists, rows = layout.indices.shape[1], q.shape[1] // kv_heads
+    stop = (layout.query_offset + 1) // layout.key_stride
+    seen = layout.slots[:, :, 0]
+    if layout.since is not None:
+        seen = seen & (layout.since[:, :, 0] <= layout.query_offset % layout.query_group)
+    queries = q.reshape(batch, kv_heads, rows, -1)
+    listed = seen.shape[-1] == layout.num_blocks and bool(seen.all())
+    if listed and key_valid is None and not (causal and stop < keys):
+        out, lse = fused(queries, k, v, None, scale)
+        return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+    block = torch.where(seen, layout.indices[:, :, 0], layout.num_blocks).long()
+    blocks = torch.full((batch, lists, layout.num_blocks + 1), -torch.inf, dtype=q.dtype, device=q.device)
+    blocks = blocks.scatter_(-1, block, 0.0)[..., : layout.num_blocks]
+    mask = blocks.repeat_interleave(layout.block_size, -1)[..., :keys]
+    if causal and stop < keys:
+        mask[..., stop:] = -torch.inf
+    if key_valid is not None:
+        mask = mask.masked_fill(~key_valid[:, None], -torch.inf)
+    mask = mask.view(batch, kv_heads, -1, keys).repeat_interleave(rows * kv_heads // lists, 2)
+    out, lse = fused(queries, k, v, mask, scale)
     return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
 
 

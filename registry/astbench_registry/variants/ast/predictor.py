@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, rms_norm
 
 from astbench_kernels.triton import pool_blocks
-from astbench_registry.block_selection import BlockFeatures, Call, FactoredBlockSelection, Grid
+from astbench_registry.block_selection import BlockFeatures, BlockSummaries, Call, FactoredBlockSelection, Grid
 from astbench_registry.block_selection.pooling import extremes_of_blocks, mean_of_blocks, real_in_blocks
 from astbench_registry.configs.adaptive_sparse import ASTConfig
 from astbench_registry.interface import AttentionShape
 from astbench_registry.mask import AttentionMask
 from astbench_registry.toolbox.widening import widened
 from astbench_registry.variants.ast.index import TokenIndex
+
+T = TypeVar("T")
 
 NO_TOKEN = -1e4
 """Logit of what is no token: its exponential is 0, where -inf would make NaN of blocks that are all padding."""
@@ -108,30 +112,46 @@ class LearnedBlockScores(FactoredBlockSelection):
         """:meth:`factors`, with a gradient to the queries whatever `detach` says."""
         compute, columns = call.compute_dtype, features.key
         group_query = self.group_query(call, grid)
-        gain = call.scale * widened(self.gain, compute).exp()[:, None, None]
+        gain = self._once(call, "gain", lambda: call.scale * widened(self.gain, compute).exp()[:, None, None])
         if self.index is not None:
             rows = [self.index.queries(group_query, compute) * gain]
             rows.append(torch.ones_like(rows[0][..., :1]))
             return self._with_patterns(call, rows, columns, grid)
-        rows = [group_query * gain, self._learned_rows(group_query, features, call.mask, grid)]
+        rows = [group_query * gain, self._learned_rows(group_query, features, call, grid)]
         if self.config.sub_blocks > 1:
             rows.append(torch.ones_like(rows[0][..., :1]))
         return self._with_patterns(call, rows, columns, grid)
 
-    def _learned_rows(self, query: Tensor, features: BlockFeatures, mask: AttentionMask, grid: Grid) -> Tensor:
+    def _learned_rows(self, query: Tensor, features: BlockFeatures, call: Call, grid: Grid) -> Tensor:
         """`W_u [unit([q ; c]) ; 1] / sqrt(rank)`; what is c's is computed once for all groups that know the same."""
-        mean, known = _means_of_known(features, mask, grid)
-        dim, eps = 2 * query.shape[-1], torch.finfo(query.dtype).eps
-        weight = widened(self.query_weight, query.dtype) * self.config.rank**-0.5
-        of_query, of_context, constant = weight.split([dim // 2, dim // 2, 1], 1)
-        each = self.shape.num_heads // self.shape.num_kv_heads
-        context = torch.matmul(mean.repeat_interleave(each, 1), of_context)
-        size = mean.square().sum(-1, keepdim=True).repeat_interleave(each, 1)
-        if known is not None:
-            context, size = context[:, :, known], size[:, :, known]
+        dim = 2 * query.shape[-1]
+
+        def weights() -> Sequence[Tensor]:
+            weight = widened(self.query_weight, query.dtype) * self.config.rank**-0.5
+            return weight.split([dim // 2, dim // 2, 1], 1)
+
+        of_query, of_context, constant = self._once(call, "weights", weights)
+
+        def of_known() -> tuple[Tensor, Tensor]:
+            mean, known = _means_of_known(features, call.mask, grid)
+            each = self.shape.num_heads // self.shape.num_kv_heads
+            context = torch.matmul(mean.repeat_interleave(each, 1), of_context)
+            size = mean.square().sum(-1, keepdim=True).repeat_interleave(each, 1)
+            return (context, size) if known is None else (context[:, :, known], size[:, :, known])
+
+        context, size = self._once(call, "context", of_known)
         # As rms_norm has it: its epsilon is added to the mean of the squares.
+        eps = torch.finfo(query.dtype).eps
         length = (torch.linalg.vector_norm(query, dim=-1, keepdim=True).square() + size + dim * eps).rsqrt()
         return (torch.matmul(query, of_query) + context) * length + constant
+
+    def _once(self, call: Call, name: str, make: Callable[[], T]) -> T:
+        """`make()`; in a step of decoding only where completed blocks are not those of the last one."""
+        kept = call.context.summaries
+        if call.q.shape[2] > 1 or not isinstance(kept, BlockSummaries) or torch.is_grad_enabled():
+            return make()
+        blocks = call.mask.query_offset // self.config.block_size
+        return kept.once(name, (blocks, call.compute_dtype, call.scale), make)
 
     def _with_patterns(self, call: Call, rows: list[Tensor], columns: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Both factors, patterns of the distance added."""
