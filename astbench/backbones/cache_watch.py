@@ -37,6 +37,10 @@ class _Kept:
         self._slot = weakref.ref(slot)
         self._cached, self._weights = ([_Mark(x) for x in xs] for xs in (cached, slot.parameters()))
 
+    def now_of(self, cached: list[Tensor]) -> None:
+        """The cache has grown; slot and weights have just been looked at."""
+        self._cached = [_Mark(x) for x in cached]
+
     def made_by(self, slot: nn.Module) -> bool:
         """The slot and its weights are what they were; the dtype shows later."""
         return self._slot() is slot and _are_still(self._weights, [*slot.parameters()])
@@ -131,12 +135,15 @@ def kept_summaries(
         yield None
         return
     _kept.pop(layer, None)
-    summaries = call.found.summaries if call.found and call.found.dtype == dtype else attention.new_cache_state()
+    found = call.found if call.found and call.found.dtype == dtype else None
+    summaries = found.summaries if found else attention.new_cache_state()
     if summaries is None:
         yield None
         return
     yield summaries
-    _kept[layer] = _Kept(summaries, slot, dtype, [keys, values])
+    if found:
+        found.now_of([keys, values])
+    _kept[layer] = found or _Kept(summaries, slot, dtype, [keys, values])
 
 
 def _layer(cache: Cache, index: int) -> Layer | None:

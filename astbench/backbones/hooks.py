@@ -97,15 +97,16 @@ class AttentionSlot(nn.Module):
                 f"{self.path} was attached for {self.pattern} attention but is called with a "
                 f"{'causal' if mask.causal else 'non-causal'} mask"
             )
+        if mask.pattern != self.pattern:
+            mask = replace(mask, pattern=self.pattern)
         if self.observing:
-            seen = replace(mask, pattern=self.pattern)
-            self.attention.observe(q, k, seen)
-            return _dense(q, k, v, seen, scale)
+            self.attention.observe(q, k, mask)
+            return _dense(q, k, v, mask, scale)
         context = AttentionContext(
             self.step, self.collect_stats, self.hidden_states, self.global_tokens, summaries, self.transform
         )
         try:
-            output = self.attention(q, k, v, replace(mask, pattern=self.pattern), scale=scale, context=context)
+            output = self.attention(q, k, v, mask, scale=scale, context=context)
         except Exception as error:
             error.add_note(f"raised by attention '{self.attention.name}' at {self.path}")
             raise

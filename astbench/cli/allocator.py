@@ -21,7 +21,8 @@ def keep_freed_memory() -> None:
 
     Nothing happens where the C library is not glibc.
     """
-    if any(name in os.environ for name in _OPTIONS):
+    said = any(name in os.environ for name in _OPTIONS) or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+    if said:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:

@@ -145,7 +145,8 @@ class FactoredBlockSelection(BlockSelectingAttention):
     def _layout_in_parts(self, call: Call) -> BlockLayout:
         """See :meth:`needs_no_scores`. A part is a call of its own, as of a prompt that is read in pieces."""
         grid, tile = self.selector.grid(call), self.selector.tile(call.mask) or 1
-        together = math.lcm(tile, grid.query_group)
+        # Whole blocks: whether one holds a real key must not depend on where a part ends.
+        together = math.lcm(tile, grid.query_group, grid.block_size)
         rows = SCORES_AT_A_TIME // max(1, call.q.shape[0] * call.q.shape[1] * grid.num_blocks) * grid.query_group
         rows = max(1, rows // together) * together
         start, end = call.mask.query_offset, call.mask.query_offset + call.q.shape[2]

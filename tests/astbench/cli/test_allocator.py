@@ -34,6 +34,12 @@ def test_what_the_environment_says_stays(monkeypatch, name):
     assert {key: value for key, value in os.environ.items() if key in NAMES} == {name: "4096"}
 
 
+def test_what_tunables_say_stays(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=4096")
+    allocator.keep_freed_memory()
+    assert not any(name in os.environ for name in NAMES)
+
+
 def test_without_glibc_nothing_happens(monkeypatch):
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
     allocator.keep_freed_memory()

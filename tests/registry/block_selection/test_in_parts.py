@@ -18,6 +18,7 @@ MODULES = {
     "ast, index": ("ast", {**SIZE, "index_dim": 4, "index_pool": 2, "lists": "carried", "query_tile": 16}),
     "ast, adaptive": ("ast", {**SIZE, "budget": "adaptive", "share": 0.1, "patterns": 2}),
     "pooled_topk": ("pooled_topk", SIZE),
+    "pooled_topk, groups of 3": ("pooled_topk", {"block_size": 8, "density": 0.3, "query_group": 3}),
     "moba": ("moba", {"block_size": 8, "top_k": 3, "lists": "carried", "query_tile": 16}),
     "quest": ("quest", {"block_size": 8, "top_k": 3, "dense_layers": 0}),
 }
@@ -29,7 +30,7 @@ def tensors(length, keys, seed=0):
     return [torch.randn(2, heads, n, 8, generator=g) for heads, n in shapes]
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [None, "in front", "anywhere"])
 @pytest.mark.parametrize("offset", [0, 48])
 @pytest.mark.parametrize("name", MODULES)
 def test_rows_in_parts_choose_what_all_at_once_do(monkeypatch, name, offset, padded):
@@ -39,9 +40,11 @@ def test_rows_in_parts_choose_what_all_at_once_do(monkeypatch, name, offset, pad
         torch.nn.init.normal_(weight, std=0.3)
     q, k, v = tensors(101, 101 + offset)
     valid = None
-    if padded:
+    if padded == "in front":
         valid = torch.ones(2, 101 + offset, dtype=torch.bool)
         valid[0, :37] = False
+    if padded == "anywhere":
+        valid = torch.rand(2, 101 + offset, generator=torch.Generator().manual_seed(1)) < 0.3
     mask = AttentionMask("causal_self", offset, valid)
     call = Call.of(SHAPE, q, k, v, mask).without_padding()
     parts = []
