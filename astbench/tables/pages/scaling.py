@@ -19,7 +19,7 @@ Number = Callable[[Run], float]
 
 
 def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
-    """A row an attention."""
+    """The runs, which commands repeat, and a row an attention."""
     by_attention: dict[str, list[Run]] = {}
     for run in group.runs:
         options = {**run.attention, **run.entry.also}
@@ -43,7 +43,7 @@ def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
         "time a token, over parameters",
     )
     growth = Table(f"{group.name}.growth", "Exponents of growth (95%, Student over the runs)", head, 1, tuple(rows))
-    return [growth, _runs(group)]
+    return [_runs(group), growth]
 
 
 def _growth(runs: Sequence[Run], x: Number, y: Number, alike: Callable[[Run], str]) -> str:
