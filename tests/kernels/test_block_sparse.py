@@ -242,7 +242,7 @@ def test_keys_that_a_row_may_not_see_may_hold_anything(monkeypatch, value):
 
 
 @pytest.mark.parametrize("way", ["query-major", "masked"])
-def test_gradients_in_bfloat16_start_from_an_output_that_is_not_rounded(monkeypatch, way):
+def test_gradients_in_bfloat16_owe_nothing_to_an_output_that_is_rounded(monkeypatch, way):
     """Values far from 0: what rounding the output does to rowsum(dO * O) is many times as much as d logits."""
     take(monkeypatch, way)
     found = {}

@@ -7,7 +7,6 @@ them. It gives no gradient to a bias, and its backward pass is no faster than on
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,16 +22,6 @@ def serves(q: Tensor, k: Tensor, v: Tensor, block_bias: Tensor | None) -> bool:
     """
     felt = block_bias is not None and bool((block_bias != 0).any())
     return q.device.type == "cpu" and q.dtype != torch.float16 and k.shape[-1] == v.shape[-1] and not felt
-
-
-def rounds(q: Tensor, needs_gradient: Sequence[bool]) -> bool:
-    """Whether a backward pass would start from an output that is rounded: gradients would be several times as far off.
-
-    Args:
-        q: Of the call.
-        needs_gradient: Of each input, whether it wants one.
-    """
-    return any(needs_gradient) and q.dtype not in (torch.float32, torch.float64)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from astbench_kernels.backends.cpu.fused import fused, rounds, serves
+from astbench_kernels.backends.cpu.fused import fused, serves
 from astbench_kernels.backends.cpu.units import LOG2_E, Scratch, Units, from_units, to_units
 from astbench_kernels.dispatch import rules
 from astbench_kernels.layout import BlockLayout
@@ -184,7 +184,7 @@ class MaskedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
         listing = _listing(q, k, block_bias, layout, causal, key_valid)
-        if serves(q, k, v, block_bias) and not rounds(q, ctx.needs_input_grad):
+        if serves(q, k, v, block_bias):
             out, lse = _forward_fused(q, k, v, listing, key_valid, scale, causal)
         else:
             out, lse = _forward_in_steps(q, k, v, listing, key_valid, scale)
@@ -201,8 +201,11 @@ class MaskedAttention(torch.autograd.Function):
         listing = _listing(q, k, block_bias, layout, causal, key_valid)
         queries, keys, values = _inputs(q, k, v, key_valid, listing, scale)
         d_out = to_units(grads[0], listing).to(queries.dtype).reshape_as(out)
-        # d logits = P * (dO V^T - delta + d lse), delta = rowsum(dO * O)
-        shift = (d_out * out).sum(-1, keepdim=True) - to_units(grads[1].unsqueeze(-1), listing).reshape_as(lse)
+        # d logits = P * (dP - delta + d lse), delta = rowsum(dO * O) = rowsum(dP * P)
+        rounded = out.dtype != queries.dtype
+        shift = -to_units(grads[1].unsqueeze(-1), listing).reshape_as(lse)
+        if not rounded:
+            shift += (d_out * out).sum(-1, keepdim=True)
         known_lse = (lse * LOG2_E).masked_fill_(lse == -torch.inf, 0.0)  # rows that see nothing: exp(-inf - 0) = 0
         d_queries, d_keys, d_values = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         d_bias = None if listing.bias is None else torch.zeros_like(listing.bias, dtype=queries.dtype)
@@ -217,7 +220,11 @@ class MaskedAttention(torch.autograd.Function):
             chunk.place(weights, spread)
             chunk.add(scratch.bmm("part", spread.transpose(1, 2), grad), d_values)
             d_logits = chunk.pick(scratch.bmm("products", grad, chunk.read(values).transpose(1, 2)))
-            d_logits.sub_(shift[where].unflatten(1, each)).mul_(weights)
+            if rounded:  # gradients would be several times as far off
+                delta = d_logits.mul_(weights).sum(-1, keepdim=True).add_(shift[where].unflatten(1, each))
+                d_logits.addcmul_(weights, delta, value=-1)
+            else:
+                d_logits.sub_(shift[where].unflatten(1, each)).mul_(weights)
             if d_bias is not None:
                 tiles = d_logits.unflatten(-1, (chunk.width, -1))
                 d_bias[chunk.lists, chunk.groups, : chunk.width] = tiles.sum((2, 4))

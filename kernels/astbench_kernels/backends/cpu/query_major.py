@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from astbench_kernels.arguments import wants_gradients
-from astbench_kernels.backends.cpu.fused import fused_units, rounds, serves
+from astbench_kernels.backends.cpu.fused import fused_units, serves
 from astbench_kernels.backends.cpu.key_major import KeyMajorAttention
 from astbench_kernels.backends.cpu.masked import MaskedAttention
 from astbench_kernels.backends.cpu.one_row import is_fused, one_row_attention
@@ -126,7 +126,7 @@ class _GatherAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         plan = listed_units(q, k, layout, scale, causal, key_valid)
         queries, keys, values = to_units(q, plan), to_blocks(k, key_valid, layout), to_blocks(v, key_valid, layout)
-        if serves(q, k, v, block_bias) and not rounds(q, ctx.needs_input_grad):
+        if serves(q, k, v, block_bias):
             out, lse = fused_units(queries, keys, values, plan)
             spoilt = _not_finite(keys, plan)
             if bool(spoilt.any()):
@@ -155,8 +155,9 @@ class _GatherAttention(torch.autograd.Function):
         # Many groups add to one block: sum in float32 whatever the inputs are.
         d_keys, d_values = torch.zeros_like(keys, dtype=compute), torch.zeros_like(values, dtype=compute)
         d_bias = None if bias is None else torch.zeros_like(bias)
-        # d logits = P * (dP - delta + d lse), delta = rowsum(dO * O)
-        shift = (d_out * out[plan.order]).sum(-1, keepdim=True) - d_lse
+        # d logits = P * (dP - delta + d lse), delta = rowsum(dO * O) = rowsum(dP * P)
+        out = out[plan.order] if out.dtype == compute else None
+        shift = -d_lse if out is None else (d_out * out).sum(-1, keepdim=True) - d_lse
         lse = lse[plan.order] * LOG2_E
         known_lse = lse.masked_fill_(lse == -torch.inf, 0.0).unsqueeze(-1)  # rows that see nothing: exp(-inf - 0) = 0
         scratch = Scratch(queries)
@@ -169,7 +170,11 @@ class _GatherAttention(torch.autograd.Function):
             d_values.index_add_(0, index, d_value.view(len(index), -1))
             value = scratch.gather("value", values, index, units, v.shape[-1])
             d_logits = scratch.bmm("d_logits", d_out[units], value.transpose(1, 2))
-            d_logits.sub_(shift[units]).mul_(weights)
+            if out is None:  # it was rounded: gradients would be several times as far off
+                delta = d_logits.mul_(weights).sum(-1, keepdim=True).add_(shift[units])
+                d_logits.addcmul_(weights, delta, value=-1)
+            else:
+                d_logits.sub_(shift[units]).mul_(weights)
             if d_bias is not None:
                 d_bias[units, :width] = d_logits.sum(1).view(-1, width, plan.layout.block_size).sum(-1)
             torch.bmm(d_logits, key, out=d_queries[units])
