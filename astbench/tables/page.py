@@ -47,7 +47,11 @@ KINDS: dict[str, Maker] = {
 }
 """`kind` of a table.yaml -> what makes the tables."""
 
-SHORT: dict[str, Callable[[Group], Table]] = {"questions": questions.short, "over_dense": perplexity.short}
+SHORT: dict[str, Callable[[Group], Table]] = {
+    "questions": questions.short,
+    "over_dense": perplexity.short,
+    "sweep": sweeps.short,
+}
 """`kind` -> what makes the short table of a README."""
 
 

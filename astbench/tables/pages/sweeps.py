@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -66,9 +67,7 @@ def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
     Raises:
         DataError: a setting has no dense one on the same examples to be compared with.
     """
-    by_task: dict[str, list[Run]] = {}
-    for run in group.runs:
-        by_task.setdefault(str(run.record["config"]["task"]["name"]), []).append(run)
+    by_task = _by_task(group)
     if len(by_task) == 1:
         named: list[tuple[str, str, str, Sequence[Run]]] = [("scores", "budget", group.title, group.runs)]
     else:
@@ -81,6 +80,43 @@ def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
             *budgets.tables(f"{group.name}.{budget}", title, _ordered(budget, runs), groups),
         )
     ]
+
+
+def short(group: Group) -> Table:
+    """A row for each attention that the table.yaml names, a column for each task.
+
+    Raises:
+        DataError: an attention has several settings in a task, or none in any.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    for task, runs in _by_task(group).items():
+        metric = _metric(f"{group.name}.short", runs)
+        told: dict[str, str] = {}
+        for one in settings_of(runs):
+            if one.attention in told:
+                raise DataError(f"the short table of {group.name} has no one row for {one.attention}: {one.label}")
+            values = [run.metrics[metric] for run in one.runs]
+            over_seeds = "" if len(values) < 2 else f" ± {interval(values)[1] - fmean(values):.1f}"
+            density = cells.mean((run.density for run in one.runs), 2)
+            told[one.attention] = f"{fmean(values):.1f}{over_seeds} ({density})"
+        data = runs[0].record["config"]["data"]
+        where = f"{task}, generated" if data.get("source") == "demo" else Path(str(data.get("path") or task)).name
+        columns[f"{where}: {NAMES[metric]} (density)"] = told
+    missing = [name for name in group.short if not any(name in column for column in columns.values())]
+    if missing:
+        raise DataError(f"the short table of {group.name} wants {', '.join(missing)}, and no run of it is there")
+    rows = []
+    for name in group.short:
+        mine = tuple(run for run in group.runs if run.attention["name"] == name)
+        rows.append(Row((f"`{name}`", *(column.get(name, "-") for column in columns.values())), mine))
+    return Table(f"{group.name}.short", group.title, ("attention", *columns), 1, tuple(rows))
+
+
+def _by_task(group: Group) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for run in group.runs:
+        found.setdefault(str(run.record["config"]["task"]["name"]), []).append(run)
+    return found
 
 
 def _table(name: str, caption: str, runs: Sequence[Run]) -> Table:

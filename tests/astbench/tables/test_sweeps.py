@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -9,7 +10,7 @@ import pytest
 from scipy import stats
 
 from astbench.errors import DataError
-from astbench.tables.pages.sweeps import differences, settings_of, tables
+from astbench.tables.pages.sweeps import differences, settings_of, short, tables
 from astbench.tables.records import Entry, Group, Run
 
 ITEMS = [60.0, 80.0, 100.0, 40.0]
@@ -104,6 +105,29 @@ def test_what_each_took(tmp_path):
     found = {row.cells[0]: row.cells[1:] for row in took.rows}
     assert found == {"`ast`": ("1,200", "200", "3,000", "15", "2"), "`dense`": ("",) * 5}
     assert [row.runs for row in took.rows] == [row.runs for row in scores.rows]
+
+
+def test_the_short_table_has_a_row_an_attention_and_a_column_a_task(tmp_path):
+    runs = [run(tmp_path, name, seed, moved(seed)) for name in ("dense", "ast", "local") for seed in (0, 1)]
+    for one in runs:
+        one.record["config"]["data"] = {"path": "data/mt/multi30k"}
+    other = run(tmp_path, "ast", 7, moved(5))
+    other.record["config"] |= {"task": {"name": "triviaqa"}, "data": {"source": "demo"}}
+    whole = replace(group(*runs, other), short=("ast", "dense"))
+    found = short(whole)
+    assert found.head == (
+        "attention", "multi30k: accuracy, % (density)", "triviaqa, generated: accuracy, % (density)",
+    )  # fmt: skip
+    assert [row.cells for row in found.rows] == [
+        ("`ast`", "70.5 ± 6.4 (0.25)", "75.0 (0.25)"),
+        ("`dense`", "70.5 ± 6.4 (0.25)", "-"),
+    ]
+    with pytest.raises(DataError, match="wants nsa, and no run"):
+        short(replace(whole, short=("ast", "nsa")))
+    twice = run(tmp_path, "ast", 0, ITEMS, density=0.5)
+    twice.record["config"]["data"] = {}
+    with pytest.raises(DataError, match="no one row for ast"):
+        short(replace(group(*runs, twice), short=("ast",)))
 
 
 def test_refusals(tmp_path):
