@@ -111,4 +111,6 @@ def draw_attended(module: TaskModule, batch: Any, folder: RunFolder) -> dict[str
         stats = [(slot.path, slot.stats) for slot in slots if slot.stats is not None]
         real = {slot.path: module.real_lengths(batch, slot.pattern) for slot in slots}
         known = {path: lengths for path, lengths in real.items() if lengths is not None}
-        return {"picture": draw_pattern(folder / "pattern.png", stats, module.swapped.name, known or None)}
+        causal = {slot.path for slot in slots if slot.pattern == "causal_self"}
+        name = draw_pattern(folder / "pattern.png", stats, module.swapped.name, known or None, causal)
+        return {"picture": name}

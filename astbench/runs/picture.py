@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from astbench_kernels import BlockLayout
 from astbench_registry.interface import AttentionStats
 
 PANELS = 8
@@ -16,6 +20,7 @@ def draw_pattern(
     stats: list[tuple[str, AttentionStats]],
     name: str,
     lengths: Mapping[str, tuple[int, int]] | None = None,
+    causal: Collection[str] = (),
 ) -> str | None:
     """Draw the kept blocks of the first sequence, mean over heads, query groups down and key blocks across.
 
@@ -25,6 +30,7 @@ def draw_pattern(
         name: The attention's name.
         lengths: By path, the real queries and keys of the first sequence; what lies behind is padding and is not
             drawn.
+        causal: Paths of layers under a causal mask. What all rows of a group may not see is grey.
 
     Returns:
         The file's name, or None for an attention that does not choose blocks.
@@ -46,10 +52,13 @@ def draw_pattern(
         assert s.layout is not None
         axes = figure.add_subplot(1, len(chosen), number + 1)
         share = s.layout.to_mask()[0].float().mean(0)
+        if path in causal:
+            share = share.masked_fill(_future(s.layout), torch.nan)
         if lengths is not None:
             queries, keys = lengths[path]
             share = share[: -(-queries // s.layout.query_group), : -(-keys // s.layout.block_size)]
         image = axes.imshow(share.cpu().numpy(), vmin=0, vmax=1, cmap="magma_r", aspect="auto", interpolation="nearest")
+        axes.set_facecolor("0.8")  # shows where there is no share
         axes.set_title(f"{layer_name(path)}, density {float(s.density.mean()):.2f}", fontsize=9)
         axes.set_xlabel(f"key blocks of {_tokens(s.layout.block_size)}", fontsize=8)
         if number == 0:
@@ -57,10 +66,19 @@ def draw_pattern(
         axes.tick_params(labelsize=7)
     if image is not None:
         figure.colorbar(image, ax=figure.axes, label="share of heads that keep the block", shrink=0.9)
+    grey = "; grey: not visible" if any(path in causal for path, _ in chosen) else ""
     some = f", {len(chosen)} of {layers} layers" if step > 1 else ""
-    figure.suptitle(f"{name}: blocks kept, first sequence of the evaluation{some}", fontsize=10)
+    figure.suptitle(f"{name}: blocks kept, first sequence of the evaluation{some}{grey}", fontsize=10)
     figure.savefig(file, dpi=110)
     return file.name
+
+
+def _future(layout: BlockLayout) -> Tensor:
+    """Bool `(groups, key_blocks)`: blocks whose first key comes after the group's last query."""
+    device = layout.indices.device
+    last = (layout.first_group + torch.arange(layout.num_groups, device=device) + 1) * layout.query_group - 1
+    start = torch.arange(layout.num_blocks, device=device) * layout.block_size
+    return start > last.clamp(max=layout.query_offset + layout.query_length - 1)[:, None]
 
 
 def layer_name(path: str) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from astbench.errors import CheckpointError, ConfigError, Interrupted, NumericError, Terminated
 from astbench.files.writing import sha256, write_atomic, write_json, write_text
-from astbench.runs import checkpoints
+from astbench.runs import checkpoints, picture
 from astbench.runs.checkpoints import SafeCheckpointIO, read_checkpoint
 from astbench.runs.folder import (
     DONE,
@@ -34,6 +34,7 @@ from astbench.runs.picture import draw_pattern
 from astbench.runs.record import SCHEMA, config_hash, new_record
 from astbench.runs.run_record import RunRecord
 from astbench.runs.step_clock import StepClock
+from astbench_kernels import BlockLayout
 from astbench_registry import AttentionContext, AttentionMask, AttentionShape, build_attention
 
 # -- files --------------------------------------------------------------------------------------------------
@@ -408,8 +409,22 @@ def stats_of(name, options):
 @pytest.mark.parametrize("layers", [1, 11])
 def test_picture_is_a_png(tmp_path, layers):
     stats = [(f"model.layers.{i}.self_attn", stats_of("ast", {"block_size": 4, "density": 0.3})) for i in range(layers)]
-    assert draw_pattern(tmp_path / "pattern.png", stats, "ast") == "pattern.png"
+    causal = {path for path, _ in stats[::2]}
+    assert draw_pattern(tmp_path / "pattern.png", stats, "ast", None, causal) == "pattern.png"
     assert (tmp_path / "pattern.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("queries", "keys", "group", "block"), [(10, 10, 1, 4), (10, 10, 4, 4), (37, 50, 8, 3)])
+def test_grey_is_what_no_row_of_a_group_sees(queries, keys, group, block):
+    offset = keys - queries
+    groups = -(-keys // group) - offset // group
+    keep = torch.ones(1, 1, groups, -(-keys // block), dtype=torch.bool)
+    shape = {"query_length": queries, "key_length": keys, "query_offset": offset}
+    layout = BlockLayout.from_mask(keep, block_size=block, query_group=group, **shape)
+    seen = torch.zeros_like(keep[0, 0])
+    for query, key in layout.token_mask(causal=True)[0, 0].nonzero().tolist():
+        seen[(query + offset) // group - layout.first_group, key // block] = True
+    assert torch.equal(picture._future(layout), ~seen)
 
 
 def test_no_picture_without_blocks(tmp_path):
