@@ -240,13 +240,14 @@ class AdaptiveSparseAttention(LearnedBlockScores):
             return SelectorLosses()
         bias, log_prob, losses = None, None, {}
         listed, free = layout.indices.long(), selection.free.expand_as(keep)
-        carried = layout.since is not None
-        log_p = self._gate(scores, keep, layout, selection, at=None if whole or carried else listed)
+        row = None if layout.since is None else _first_rows(layout, scores.shape[2])
+        some = None if row is None or whole else _chosen_in(row, layout, scores)
+        log_p = self._gate(scores, keep, layout, selection, at=listed if row is None and not whole else None, rows=some)
         if wants_bias:
-            if carried:
-                bias = _of_first_rows(log_p, layout)
-            else:
+            if row is None:
                 bias = log_p.gather(-1, listed) if whole else log_p
+            else:
+                bias = _of_rows(log_p, row, layout, some)
             bias = bias.masked_fill(~layout.slots, 0.0)
             if config.estimator == "straight_through":
                 bias = bias - bias.detach()
@@ -261,9 +262,16 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         return self.training and (self.config.sample or self.config.estimator == "policy_gradient")
 
     def _gate(
-        self, scores: Tensor, keep: Tensor, layout: BlockLayout, selection: Selection, at: Tensor | None = None
+        self,
+        scores: Tensor,
+        keep: Tensor,
+        layout: BlockLayout,
+        selection: Selection,
+        *,
+        at: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Log-probabilities of the differentiable top-k, of all blocks or those `at`.
+        """Log-probabilities of the differentiable top-k, of all blocks or those `at`; `(rows, blocks)` of some `rows`.
 
         It counts with the free blocks that were kept, but with no more than the schedule ends with. So steps at a
         higher density already teach the last one's choice, dense steps best of all: there the task's gradient says of
@@ -275,7 +283,13 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         if self.config.budget == "fixed" and self.config.estimator not in ("soft", "policy_gradient"):
             final = self.selector.budget(selection.visible.sum(-1), self.density_at(self.config.density_steps))
             kept = torch.minimum(kept, (final - always_kept).clamp(min=1))
-        return soft_top_k(scores, kept, selection.free, self.config.temperature, at=at)
+        if rows is None:
+            return soft_top_k(scores, kept, selection.free, self.config.temperature, at=at)
+        scores, kept, free = (
+            x.expand(scores.shape[:3] + x.shape[3:]).flatten(0, 2).index_select(0, rows)
+            for x in (scores, kept, selection.free)
+        )
+        return soft_top_k(scores, kept, free, self.config.temperature)
 
     def _distill_weight(self, step: int) -> float:
         config = self.config
@@ -309,17 +323,46 @@ class AdaptiveSparseAttention(LearnedBlockScores):
         return None if kept is None else kept + predictor + coarse
 
 
-def _of_first_rows(log_p: Tensor, layout: BlockLayout) -> Tensor:
+def _first_rows(layout: BlockLayout, rows: int) -> Tensor:
+    """int64 `(batch, heads, tiles, width)`: the row of this call that chose each carried block first; -1 for none."""
+    assert layout.since is not None
+    tile = layout.query_group
+    first = torch.arange(layout.num_groups, device=layout.since.device)[:, None] * tile - layout.query_offset % tile
+    row = first + layout.since.long()
+    return row.masked_fill_(~((row >= 0) & (row < rows) & layout.slots), -1)
+
+
+def _chosen_in(row: Tensor, layout: BlockLayout, scores: Tensor) -> Tensor | None:
+    """int64 `(n,)`: which rows of `scores.flatten(0, 2)` chose a block first, a third of all; None on a GPU.
+
+    There their number would have to be waited for.
+    """
+    if scores.device.type != "cpu":
+        return None
+    chose = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool)
+    chose.scatter_(-1, row.flatten(2).masked_fill(row.flatten(2) < 0, scores.shape[2]), True)
+    return chose[..., :-1].flatten().nonzero().squeeze(-1)
+
+
+def _of_rows(log_p: Tensor, row: Tensor, layout: BlockLayout, some: Tensor | None) -> Tensor:
     """`(batch, heads, tiles, width)`: each carried block's log-probability in the row that chose it first.
 
     So all rows of a tile that see a block tell that row what it was worth to them. 0 for a block that was chosen
     before this call.
+
+    Args:
+        log_p: From `_gate`, of all rows or of some.
+        row: From `_first_rows`.
+        layout: The lists.
+        some: Which rows those are, from `_chosen_in`.
     """
-    assert layout.since is not None
-    tile, blocks = layout.query_group, log_p.shape[-1]
-    first = torch.arange(layout.num_groups, device=log_p.device)[:, None] * tile - layout.query_offset % tile
-    row = first + layout.since.long()
-    there = (row >= 0) & (row < log_p.shape[2])
-    flat = row.clamp(0, log_p.shape[2] - 1) * blocks + layout.indices.long()
-    found = log_p.flatten(2).gather(-1, flat.flatten(2)).view(flat.shape)
-    return found.masked_fill(~there, 0.0)
+    rows, blocks = layout.query_length, log_p.shape[-1]
+    heads = row.shape[0] * row.shape[1]
+    head = torch.arange(heads, device=row.device).view(*row.shape[:2], 1, 1)
+    flat = head * rows + row.clamp(min=0)
+    if some is not None:
+        place = torch.zeros(heads * rows, dtype=torch.long)
+        place[some] = torch.arange(len(some))
+        flat = place[flat]
+    found = log_p.flatten()[(flat * blocks + layout.indices.long()).flatten()] if log_p.numel() else log_p.new_zeros(1)
+    return found.expand(row.numel()).view(row.shape).masked_fill(row < 0, 0.0)
