@@ -1,5 +1,6 @@
 """`--depth`: what runs, what the record says, what is refused, and plugins."""
 
+import csv
 import json
 from textwrap import dedent
 
@@ -193,8 +194,20 @@ def test_runs_at_several_depths_are_compared(astbench, trained, tmp_path):
         folders.append(str(tmp_path / f"path{len(folders)}"))
         words = ["validate", *LISTOPS, f"--init_from={trained}", "--depth=static", f"--depth.path={path}"]
         assert astbench(*words, f"--run_dir={folders[-1]}").code == 0
-    done = astbench("depth", str(trained), *folders, "--groups=3")
+    plot = tmp_path / "plot"
+    done = astbench("depth", str(trained), *folders, "--groups=3", f"--plot={plot}")
     assert done.code == 0, done.err
+    assert sorted(file.name for file in plot.iterdir()) == ["depth-groups.csv", "depth.csv", "depth.png", "depth.svg"]
+    points = list(csv.DictReader((plot / "depth.csv").read_text().splitlines()))
+    assert [point["policy"] for point in points] == ["transformer_inverse", "static", "static", "oracle"]
+    groups = list(csv.DictReader((plot / "depth-groups.csv").read_text().splitlines()))
+    right = sum(float(group["right"]) * int(group["items"]) for group in groups) / 12
+    assert [group["number"] for group in groups] == ["0", "1", "2"] and sum(int(g["items"]) for g in groups) == 12
+    assert right == pytest.approx(float(points[0]["right"]), abs=1e-4)
+    complexities = [float(group["complexity"]) for group in groups]
+    layers = sum(float(group["layers"]) * int(group["items"]) for group in groups) / 12
+    assert complexities == sorted(complexities)
+    assert layers == pytest.approx(record_of(trained)["depth"]["mean_layers"], abs=1e-4)
     assert "transformer_inverse" in done.out and "oracle path of these 2: share 0." in done.out
     assert "any choice that knows what is right" in done.out and "by its complexity alone" in done.out
     assert "other weights" not in done.out
