@@ -90,7 +90,7 @@ def short(group: Group) -> Table:
     """
     columns: dict[str, dict[str, str]] = {}
     for task, runs in _by_task(group).items():
-        metric = _metric(f"{group.name}.short", runs)
+        metric = metric_of(f"{group.name}.short", runs)
         told: dict[str, str] = {}
         for one in settings_of(runs):
             if one.attention in told:
@@ -120,8 +120,8 @@ def _by_task(group: Group) -> dict[str, list[Run]]:
 
 
 def _table(name: str, caption: str, runs: Sequence[Run]) -> Table:
-    metric = _metric(name, runs)
-    settings = _by_score(settings_of(runs), metric)
+    metric = metric_of(name, runs)
+    settings = by_score(settings_of(runs), metric)
     has_dense = any(one.attention == "dense" for one in settings)
     others = [place for place, one in enumerate(settings) if has_dense and one.attention != "dense"]
     gaps = {i: differences(settings[i], _dense(settings[i], settings), SCORES[metric]) for i in others}
@@ -130,7 +130,7 @@ def _table(name: str, caption: str, runs: Sequence[Run]) -> Table:
     for place, one in enumerate(settings):
         values = [run.metrics[metric] for run in one.runs]
         over_seeds = "" if len(values) < 2 else f"± {interval(values)[1] - fmean(values):.2f}"
-        against = (_over(gaps[place], metric), _chance(told[place])) if place in gaps else ("", "")
+        against = (over(gaps[place], metric), chance(told[place])) if place in gaps else ("", "")
         density = cells.mean((run.density for run in one.runs), 3)
         rows.append(Row((one.label, density, f"{fmean(values):.2f}", over_seeds, str(len(values)), *against), one.runs))
     head = (
@@ -145,7 +145,12 @@ def _table(name: str, caption: str, runs: Sequence[Run]) -> Table:
     return Table(name, caption, head, 1, tuple(rows))
 
 
-def _metric(name: str, runs: Sequence[Run]) -> str:
+def metric_of(name: str, runs: Sequence[Run]) -> str:
+    """The metric that heads the table of these runs.
+
+    Raises:
+        DataError: their records hold none that is known.
+    """
     metric = next((metric for metric in SCORES if metric in runs[0].metrics), None)
     if metric is None:
         raise DataError(f"records of {name} hold none of the metrics {', '.join(SCORES)}")
@@ -153,10 +158,11 @@ def _metric(name: str, runs: Sequence[Run]) -> str:
 
 
 def _ordered(name: str, runs: Sequence[Run]) -> list[Setting]:
-    return _by_score(settings_of(runs), _metric(name, runs))
+    return by_score(settings_of(runs), metric_of(name, runs))
 
 
-def _by_score(settings: Sequence[Setting], metric: str) -> list[Setting]:
+def by_score(settings: Sequence[Setting], metric: str) -> list[Setting]:
+    """The best first."""
     return sorted(settings, key=lambda one: one.mean(metric) * (1 if metric in _LOWER else -1))
 
 
@@ -222,7 +228,8 @@ def differences(one: Setting, other: Setting, item: str) -> list[float]:
     return [means[0][name] - means[1][name] for name in names]
 
 
-def _over(gaps: Sequence[float], metric: str) -> str:
+def over(gaps: Sequence[float], metric: str) -> str:
+    """Mean of the items' differences, and its 95% interval; in percent for perplexities, whose items are logarithms."""
     ends = interval(gaps) if stdev(gaps) else (fmean(gaps),) * 2
     if metric in _LOWER:
         middle, low, high = (100 * math.expm1(x) for x in (fmean(gaps), *ends))
@@ -230,5 +237,6 @@ def _over(gaps: Sequence[float], metric: str) -> str:
     return f"{fmean(gaps):+.1f} ({ends[0]:+.1f} to {ends[1]:+.1f})"
 
 
-def _chance(p: float) -> str:
+def chance(p: float) -> str:
+    """A p-value as a cell."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
