@@ -53,6 +53,7 @@ class RunCallback(Callback):
         self.record = RunRecord(folder)
         self.counted = CountedWork(self.record)
         self.clock = StepClock()
+        self._evaluation = StepClock()
         self.saved_step = -1
         self.goes = False
         self._first_batch: Any = None
@@ -224,10 +225,16 @@ class RunCallback(Callback):
         assert isinstance(module, TaskModule)
         self._attended.start(module)
 
+    def _batch_begins(self, trainer: pl.Trainer, *arguments: Any, **_: Any) -> None:
+        self._evaluation.start(self._attended.batches)
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _batch_begins
+
     def _remember(self, trainer: pl.Trainer, *arguments: Any, **_: Any) -> None:
         """Count the batch; keep the first one for the picture."""
         if trainer.state.fn == TrainerFn.FITTING:
             return
+        self._evaluation.stop(-1)
         self._attended.batches += 1
         if self._first_batch is None:
             self._first_batch = arguments[2]
@@ -248,6 +255,8 @@ class RunCallback(Callback):
         record.update(draw_attended(module, self._first_batch, self.folder))
         if not module.trainer.is_global_zero:
             return
+        timed = self._evaluation.summary()
+        record["evaluation"] = {"batch_ms": timed["step_ms"], "batches_timed": timed["steps_timed"]}
         self.counted.finish(module)
         record.update(getattr(module, "results", {}))
         items = record.pop("items", None)

@@ -71,8 +71,10 @@ def test_a_learned_policy_is_recorded_and_evaluated_again(astbench, trained, tmp
     assert found["complexity"] > 0 and found["programs"]["misses"] > 0
     items = json.loads((trained / "depth.json").read_text())
     assert len(items) == 12 and all(path[0]["path"][0] == "1" and path[0]["complexity"] > 0 for path in items.values())
-    done = astbench("validate", f"--ckpt_path={trained}", f"--run_dir={tmp_path / 'out'}")
+    done = astbench("validate", f"--ckpt_path={trained}", f"--run_dir={tmp_path / 'out'}", "--data.eval_batch_size=2")
     assert done.code == 0, done.err
+    timed = record_of(tmp_path / "out")["evaluation"]
+    assert timed["batches_timed"] == 6 and 0 < timed["batch_ms"][0] <= timed["batch_ms"][1] <= timed["batch_ms"][2]
     assert "depth       transformer_inverse over 3 layers cost=0.5 look=1" in done.out
     assert "of 3 layers on average" in done.out
     again = record_of(tmp_path / "out")
