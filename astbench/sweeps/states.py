@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from astbench.runs.record import read_record
 from astbench.sweeps.spec import Cell
 from astbench.tables.defaults import Options, bench_defaults, defaults, flatten
 from astbench.tables.repeat import LONG, NO_EFFECT, TRAINS, find_source
+from astbench_registry.registry import make_config
 
 DONE, RESUMABLE, BEGUN, FAILED, RUNNING, MISSING = "done", "to resume", "to repeat", "failed", "running", "to run"
 """States of a cell: BEGUN holds a run that stopped before there was anything to go on from."""
@@ -118,7 +120,47 @@ def wanted(cell: Cell) -> Options:
     found = dict(plain)
     for layer in (*laid, given):
         found |= layer
+    if cell.command != "bench":
+        _check_values(cell, found, plain, given)
     return found
+
+
+def _check_values(cell: Cell, found: Options, plain: Options, given: Options) -> None:
+    """Refuse at the plan what would otherwise fail cell by cell: words for numbers, and options of an attention.
+
+    Raises:
+        ConfigError: naming the cell and the option.
+    """
+    for key in given:
+        default, value = plain.get(key), found[key]
+        if isinstance(default, bool) or not isinstance(default, int | float) or value is None:
+            continue
+        number = _number(value)
+        if number is None or (isinstance(default, int) and number != int(number)):
+            kind = "a whole number" if isinstance(default, int) else "a number"
+            raise ConfigError(f"{cell.name}: --{LONG.get(key, key)} must be {kind}, got {value!r}")
+        if key == "seed_everything" and number < 0:
+            raise ConfigError(f"{cell.name}: --seed must be 0 or more, got {value!r}")
+    asked = {key.partition(".")[2]: value for key, value in found.items() if key.startswith("attention.")}
+    name = asked.pop("name")
+    known = {key: plain.get(f"attention.{key}") for key in asked}
+    as_read = {
+        key: number if isinstance(known[key], float) and (number := _number(value)) is not None else value
+        for key, value in asked.items()
+    }
+    try:
+        make_config(str(name), as_read)
+    except ValueError as error:
+        raise ConfigError(f"{cell.name}: {error}") from error
+
+
+def _number(value: Any) -> float | None:
+    """A number, also as the text that YAML makes of `1e-4`; None for anything else."""
+    try:
+        found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def differs(cell: Cell, record: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from astbench.files.text import read_text
 from astbench.files.writing import write_text
 from astbench.tables.layout import Table
 from astbench.tables.page import SHORT, block, index, page, tables_of
-from astbench.tables.records import Group, read_groups
+from astbench.tables.records import RECORD, Group, read_groups
 from astbench.tables.repeat import Recipe, read_recipes
 from astbench.tables.seals import SUMS, broken, seal, sealed
 
@@ -25,6 +25,8 @@ ATTENTIONS = "attentions"
 """The one table that comes from the registry, not from records; it has no page, only markers."""
 
 INDEX = "README.md"
+MADE = "<!-- Made from"
+"""How a page begins that `--write` made."""
 _MARKED = re.compile(r"^<!-- ([\w.-]+) -->\n(.*?)^<!-- end -->$", re.S | re.M)
 
 
@@ -98,9 +100,10 @@ class Book:
             yield file, self._filled(file, names)
 
     def strangers(self) -> list[Path]:
-        """Pages of tables that are gone."""
+        """Pages of tables that are gone; what somebody wrote by hand is none."""
         known = {f"{name}.md" for name in self.tables} | {INDEX}
-        return [file for file in sorted(self.pages.glob("*.md")) if file.name not in known]
+        others = [file for file in sorted(self.pages.glob("*.md")) if file.name not in known]
+        return [file for file in others if read_text(file).startswith(MADE)]
 
     def _marked(self) -> list[Path]:
         others = [file for file in sorted(self.docs.rglob("*.md")) if self.pages not in file.parents]
@@ -121,8 +124,8 @@ class Book:
         return _MARKED.sub(fill, read_text(file))
 
 
-def write(book: Book, names: Collection[str] = ()) -> list[Path]:
-    """Write every document that differs; returns those that were written. Pages of tables that are gone are removed.
+def write(book: Book, names: Collection[str] = ()) -> tuple[list[Path], list[Path]]:
+    """Write every document that differs, and remove pages of tables that are gone; returns both.
 
     Where records are sealed, new ones are, too.
 
@@ -137,11 +140,10 @@ def write(book: Book, names: Collection[str] = ()) -> list[Path]:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, text)
             written.append(file)
-    if not names:
-        for file in book.strangers():
-            file.unlink()
-            written.append(file)
-    return written
+    gone = [] if names else book.strangers()
+    for file in gone:
+        file.unlink()
+    return written, gone
 
 
 def first_difference(book: Book, names: Collection[str] = ()) -> str | None:
@@ -154,9 +156,18 @@ def first_difference(book: Book, names: Collection[str] = ()) -> str | None:
                 return f"{file} is missing"
             if difference := _difference(read_text(file), text):
                 return f"{file}, {difference}"
-        return None if names else broken(book.results)
+        return None if names else broken(book.results) or _unclean(book)
     except DataError as error:
         return str(error)
+
+
+def _unclean(book: Book) -> str | None:
+    """The first sealed record that no commit can make again."""
+    for run in (run for group in book.groups.values() for run in group.runs if sealed(book.results)):
+        git = run.record.get("git") or {}
+        if git.get("dirty") is not False or not git.get("commit"):
+            return f"{run.folder / RECORD}: it ran from a tree with changes that no commit holds"
+    return None
 
 
 def _difference(stands: str, wanted: str) -> str | None:

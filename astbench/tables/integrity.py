@@ -32,6 +32,45 @@ def check_options(file: Path, record: Mapping[str, Any]) -> None:
             f"{file}: config_hash is {said} and its config has {found[0]}: one of the two was edited; "
             "take the record as the run wrote it"
         )
+    for field, said, expected, what in _said_twice(record):
+        if said != expected:
+            raise DataError(
+                f"{file}: {field} is {said} and {what} {expected}: one of the two was edited; take the record as the "
+                "run wrote it"
+            )
+
+
+def _said_twice(record: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, str]]:
+    """What a record says in two places: field, value, the other's value and its name."""
+    config, train, density = record["config"], record.get("train") or {}, record.get("density") or {}
+    if "seed_everything" in config:
+        yield "seed", record.get("seed"), config["seed_everything"], "config.seed_everything"
+    steps = (config.get("trainer") or {}).get("max_steps", -1)
+    if record["command"] == "fit" and record.get("state") == "done" and "steps" in train and steps > 0:
+        yield "train.steps", train["steps"], steps, "config.trainer.max_steps"
+    heads = [head for layer in (density.get("layers") or {}).values() for head in layer]
+    if heads and density.get("mean") is not None and abs(density["mean"] - fmean(heads)) > 1e-4:
+        yield "density.mean", density["mean"], round(fmean(heads), 5), "the mean of density.layers"
+
+
+def check_apart(group: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse one run's record under two names.
+
+    Args:
+        group: Their folder.
+        records: By name.
+
+    Raises:
+        DataError: naming both.
+    """
+    known: dict[tuple[Any, ...], str] = {}
+    for name, record in records.items():
+        moment = tuple(str(record.get(key)) for key in ("started", "wall_seconds", "peak_memory", "load"))
+        if record.get("wall_seconds") is None and record.get("load") is None:
+            continue  # nothing tells two of these apart but what they hold
+        if moment in known:
+            raise DataError(f"{group}: {known[moment]} and {name} are records of one run, {record.get('started')}")
+        known[moment] = name
 
 
 def check_scores(file: Path, record: Mapping[str, Any], items: Mapping[str, Any]) -> None:

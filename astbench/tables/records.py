@@ -17,7 +17,7 @@ from astbench.files.paths import other_kind
 from astbench.files.plain_yaml import plain_yaml
 from astbench.files.text import read_text
 from astbench.runs.record import SCHEMA
-from astbench.tables.integrity import check_options, check_scores
+from astbench.tables.integrity import check_apart, check_options, check_scores
 from astbench_registry.registry import current_names
 
 Record = dict[str, Any]
@@ -174,8 +174,10 @@ def read_group(folder: Path) -> Group:
         for name, record in records.items()
         if name not in left_out
     ]
+    check_apart(folder, {run.name: run.record for run in runs})
     for run in runs:
         check_options(run.folder / RECORD, run.record)
+        _check_also(folder / SIDECAR, run)
         kept = run.record["command"] == "deploy-test" or (run.name in entries and run.record.get("metrics"))
         if kept or (run.folder / ITEMS).is_file():
             check_scores(run.folder / RECORD, run.record, run.items())
@@ -191,6 +193,17 @@ def read_group(folder: Path) -> Group:
         runs=tuple(runs),
         left_out=left_out,
     )
+
+
+def _check_also(file: Path, run: Run) -> None:
+    """`also` says options that came after a record; it may not say others than the record."""
+    config = run.record["config"]
+    for key in run.entry.also:
+        group, _, option = key.partition(".")
+        if option in (config.get(group) or {}) if option else key in config:
+            raise DataError(
+                f"{file}: {run.name}: also says {key}, which its record holds; also is for options that came later"
+            )
 
 
 def kind_of(record: Record) -> str:
@@ -230,11 +243,22 @@ def read_record(file: Path) -> Record:
     for key, kind in (("command", str), ("state", str), ("started", str), ("config_hash", str), ("config", dict)):
         if not isinstance(record.get(key), kind):
             raise DataError(f"{file} is no record of a run: it holds no {key}")
+    if record["state"] == "done" and record["command"] not in ("bench", "deploy-test", "predict"):
+        metrics = record.get("metrics")
+        if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
+            raise DataError(f"{file}: metrics must be numbers by name, got {str(metrics)[:80]}")
+        for key, kinds in (("seed", int), ("data", dict), ("density", dict)):
+            if not isinstance(record.get(key), kinds):
+                raise DataError(f"{file}: {key} must be {kinds.__name__}, got {str(record.get(key))[:80]}")
     named = record["config"].get("attention")
     name = named.get("name") if isinstance(named, dict) else named
     if ":" in str(name):
         raise DataError(f"{file} names the attention {name}: of a record only registered names are taken, no code")
     return record
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from astbench.cli.messages import nearest
 from astbench.cli.own_parser import OwnParser
 from astbench.errors import AstbenchError, ConfigError, DataError
 from astbench.runs.folder import RECORD
+from astbench.tables.defaults import flatten
 from astbench.tables.documents import Book
 from astbench.tables.records import ITEMS, Run
 from astbench.tables.repeat import LONG, repeat
@@ -169,7 +170,7 @@ def _seeds(book: Book, run: Run) -> list[Run]:
     """Runs on record that differ from this one by their seed alone, it among them."""
 
     def without_seed(one: Run) -> str:
-        left = {k: v for k, v in one.record["config"].items() if k not in ("seed_everything", "run_dir")}
+        left = {**flatten(one.record["config"]), **one.entry.also, "seed_everything": None}
         return json.dumps(left, sort_keys=True, default=str)
 
     same = [one for one in book.groups[run.group].runs if without_seed(one) == without_seed(run)]

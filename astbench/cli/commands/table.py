@@ -17,14 +17,14 @@ Result tables, computed from records (RESULTS/NAME/RUN/record.json) and nothing 
   NAME               tables to show, write or check; default: all. `attentions` is counted from the registry
   --write            write the pages DOCS/results/NAME.md, and fill in what stands between <!-- NAME --> and
                      <!-- end --> in DOCS/../README.md and in the other documents of DOCS
-  --check            compare instead; ends with 1 at the first line that the records do not say
+  --check, --verify  compare instead; ends with 1 at the first line that the records do not say
   --format FORMAT    how they are shown: text, markdown, csv, latex (booktabs) or html (default: text)
   --results FOLDER   records (default: results)
   --docs FOLDER      documents (default: docs)
   --recipes FOLDER   recipes, from which the commands that repeat a row are made (default: recipes)
 
 A table.yaml beside the runs of a NAME may say what was measured (title, scope, kind of table), which rows are stale,
-and which records are left out; then it names every record."""
+and which records are left out; where it has a list of records, that names every one."""
 
 
 def run(words: list[str]) -> int:
@@ -45,12 +45,18 @@ def run(words: list[str]) -> int:
         console.say(difference or f"{given.docs}: every table is what the records say")
         return 1 if difference else 0
     if given.write:
-        for file in write(book, given.names):
+        written, gone = write(book, given.names)
+        for file in written:
             console.say(f"{file}")
+        for file in gone:
+            console.say(f"{file}, of records that are gone: removed")
         return 0
     for name in given.names or [*book.tables, "attentions"]:
         for table in book.named(name):
             console.say(FORMATS[given.format](table))
+        group = book.groups.get(name)
+        for run, why in (group.left_out if group and given.format == "text" else {}).items():
+            console.say(f"note: {name}/{run} stands in no row: {why}")
     return 0
 
 
@@ -59,7 +65,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true")
-    what.add_argument("--check", action="store_true")
+    what.add_argument("--check", "--verify", action="store_true")
     parser.add_argument("--format", choices=("text", "markdown", "csv", "latex", "html"), default="text")
     for option in ("results", "docs", "recipes"):
         parser.add_argument(f"--{option}", type=Path, default=Path(option))

@@ -17,11 +17,12 @@ from astbench.tables.pages.sweeps import (
     chance,
     differences,
     metric_of,
+    of_seeds,
     over,
     settings_of,
 )
 from astbench.tables.records import Group, Run
-from astbench.tables.student import holm, interval, p_value
+from astbench.tables.student import holm, p_value
 
 
 def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
@@ -42,28 +43,23 @@ def tables(group: Group, groups: Mapping[str, Group]) -> list[Table]:
     rows = []
     for place, one in enumerate(settings):
         values = [run.metrics[metric] for run in one.runs]
-        over_seeds = "" if len(values) < 2 else f"± {interval(values)[1] - fmean(values):.2f}"
         against = (over(gaps[place], metric), chance(told[place])) if place in gaps else ("", "")
         paths = sorted({int(_said(run)["paths"]) for run in one.runs})
         shown = (
             f"`{_said(one.runs[0])['name']}`{_options(one)}",
-            f"{fmean(float(_said(run)['mean_layers']) for run in one.runs):.2f}",
             f"{_share(one):.3f}",
             " to ".join(map(str, dict.fromkeys((paths[0], paths[-1])))),
             f"{fmean(values):.2f}",
-            over_seeds,
-            str(len(values)),
+            of_seeds(values),
             *against,
         )
         rows.append(Row(shown, one.runs))
     head = (
         "policy",
-        "layers of an input, mean",
         "share of the layers' operations",
         "paths",
         f"{NAMES[metric]}, mean of the seeds",
-        "95% of the mean",
-        "seeds",
+        "95% of the mean (seeds)",
         "over the full depth (95% over the items)",
         "p (Holm)",
     )

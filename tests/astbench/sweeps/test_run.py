@@ -286,6 +286,28 @@ def test_options_are_those_of_the_command_line(sweep, tmp_path):
         ("options: {task: triviaqa, attention: dense, seeed: 1}\naxes: {seed: [0]}", 2, "no option --seeed"),
         ("command: bench\noptions: {atention: dense}\naxes: {seed: [0]}", 2, "no option --atention"),
         ("options: {task: triviaqa, attention: dense, optim.rl: 1}\naxes: {seed: [0]}", 2, "no option --optim.rl"),
+        (
+            "options: {task: triviaqa, attention: ast, attention.density: 7}\naxes: {seed: [0]}",
+            2,
+            "density must be above",
+        ),
+        (
+            "options: {task: triviaqa, attention: ast, attention.density: lots}\naxes: {seed: [0]}",
+            2,
+            "attention.density",
+        ),
+        ("options: {task: triviaqa, attention: dense}\naxes: {seed: [abc]}", 2, "must be a whole number, got 'abc'"),
+        ("options: {task: triviaqa, attention: dense}\naxes: {seed: [-1]}", 2, "must be 0 or more, got -1"),
+        (
+            "options: {task: triviaqa, attention: dense, optim.lr: high}\naxes: {seed: [0]}",
+            2,
+            "--optim.lr must be a num",
+        ),
+        (
+            "options: {task: triviaqa, attention: dense, trainer.max_steps: many}\naxes: {seed: [0]}",
+            2,
+            "max_steps must be",
+        ),
         ("config: none.yaml\noptions: {task: triviaqa, attention: dense}\naxes: {seed: [0]}", 2, "--config=none.yaml"),
     ],
 )

@@ -8,7 +8,9 @@ import pytest
 
 from astbench.cli import main
 from astbench.errors import DataError
+from astbench.runs.record import config_hash
 from astbench.tables.documents import Book, first_difference, write
+from astbench.tables.seals import SUMS
 
 ROOT = Path(__file__).parents[3]
 MARKED = "Some words.\n\n<!-- needle -->\nold\n<!-- end -->\n\nMore words.\n"
@@ -54,12 +56,80 @@ def test_edited_cell(tree):
     assert "needle.md, line" in found and "97.4" in found and "96.4" in found
 
 
-def test_edited_number_of_a_record(tree):
-    file = tree / "results" / "mqar" / "dense" / "record.json"
+def edit_record(tree, name, change):
+    file = tree / "results" / name / "record.json"
     record = json.loads(file.read_text())
-    record["density"]["mean"] -= 0.2
+    change(record)
     file.write_text(json.dumps(record))
+
+
+def test_edited_number_of_a_record(tree):
+    edit_record(tree, "mqar/dense", lambda record: record["density"].update(mean=0.8, layers={"one": [0.8]}))
     assert "mqar.md, line" in first_difference(book(tree))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["density"].update(mean=0.8), "density.mean is 0.8 and the mean of density.layers 1.0"),
+        (lambda r: r.update(seed=1), "seed is 1 and config.seed_everything 0"),
+        (lambda r: r["train"].update(steps=20), "train.steps is 20 and config.trainer.max_steps "),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_refused_however_pages_are_written(tree, change, message):
+    edit_record(tree, "mqar/dense", change)
+    with pytest.raises(DataError, match=message):
+        write(book(tree))
+
+
+def test_one_run_is_no_second_seed(tree):
+    """A copy whose seed says another everywhere: it began in the same second and took as many milliseconds."""
+    shutil.copytree(tree / "results/demo/dense-0", tree / "results/mine/dense-0")
+    shutil.copytree(tree / "results/demo/dense-0", tree / "results/mine/dense-1")
+
+    def reseeded(record):
+        record["seed"] = record["config"]["seed_everything"] = 1
+        record["config_hash"] = config_hash(record["config"])
+
+    edit_record(tree, "mine/dense-1", reseeded)
+    assert "dense-0 and dense-1 are records of one run" in first_difference(book(tree))
+
+
+def test_also_is_for_options_that_came_later(tree):
+    file = tree / "results/demo/table.yaml"
+    shown = f"  dense-0: '{json.loads((file.parent / 'dense-0/record.json').read_text())['config_hash']}'\n"
+    assert shown in file.read_text()
+    for key, refused in (("optim.lr", True), ("seed_everything", True), ("attention.later", False)):
+        text = file.read_text()
+        edit(file, shown, shown.replace(": '", ": {config_hash: '").replace("\n", f", also: {{{key}: 7}}}}\n"))
+        found = first_difference(book(tree)) or ""
+        assert (f"dense-0: also says {key}, which its record holds" in found) is refused
+        file.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(metrics=None), "metrics must be numbers by name, got None"),
+        (lambda r: r["metrics"].update(accuracy="99"), "metrics must be numbers by name, got {'accuracy': '99'"),
+        (lambda r: r.update(seed=None), "seed must be int, got None"),
+        (lambda r: r.update(data=[]), "data must be dict, got "),
+    ],
+)
+def test_a_record_without_what_tables_show_names_its_file(tree, change, message):
+    edit_record(tree, "mqar/dense", change)
+    found = first_difference(book(tree))
+    assert message in found and "mqar/dense/record.json" in found
+
+
+def test_a_sealed_record_comes_from_a_clean_tree(tree):
+    (tree / "results" / SUMS).unlink()
+    edit_record(tree, "mqar/dense", lambda record: record["git"].update(dirty=True))
+    write(book(tree))
+    assert first_difference(book(tree)) is None, "of somebody's own records nothing is asked"
+    (tree / "results" / SUMS).touch()
+    write(book(tree))
+    assert "mqar/dense/record.json: it ran from a tree with changes" in first_difference(book(tree))
 
 
 @pytest.mark.parametrize(
@@ -185,8 +255,16 @@ def test_missing_page(tree):
 
 
 def test_page_of_nothing(tree):
-    (tree / "docs" / "results" / "gone.md").write_text("# Gone\n")
+    gone = tree / "docs" / "results" / "gone.md"
+    gone.write_text("<!-- Made from results/gone -->\n# Gone\n")
     assert "gone.md shows a table that no records make" in first_difference(book(tree))
+    assert write(book(tree)) == ([], [gone]) and not gone.exists()
+
+
+def test_a_page_written_by_hand_stays(tree):
+    own = tree / "docs" / "results" / "mine.md"
+    own.write_text("# Mine\n")
+    assert first_difference(book(tree)) is None and write(book(tree)) == ([], []) and own.exists()
 
 
 def test_edited_dagger(tree):
@@ -209,14 +287,14 @@ def test_write_leaves_the_words_around_a_marker(tree):
     text = (tree / "README.md").read_text()
     assert text.startswith("Some words.\n\n<!-- needle -->\n| attention | density |")
     assert text.endswith("<!-- end -->\n\nMore words.\n")
-    assert not write(book(tree)), "a second time nothing is left to write"
+    assert write(book(tree)) == ([], []), "a second time nothing is left to write"
 
 
 def test_names_limit_what_is_written_and_compared(tree):
     edit(tree / "docs" / "results" / "needle.md", "| 96.4 |", "| 97.4 |")
     edit(tree / "docs" / "results" / "mqar.md", "| 99.6 |", "| 99.7 |")
     assert first_difference(book(tree), ["demo"]) is None
-    assert [file.name for file in write(book(tree), ["needle"])] == ["needle.md"]
+    assert [file.name for file in write(book(tree), ["needle"])[0]] == ["needle.md"]
     assert "mqar.md" in first_difference(book(tree))
 
 

@@ -39,7 +39,7 @@ def test_shows_the_tables_of_its_names(capsys):
     "words, message",
     [
         (["needel"], "unknown table 'needel' (did you mean needle?); tables: ablations, cost, "),
-        (["--write", "--check"], "astbench table: argument --check: not allowed with argument --write"),
+        (["--write", "--check"], "astbench table: argument --check/--verify: not allowed with argument --write"),
         (["--chek"], "astbench table: unrecognized arguments: --chek"),
         (["--results", "nowhere", "demo"], "--results=nowhere is not a folder"),
     ],

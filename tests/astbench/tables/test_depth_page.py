@@ -27,9 +27,9 @@ def test_each_is_compared_with_the_full_depth(tmp_path):
     found = of(*learned, *two, *full)
     cells = [row.cells for row in found.rows]
     assert [row[0] for row in cells] == ["`static`, layers 3", "`transformer_inverse`", "`static`, layers 2"]
-    assert [row[1:4] for row in cells] == [("3.00", "1.000", "1"), ("2.05", "0.683", "1 to 2"), ("2.00", "0.667", "1")]
-    assert [row[4] for row in cells] == ["70.50", "66.50", "61.50"]
-    assert [row[7] for row in cells] == ["", "-4.0 (-4.0 to -4.0)", "-9.0 (-9.0 to -9.0)"]
+    assert [row[1:3] for row in cells] == [("1.000", "1"), ("0.683", "1 to 2"), ("0.667", "1")]
+    assert [row[3:5] for row in cells] == [("70.50", "± 6.35 (2)"), ("66.50", "± 6.35 (2)"), ("61.50", "± 6.35 (2)")]
+    assert [row[5] for row in cells] == ["", "-4.0 (-4.0 to -4.0)", "-9.0 (-9.0 to -9.0)"]
     assert len(found.rows[1].runs) == 2
 
 

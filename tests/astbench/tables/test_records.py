@@ -34,7 +34,7 @@ def test_records_without_a_table_yaml(group, tmp_path):
     found = read_groups(group.parent)["mine"]
     assert found.kind == "needle" and [run.name for run in found.runs] == ["dense", "local"]
     book = Book(tmp_path / "results", tmp_path / "docs", tmp_path / "recipes")
-    assert {file.name for file in write(book)} == {"mine.md", "README.md"}
+    assert {file.name for file in write(book)[0]} == {"mine.md", "README.md"}
     assert first_difference(book) is None
     page = (tmp_path / "docs" / "results" / "mine.md").read_text()
     assert "| 1 | `dense` | 1.000 | 99.1 | 100.0 |" in page

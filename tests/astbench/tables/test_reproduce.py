@@ -10,6 +10,7 @@ import pytest
 
 from astbench.cli.commands import reproduce
 from astbench.runs.record import config_hash
+from astbench.tables.documents import Book
 from astbench.tables.records import read_groups
 from astbench.tables.verdict import verdict
 from tests.astbench.cli.commands import FIT
@@ -170,6 +171,14 @@ def test_seeds_make_the_interval_where_there_are_several(recorded):
         score = next(score for score in found.scores if score.name == "f1")
         assert (score.low, score.high) == (pytest.approx(50 - 49.683, abs=1e-2), pytest.approx(50 + 49.683, abs=1e-2))
         assert score.inside == holds and found.holds == holds and "further seed, from 3" in score.of
+
+
+@pytest.mark.parametrize("name", ["ablations/both-seed0", "density/ast-density0.25-seed1", "wikitext2-scratch/dense-0"])
+def test_the_seeds_of_a_real_record_are_found(name):
+    book = Book(ROOT / "results", ROOT / "docs", ROOT / "recipes")
+    group, _, run = name.partition("/")
+    found = reproduce._seeds(book, next(one for one in book.groups[group].runs if one.name == run))
+    assert sorted(one.record["seed"] for one in found) == [0, 1, 2]
 
 
 def test_perplexity_lies_within_the_interval_of_its_windows():

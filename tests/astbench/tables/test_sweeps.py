@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -52,9 +53,9 @@ def test_a_row_a_setting(tmp_path):
     many = [run(tmp_path, "ast", 0, moved(-4), density=0.5, block_size=4)]
     found = rows(*few, *many, *dense)
     assert [row[0] for row in found] == ["`dense`", "`ast`, density 0.5", "`ast`, density 0.25"]
-    assert [row[2:5] for row in found] == [("70.50", "± 6.35", "2"), ("66.00", "", "1"), ("60.50", "± 6.35", "2")]
-    assert found[0][5:] == ("", "")
-    assert found[1][5:] == ("-4.0 (-4.0 to -4.0)", "< 0.001"), "against the seed that both have"
+    assert [row[2:4] for row in found] == [("70.50", "± 6.35 (2)"), ("66.00", "(1)"), ("60.50", "± 6.35 (2)")]
+    assert found[0][4:] == ("", "", "1")
+    assert found[1][4:] == ("-4.0 (-4.0 to -4.0)", "< 0.001", "2"), "against the seed that both have"
 
 
 def test_items_are_paired_and_tests_adjusted(tmp_path):
@@ -66,10 +67,10 @@ def test_items_are_paired_and_tests_adjusted(tmp_path):
     assert gaps == [-10.0, -1.0, -7.0, -1.0]
     found = {row[0]: row for row in rows(dense, one, two)}
     first = 2 * stats.ttest_1samp(gaps, 0.0).pvalue
-    assert found["`ast`, density 0.25"][6] == f"{first:.3f}"
+    assert found["`ast`, density 0.25"][5] == f"{first:.3f}"
     low, high = stats.ttest_1samp(gaps, 0.0).confidence_interval()
-    assert found["`ast`, density 0.25"][5] == f"-4.8 ({low:+.1f} to {high:+.1f})"
-    assert float(found["`ast`, density 0.5"][6]) == pytest.approx(
+    assert found["`ast`, density 0.25"][4] == f"-4.8 ({low:+.1f} to {high:+.1f})"
+    assert float(found["`ast`, density 0.5"][5]) == pytest.approx(
         max(first, stats.ttest_1samp([1.0, -2.0, 2.0, 0.0], 0.0).pvalue), abs=1e-3
     )
 
@@ -87,7 +88,7 @@ def test_each_is_compared_on_its_own_examples_and_task(tmp_path):
     for one in (*few, *many):
         one.record["config"]["data"] = {"length": 64 if one in few else 128}
     found = {row[0]: row for row in rows(*few, *many)}
-    assert found["`ast`, length 64"][5].startswith("-10.0") and found["`ast`, length 128"][5].startswith("+1.0")
+    assert found["`ast`, length 64"][4].startswith("-10.0") and found["`ast`, length 128"][4].startswith("+1.0")
     for one in few:
         one.record["config"]["task"]["name"] = "needle"
     names = [table.name for table in tables(group(*few, *many), {})]
@@ -105,6 +106,18 @@ def test_what_each_took(tmp_path):
     found = {row.cells[0]: row.cells[1:] for row in took.rows}
     assert found == {"`ast`": ("1,200", "200", "3,000", "15", "2"), "`dense`": ("",) * 5}
     assert [row.runs for row in took.rows] == [row.runs for row in scores.rows]
+
+
+def test_what_cannot_be_told_apart_shares_a_rank(tmp_path):
+    g = random.Random(0)
+    noise = [[g.gauss(0, 1) for _ in range(40)] for _ in range(4)]
+    shifts = {"dense": 0.0, "ast": -0.1, "local": -5.0, "linear": -5.1}
+    runs = [
+        run(tmp_path, name, 0, [50 + by + x for x in noise[place]])
+        for place, (name, by) in enumerate(shifts.items())
+    ]  # fmt: skip
+    found = {row[0]: row[6] for row in rows(*runs)}
+    assert found == {"`dense`": "1", "`ast`": "1", "`local`": "3", "`linear`": "3"}
 
 
 def test_the_short_table_has_a_row_an_attention_and_a_column_a_task(tmp_path):
@@ -132,7 +145,7 @@ def test_the_short_table_has_a_row_an_attention_and_a_column_a_task(tmp_path):
 
 def test_refusals(tmp_path):
     dense, ast = run(tmp_path, "dense", 0, ITEMS), run(tmp_path, "ast", 0, ITEMS)
-    assert rows(ast)[0][5:] == ("", ""), "without any dense run there is nothing to compare with"
+    assert rows(ast)[0][4:] == ("", "", ""), "without any dense run there is nothing to compare with"
     other = run(tmp_path, "ast", 1, ITEMS[:2])
     with pytest.raises(DataError, match="no dense run on the same examples"):
         rows(dense, other)
@@ -157,7 +170,7 @@ def test_perplexity_is_better_lower_and_compared_in_percent(tmp_path):
         one.record["metrics"] = {"perplexity": 7.4 + shift}
         runs.append(one)
     found = rows(*runs)
-    assert [row[0] for row in found] == ["`dense`", "`ast`"] and found[1][5] == "+10.5% (+10.5 to +10.5)"
+    assert [row[0] for row in found] == ["`dense`", "`ast`"] and found[1][4] == "+10.5% (+10.5 to +10.5)"
 
 
 def test_a_real_group_is_a_sweep():
@@ -166,4 +179,4 @@ def test_a_real_group_is_a_sweep():
     found = read_groups(Path(__file__).parents[3] / "results")["wikitext2-scratch"]
     table = tables(found, {})[0]
     by_label = {row.cells[0]: row.cells for row in table.rows}
-    assert by_label["`dense`"][4] == "3" and any(label.startswith("`ast`") for label in by_label)
+    assert by_label["`dense`"][3].endswith("(3)") and any(label.startswith("`ast`") for label in by_label)
