@@ -95,7 +95,9 @@ class Observer:
         valid = batch.get("attention_mask")
         self._first_batch = self.explorer is None
         if self.explorer is None:
-            self.explorer = Explorer([self._text(token) for token in ids[0].tolist()])
+            texts = [self._text(token) for token in ids[0].tolist()]
+            apart = any(" " in text for text in texts)  # else numbers, say, would run into one another
+            self.explorer = Explorer(texts if apart else [f"{text} " for text in texts])
         special = set(self._tokenizer.all_special_ids)
         found = {family: torch.full(ids.shape, -1) for family in FAMILIES}
         for row, sequence in enumerate(ids.cpu()):
