@@ -155,7 +155,10 @@ def _options(name: str, given: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _patterns(run: Run) -> set[str]:
     """Kinds of masks that the run's attention worked under."""
-    task = run.record["config"]["task"]
+    attached = run.record.get("attached") or {}
+    if "patterns" in attached:
+        return set(attached["patterns"])
+    task = run.record["config"]["task"]  # of a record from before they were written down
     module, _, config = find_task(str(task["name"])).load()
     given = {key: value for key, value in task.items() if key != "name"}
     return set(module.patterns(config(**given)).values())
